@@ -1,0 +1,303 @@
+"""``absorb(model)``: an MLA model of Transformers runs on its latents, without rebuilding keys and values.
+
+Every MLA family of Transformers calls ``expand_kv(latents, rotary keys)`` between its cache and its attention
+interface. An absorbed module answers that call with the latents themselves, and the attention function
+registered here receives them in place of keys and values. Everything else of the family stays its own: query
+path, RoPE, gates, sinks, sparse indexers, masks.
+"""
+
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from mla.cache import LatentCache
+from mla.errors import MLAError
+from mla.ops.attention import Path, plan_for, prefill
+
+IMPLEMENTATION = "mla_absorbed"
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+# Keywords that families hand to the attention interface and that change nothing here: what they say is
+# already in the mask, the queries or the positions, or concerns other outputs.
+_IGNORED = frozenset(
+    {
+        "cache_position",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "sliding_window",
+        "use_cache",
+    }
+)
+
+
+@dataclass(frozen=True)
+class _Absorbed:
+    """What ``restore`` needs."""
+
+    modules: tuple[Any, ...]
+    implementations: tuple[tuple[PreTrainedConfig, str | None], ...]
+
+
+def absorb(model: Model, *, path: Path | Literal["auto"] = "auto") -> Model:
+    """Make an MLA model run absorbed, in place; :func:`restore` undoes it.
+
+    Works for every family that has the ``expand_kv`` seam, hybrid models included: layers that are not
+    latent attention are left alone. ``generate`` then uses a preallocated ``LatentCache`` unless it is
+    given another cache; any cache of Transformers works, since all of them hold the latents.
+
+    Args:
+        model: a model of Transformers, weights in any floating dtype, on any device, training or not.
+        path: "auto" chooses absorbed or expanded for each call by operation count (``ops.attention``);
+            a name forces that path.
+
+    Returns:
+        The same model.
+
+    Raises:
+        MLAError: the model is not MLA, or its latent up-projection is not a plain linear layer (quantised,
+            offloaded, or wrapped by an adapter); nothing has been changed then.
+    """
+    if is_absorbed(model):
+        restore(model)
+    modules = latent_attentions(model)
+    if not modules:
+        raise MLAError(
+            f"{type(model).__name__} (model type {model.config.model_type}) is not an MLA model: none of its "
+            "modules has a latent up-projection (kv_b_proj); convert it first: mla convert MODEL OUT"
+        )
+    for name, module in modules.items():
+        _check_up_projection(name, module)
+    configs = {id(module.config): module.config for module in modules.values()}
+    record = _Absorbed(
+        tuple(modules.values()),
+        tuple((config, config._attn_implementation) for config in configs.values()),
+    )
+    for module in record.modules:
+        module.expand_kv = _keep_latents
+        module._mla_path = path
+    for config, _ in record.implementations:
+        config._attn_implementation = IMPLEMENTATION
+    if hasattr(model, "_prepare_cache_for_generation"):
+        model._prepare_cache_for_generation = MethodType(_prepare_latent_cache, model)
+    model._mla_absorbed = record
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo :func:`absorb`: the model runs as Transformers made it. Returns the same model."""
+    if is_absorbed(model):
+        record = model._mla_absorbed
+        for module in record.modules:
+            del module.expand_kv, module._mla_path
+        for config, implementation in record.implementations:
+            config._attn_implementation = implementation
+        if "_prepare_cache_for_generation" in vars(model):
+            del model._prepare_cache_for_generation
+        del model._mla_absorbed
+    return model
+
+
+def is_absorbed(model: PreTrainedModel) -> bool:
+    """Whether :func:`absorb` is in force."""
+    return "_mla_absorbed" in vars(model)
+
+
+def latent_attentions(model: nn.Module) -> dict[str, Any]:
+    """The latent attention modules of a model by name, in order; empty for a model that is not MLA."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "kv_b_proj")}
+
+
+def up_projections(weight: Tensor, h: int, n: int) -> tuple[Tensor, Tensor]:
+    """Views (w_uk [h, n, r], w_uv [h, v, r]) of a ``kv_b_proj`` weight [h·(n + v), r]."""
+    per_head = weight.view(h, -1, weight.shape[-1])
+    return per_head[:, :n], per_head[:, n:]
+
+
+def _keep_latents(c_kv: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+    """What an absorbed module has for ``expand_kv``: [b, 1, t, r] and [b, 1, t, p] pass as they are."""
+    return c_kv, k_rope
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    indices: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention interface: query [b, h, s, n + p], latents [b, 1, t, r] as key, [b, 1, t, p] as value."""
+    if not hasattr(module, "_mla_path"):
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+        return _other_attention(module, query, key, value, attention_mask, options)
+    for name, given in kwargs.items():
+        if name not in _IGNORED and given is not None and given is not False:
+            raise NotImplementedError(f"absorbed attention has no {name}; restore(model) to run without it")
+    if scaling is None:
+        raise ValueError("absorbed attention needs the softmax scale of the family (scaling)")
+    h, s, p = query.shape[1], query.shape[2], value.shape[-1]
+    n = query.shape[-1] - p
+    w_uk, w_uv = up_projections(module.kv_b_proj.weight, h, n)
+    c_kv, k_rope = key.squeeze(1), value.squeeze(1)
+    causal = attention_mask is None and s > 1 and (module.is_causal if is_causal is None else is_causal)
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        # The lowest finite number means "hidden" in additive masks; a query that sees nothing gives zero,
+        # not the mean of everything that is hidden from it.
+        lowest = torch.finfo(attention_mask.dtype).min
+        attention_mask = attention_mask.masked_fill(attention_mask <= lowest, -torch.inf)
+    if indices is not None:
+        c_kv, k_rope, attention_mask = _only_indexed(indices, c_kv, k_rope, attention_mask)
+    query = query.transpose(1, 2)
+    q_nope, q_rope = query[..., :n], query[..., n:]
+    out, _ = prefill(
+        q_nope,
+        q_rope,
+        c_kv,
+        k_rope,
+        w_uk,
+        w_uv,
+        scale=scaling,
+        causal=bool(causal),
+        mask=attention_mask,
+        sinks=s_aux,
+        dropout=dropout,
+        plan=plan_for(q_nope, c_kv, k_rope, w_uv, causal=bool(causal), path=module._mla_path),
+    )
+    return out, None
+
+
+def _only_indexed(
+    indices: Tensor, c_kv: Tensor, k_rope: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Restrict attention to the keys that a sparse indexer chose, ``indices`` [b, s, k]; -1 is no key."""
+    b, s, _ = indices.shape
+    t = c_kv.shape[1]
+    indices = indices.long()
+    exists = (indices >= 0) & (indices < t)
+    indices = indices.clamp(0, max(t - 1, 0))
+    if s == 1:
+        # One query: gather its few keys and read nothing else of the cache.
+        rows = indices[:, 0, :, None]
+        c_kv = c_kv.gather(1, rows.expand(-1, -1, c_kv.shape[2]))
+        k_rope = k_rope.gather(1, rows.expand(-1, -1, k_rope.shape[2]))
+        chosen = exists[:, None]
+        if mask is not None:
+            mask = mask.expand(b, -1, -1, -1).gather(3, indices[:, None].expand(-1, mask.shape[1], -1, -1))
+    else:
+        # Counted, so that a clamped -1 cannot hide a key that is chosen as well.
+        counts = torch.zeros(b, s, t, dtype=torch.int32, device=indices.device)
+        chosen = counts.scatter_add_(2, indices, exists.int()).bool()[:, None]
+    if mask is None:
+        return c_kv, k_rope, chosen
+    if mask.dtype == torch.bool:
+        return c_kv, k_rope, mask & chosen
+    return c_kv, k_rope, mask.masked_fill(~chosen, -torch.inf)
+
+
+def _other_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, None]:
+    """Attention of a module that shares the config of absorbed ones but is not latent: torch's own."""
+    s, t = query.shape[2], key.shape[2]
+    causal = options["is_causal"] is not False and getattr(module, "is_causal", True)
+    if mask is None and causal and 1 < s < t:
+        # Our masks may be None here too (the last s of t keys); torch's causal flag means the first s.
+        mask = torch.ones(s, t, dtype=torch.bool, device=query.device).tril(t - s)[None, None]
+    out, _ = sdpa_attention_forward(module, query, key, value, mask, **options)
+    return out, None
+
+
+def _attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask interface: bool [b, 1, s, t], or None where "the last s of t causal keys" says it all."""
+    if (
+        allow_is_causal_skip
+        and not isinstance(q_offset, Tensor)
+        and kv_offset + kv_length == q_offset + q_length
+        and (local_size is None or kv_length < local_size)
+        and (attention_mask is None or bool(attention_mask.all()))
+    ):
+        return None
+    mask: Tensor | None = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=False,
+        **kwargs,
+    )
+    return mask
+
+
+def _prepare_latent_cache(
+    model: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> None:
+    """Let ``generate`` make its cache as always, but where that is a growing one, make it ours."""
+    given = model_kwargs.get("past_key_values")
+    type(model)._prepare_cache_for_generation(
+        model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    )
+    made: Any = model_kwargs.get("past_key_values")
+    if given is None and type(made) is DynamicCache and not made.offloading:
+        cache = LatentCache(model.config.get_text_config(decoder=True), capacity=max_cache_length)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+
+def _check_up_projection(name: str, module: Any) -> None:
+    if not hasattr(module, "expand_kv"):
+        raise MLAError(
+            f"{name} is latent attention, but Transformers has no expand_kv there to absorb through; "
+            "load the model without remote code, with Transformers 5.19 or later"
+        )
+    projection: Any = module.kv_b_proj
+    bias: Tensor | None = getattr(projection, "bias", None)
+    if type(projection) is not nn.Linear or bias is not None:
+        raise MLAError(
+            f"{name}.kv_b_proj: expected a plain linear layer without bias, got {projection}; merge an "
+            "adapter (merge_and_unload) or load this layer unquantised"
+        )
+    if projection.weight.is_meta or not projection.weight.is_floating_point():
+        raise MLAError(
+            f"{name}.kv_b_proj: expected floating-point weights in memory, got {projection.weight.dtype} on "
+            f"{projection.weight.device}; load the model without offloading"
+        )
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _attention_mask)

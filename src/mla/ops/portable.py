@@ -1,0 +1,204 @@
+"""MLA with torch matmuls, in tiles: any device, any floating dtype, autograd.
+
+Both paths walk the keys tile by tile with an online softmax (Milakov and Gimelshein, arXiv:1805.02867), so
+that no score matrix, and no expanded key or value, exists for more than one tile. Arguments and results are
+those of ``mla.ops.reference``; shapes are in its alphabet.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# (first key, end key) -> something of that tile.
+Tile = tuple[int, int]
+
+
+def absorbed(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    c_kv: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    query_tile: int = 128,
+    key_tile: int = 4096,
+) -> tuple[Tensor, Tensor]:
+    """Absorbed attention; ``dropout`` falls on the probabilities, the tiles bound the scratch memory.
+
+    Scratch: b·h·query_tile·(key_tile + 2r) numbers of fp32, besides one tile of the latents in fp32.
+    """
+    b, s, h, _ = q_nope.shape
+    t, r = c_kv.shape[1:]
+    dtype, precision = _compute_dtypes(q_nope)
+    # One batched product per head; [h, b·s, n] x [h, n, r].
+    q_latent = torch.matmul(q_nope.permute(2, 0, 1, 3).reshape(h, b * s, -1), w_uk).view(h, b, s, r)
+    q_latent = (q_latent * scale).permute(1, 0, 2, 3).to(dtype)  # [b, h, s, r]
+    q_rope = (q_rope * scale).transpose(1, 2).to(dtype)  # [b, h, s, p]
+
+    queries = _tiles(s, query_tile)
+    states = [_OnlineSoftmax(dropout, precision) for _ in queries]
+    for keys in _tiles(t, key_tile):
+        c_tile, k_tile = c_kv[:, keys[0] : keys[1]].to(dtype), k_rope[:, keys[0] : keys[1]].to(dtype)
+        c_transposed, k_transposed = c_tile.transpose(1, 2), k_tile.transpose(1, 2)
+        for rows, state in zip(queries, states, strict=True):
+            if causal and keys[0] > t - s + rows[1] - 1:
+                continue  # every key of this tile lies after every query of these rows
+            width = rows[1] - rows[0]
+            # All heads share the keys, so heads and queries are the rows of one matrix product.
+            flat_latent = q_latent[:, :, rows[0] : rows[1]].reshape(b, h * width, r)
+            flat_rope = q_rope[:, :, rows[0] : rows[1]].reshape(b, h * width, -1)
+            scores = torch.baddbmm(torch.bmm(flat_rope, k_transposed), flat_latent, c_transposed)
+            scores = _hide(scores.view(b, h, width, -1).to(precision), rows, keys, t - s, causal, mask)
+
+            def weigh(probs: Tensor, c_tile: Tensor = c_tile, width: int = width) -> Tensor:
+                flat = probs.to(dtype).view(b, h * width, -1)
+                return torch.bmm(flat, c_tile).view(b, h, width, r)
+
+            state.add(scores, weigh)
+    out_latent, lse = _finish(states, queries, sinks, (b, h, r), q_nope.device)
+    # Back to the weights' dtype for the product: the result is rounded to it anyway.
+    flat_out = out_latent.to(w_uv.dtype).permute(1, 0, 2, 3).reshape(h, b * s, r)
+    out = torch.matmul(flat_out, w_uv.transpose(1, 2)).view(h, b, s, -1)
+    return out.permute(1, 2, 0, 3).to(q_nope.dtype), lse
+
+
+def expanded(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    c_kv: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    query_tile: int = 256,
+    key_tile: int = 512,
+) -> tuple[Tensor, Tensor]:
+    """Expanded attention: one tile of keys and values is rebuilt, used by every query, and dropped.
+
+    Scratch: b·h·key_tile·(n + v) numbers for the tile and b·h·query_tile·key_tile for its scores.
+    """
+    b, s, h, _ = q_nope.shape
+    t = c_kv.shape[1]
+    dtype, precision = _compute_dtypes(q_nope)
+    q_nope_scaled = (q_nope * scale).transpose(1, 2).to(dtype)  # [b, h, s, n]
+    q_rope_scaled = (q_rope * scale).transpose(1, 2).to(dtype)  # [b, h, s, p]
+    w_uk, w_uv = w_uk.to(dtype), w_uv.to(dtype)
+
+    queries = _tiles(s, query_tile)
+    states = [_OnlineSoftmax(dropout, precision) for _ in queries]
+    for keys in _tiles(t, key_tile):
+        c_tile = c_kv[:, keys[0] : keys[1]].to(dtype)[:, None]  # [b, 1, tile, r]
+        k_rope_transposed = k_rope[:, keys[0] : keys[1]].to(dtype).transpose(1, 2)[:, None]
+        k_nope_transposed = torch.matmul(w_uk, c_tile.transpose(2, 3))  # [b, h, n, tile]
+        value = torch.matmul(c_tile, w_uv.transpose(1, 2))  # [b, h, tile, v]
+
+        def weigh(probs: Tensor, value: Tensor = value) -> Tensor:
+            return torch.matmul(probs.to(dtype), value)
+
+        for rows, state in zip(queries, states, strict=True):
+            if causal and keys[0] > t - s + rows[1] - 1:
+                continue
+            scores = torch.matmul(q_nope_scaled[:, :, rows[0] : rows[1]], k_nope_transposed)
+            scores = scores + torch.matmul(q_rope_scaled[:, :, rows[0] : rows[1]], k_rope_transposed)
+            state.add(_hide(scores.to(precision), rows, keys, t - s, causal, mask), weigh)
+    out, lse = _finish(states, queries, sinks, (b, h, w_uv.shape[1]), q_nope.device)
+    return out.transpose(1, 2).to(q_nope.dtype), lse
+
+
+class _OnlineSoftmax:
+    """Running maximum, sum and weighted values of one tile of query rows."""
+
+    def __init__(self, dropout: float, precision: torch.dtype) -> None:
+        self.dropout = dropout
+        self.precision = precision
+        self.maximum: Tensor | None = None  # [b, h, rows, 1]
+        self.total: Tensor | None = None
+        self.weighted: Tensor | None = None  # [b, h, rows, width of a value]
+
+    def add(self, scores: Tensor, weigh: Callable[[Tensor], Tensor]) -> None:
+        # The maximum only keeps exp() in range and cancels out: no gradient flows through it.
+        maximum = scores.detach().amax(dim=-1, keepdim=True)
+        if self.maximum is not None:
+            maximum = torch.maximum(maximum, self.maximum)
+        # A row that has seen no key yet has maximum -inf; -inf - -inf would be NaN.
+        finite = maximum.masked_fill(maximum == -torch.inf, 0.0)
+        probs = torch.exp(scores - finite)
+        total = probs.sum(dim=-1, keepdim=True)
+        if self.dropout:
+            probs = torch.nn.functional.dropout(probs, self.dropout)
+        weighted = weigh(probs).to(self.precision)
+        if self.maximum is not None and self.total is not None and self.weighted is not None:
+            shrink = torch.exp(self.maximum - finite)
+            total = total + self.total * shrink
+            weighted = weighted + self.weighted * shrink
+        self.maximum, self.total, self.weighted = maximum, total, weighted
+
+
+def _finish(
+    states: list[_OnlineSoftmax],
+    queries: list[Tile],
+    sinks: Tensor | None,
+    shape: tuple[int, int, int],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Join the tiles of query rows: out [b, h, s, width] and lse [b, s, h], in fp32 (fp64 for fp64 input)."""
+    b, h, width = shape
+    out, lse = [], []
+    for rows, state in zip(queries, states, strict=True):
+        count = rows[1] - rows[0]
+        if state.maximum is None or state.total is None or state.weighted is None:  # no key to see
+            out.append(torch.zeros(b, h, count, width, dtype=state.precision, device=device))
+            lse.append(torch.full((b, h, count), -torch.inf, dtype=state.precision, device=device))
+            continue
+        # log(0) = -inf is the right lse of a row without keys, but 0/0 is not its output.
+        row_lse = state.maximum.masked_fill(state.maximum == -torch.inf, 0.0) + state.total.log()
+        row_out = state.weighted / state.total.masked_fill(state.total == 0.0, 1.0)
+        if sinks is not None:
+            # exp(lse) / (exp(lse) + exp(sink)): the share of the softmax that the sink leaves to the keys.
+            row_out = row_out * torch.sigmoid(row_lse - sinks.to(state.precision).view(1, h, 1, 1))
+        out.append(row_out)
+        lse.append(row_lse.squeeze(-1))
+    return torch.cat(out, dim=2), torch.cat(lse, dim=2).transpose(1, 2)
+
+
+def _hide(scores: Tensor, rows: Tile, keys: Tile, offset: int, causal: bool, mask: Tensor | None) -> Tensor:
+    """Apply the causal limit (query i sees keys up to i + offset) and the mask to one tile of scores."""
+    if mask is not None:
+        tile = _tile_of(_tile_of(mask, -2, rows), -1, keys)
+        scores = scores.masked_fill(~tile, -torch.inf) if tile.dtype == torch.bool else scores + tile
+    if causal and keys[1] - 1 > rows[0] + offset:
+        query = torch.arange(*rows, device=scores.device)[:, None] + offset
+        key = torch.arange(*keys, device=scores.device)
+        scores = scores.masked_fill(key > query, -torch.inf)
+    return scores
+
+
+def _tile_of(mask: Tensor, dim: int, tile: Tile) -> Tensor:
+    return mask if mask.shape[dim] == 1 else mask.narrow(dim, tile[0], tile[1] - tile[0])
+
+
+def _tiles(length: int, size: int) -> list[Tile]:
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _compute_dtypes(q: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """The dtype of the products, and that of scores, sums and lse.
+
+    CPUs compute in fp32: torch rounds the scores of a half-precision product to half precision, and on most
+    CPUs that product is several times slower besides. Accelerators keep the input's dtype.
+    """
+    if q.dtype == torch.float64:
+        return torch.float64, torch.float64
+    return (torch.float32 if q.device.type == "cpu" else q.dtype), torch.float32

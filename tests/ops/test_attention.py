@@ -1,0 +1,217 @@
+"""One test over all paths: outputs, log-sum-exp and gradients against the reference."""
+
+import pytest
+import torch
+
+from mla.ops import attention, portable, reference
+from tests.ops.cases import CASES, Case
+
+PATHS = {"absorbed": portable.absorbed, "expanded": portable.expanded}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def make_mask(case: Case, kind: str) -> torch.Tensor | None:
+    if kind == "none":
+        return None
+    generator = torch.Generator().manual_seed(1)
+    keep = torch.rand(case.b, 1, case.s, case.t, generator=generator) > 0.4
+    keep[:, :, -1, :] = False  # a query that sees nothing
+    return keep if kind == "bool" else torch.zeros(keep.shape).masked_fill(~keep, -torch.inf)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_reference_absorbed_equals_expanded(name, causal):
+    case = CASES[name]
+    inputs = case.inputs(torch.float64)
+    out_a, lse_a = reference.absorbed(**inputs, scale=case.scale, causal=causal)
+    out_e, lse_e = reference.expanded(**inputs, scale=case.scale, causal=causal)
+    assert out_a.shape == (case.b, case.s, case.h, case.v)
+    assert lse_a.shape == (case.b, case.s, case.h)
+    torch.testing.assert_close(out_a, out_e, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(lse_a, lse_e, atol=1e-12, rtol=1e-12)
+
+
+def test_reference_equals_torch_attention():
+    """The reference against code that we did not write."""
+    case = Case(b=2, s=6, t=6)
+    x = case.inputs(torch.float64)
+    key = torch.cat(
+        [
+            torch.einsum("btr,hnr->bhtn", x["c_kv"], x["w_uk"]),
+            x["k_rope"][:, None].expand(-1, case.h, -1, -1),
+        ],
+        dim=-1,
+    )
+    value = torch.einsum("btr,hvr->bhtv", x["c_kv"], x["w_uv"])
+    query = torch.cat([x["q_nope"], x["q_rope"]], dim=-1).transpose(1, 2)
+    want = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    out, _ = reference.expanded(**x, scale=case.scale, causal=True)
+    torch.testing.assert_close(out, want.transpose(1, 2), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_path_equals_reference(path, name, causal, mask, dtype):
+    case = CASES[name]
+    inputs = case.inputs(dtype)
+    options = {"scale": case.scale, "causal": causal, "mask": make_mask(case, mask)}
+    want, want_lse = reference.expanded(**{k: x.double() for k, x in inputs.items()}, **options)
+    out, lse = PATHS[path](**inputs, **options)
+    assert out.dtype == dtype
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(out.double(), want, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(lse.double(), want_lse, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_small_tiles_equal_one_tile(path):
+    case = Case(b=2, s=23, t=57)
+    inputs = case.inputs(torch.float64)
+    options = {"scale": case.scale, "causal": True, "mask": make_mask(case, "bool")}
+    want, want_lse = reference.expanded(**inputs, **options)
+    out, lse = PATHS[path](**inputs, **options, query_tile=5, key_tile=7)
+    torch.testing.assert_close(out, want, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(lse, want_lse, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", ["several tokens, ragged sizes", "one key", "more queries than keys"])
+def test_sinks(path, name):
+    case = CASES[name]
+    inputs = case.inputs(torch.float64)
+    sinks = torch.tensor([0.5, -1.0, 30.0], dtype=torch.float64)
+    want, want_lse = reference.expanded(**inputs, scale=case.scale, causal=True, sinks=sinks)
+    out, lse = PATHS[path](**inputs, scale=case.scale, causal=True, sinks=sinks)
+    torch.testing.assert_close(out, want, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(lse, want_lse, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_gradients_equal_reference(path):
+    case = Case(b=2, s=9, t=13)
+    mask = make_mask(case, "bool")
+    sinks = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    grads = {}
+    for name, run in {"reference": reference.expanded, path: PATHS[path]}.items():
+        inputs = case.inputs(torch.float64, requires_grad=True)
+        tiles = {} if name == "reference" else {"query_tile": 4, "key_tile": 5}
+        out, lse = run(**inputs, scale=case.scale, causal=True, mask=mask, sinks=sinks, **tiles)
+        visible = lse > -torch.inf
+        (out.square().sum() + lse[visible].sin().sum()).backward()
+        grads[name] = {k: x.grad for k, x in inputs.items()}
+    for key, want in grads["reference"].items():
+        torch.testing.assert_close(grads[path][key], want, atol=1e-10, rtol=1e-10, msg=key)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_dropout_keeps_the_expectation(path):
+    case = Case(s=4, t=50)
+    inputs = case.inputs(torch.float64)
+    torch.manual_seed(0)
+    options = {"scale": case.scale, "causal": True}
+    mean = torch.stack([PATHS[path](**inputs, **options, dropout=0.3)[0] for _ in range(2000)]).mean(0)
+    want, _ = reference.expanded(**inputs, **options)
+    torch.testing.assert_close(mean, want, atol=0.08, rtol=0)
+    assert not torch.equal(PATHS[path](**inputs, **options, dropout=0.3)[0], want)
+
+
+@pytest.mark.parametrize("path", ["auto", "absorbed", "expanded"])
+@pytest.mark.parametrize("s", [1, 3])
+def test_decode_reads_nothing_beyond_the_length(path, s):
+    case = Case(b=4, s=s, t=40)
+    inputs = case.inputs()
+    lengths = [40, 17, 1, 0]
+    poisoned = {k: x.clone() for k, x in inputs.items()}
+    for i, length in enumerate(lengths):
+        poisoned["c_kv"][i, length:] = torch.nan
+        poisoned["k_rope"][i, length:] = torch.nan
+    plan = attention.plan_for(inputs["q_nope"], inputs["c_kv"], inputs["k_rope"], inputs["w_uv"], path=path)
+    out, lse = attention.decode(**poisoned, scale=case.scale, lengths=torch.tensor(lengths), plan=plan)
+    for i, length in enumerate(lengths):
+        row = {k: x if k.startswith("w_") else x[i : i + 1] for k, x in inputs.items()}
+        row |= {"c_kv": row["c_kv"][:, :length], "k_rope": row["k_rope"][:, :length]}
+        want, want_lse = reference.expanded(**row, scale=case.scale, causal=True)
+        torch.testing.assert_close(out[i : i + 1], want, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(lse[i : i + 1], want_lse, atol=2e-5, rtol=2e-5)
+    assert (out[3] == 0).all()
+    assert (lse[3] == -torch.inf).all()
+
+
+def test_decode_with_a_mask():
+    case = Case(b=2, s=2, t=11)
+    inputs = case.inputs()
+    mask = make_mask(case, "bool")
+    out, lse = attention.decode(**inputs, scale=case.scale, lengths=[11, 11], mask=mask)
+    want, want_lse = reference.expanded(**inputs, scale=case.scale, causal=True, mask=mask)
+    torch.testing.assert_close(out, want, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(lse, want_lse, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("t", [10, 100, 4096, 10**6])
+def test_plan_crosses_where_the_paper_dimensions_say(t):
+    sizes = {"t": t, "h": 128, "n": 128, "r": 512, "p": 64, "v": 128, "causal": False}
+    crossover = 170.7 * t / (t + 170.7)
+    assert attention.make_plan(s=max(1, int(crossover * 0.98)), **sizes).path == "absorbed"
+    assert attention.make_plan(s=int(crossover * 1.02) + 1, **sizes).path == "expanded"
+
+
+def test_plan_counts_operations():
+    plan = attention.make_plan(s=7, t=1000, h=128, n=128, r=512, p=64, v=128, causal=False)
+    assert plan.absorbed_ops == 128 * 7 * (2176 * 1000 + 262144)
+    assert plan.expanded_ops == 128 * (640 * 7 * 1000 + 262144 * 1000)
+    assert "absorbed" in plan.reason
+
+
+def test_prefill_follows_the_plan(monkeypatch):
+    case = Case(s=3, t=9)
+    calls = []
+    for name in PATHS:
+        run = getattr(portable, name)
+        monkeypatch.setattr(
+            portable, name, lambda *a, _run=run, _name=name, **k: calls.append(_name) or _run(*a, **k)
+        )
+    inputs = case.inputs()
+    for path in PATHS:
+        plan = attention.plan_for(
+            inputs["q_nope"], inputs["c_kv"], inputs["k_rope"], inputs["w_uv"], path=path
+        )
+        attention.prefill(**inputs, scale=case.scale, plan=plan)
+    assert calls == ["absorbed", "expanded"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q_nope": torch.zeros(1, 2, 3)}, "q_nope: expected 4 dimensions"),
+        ({"c_kv": torch.zeros(1, 2)}, "c_kv: expected 3 dimensions"),
+        ({"q_rope": torch.zeros(1, 2, 3, 5)}, r"q_rope .* expected shape \(1, 2, 3, 6\), got \(1, 2, 3, 5\)"),
+        ({"k_rope": torch.zeros(1, 8, 6)}, r"k_rope .* expected shape \(1, 9, 6\)"),
+        ({"w_uk": torch.zeros(3, 8, 23)}, r"w_uk .* expected shape \(3, 8, 24\)"),
+        ({"w_uv": torch.zeros(2, 10, 24)}, r"w_uv .* expected shape \(3, 10, 24\)"),
+        ({"sinks": torch.zeros(4)}, r"sinks .* expected shape \(3,\)"),
+        ({"mask": torch.ones(1, 1, 2, 8, dtype=torch.bool)}, "mask: expected a shape that broadcasts"),
+        ({"mask": torch.ones(2, 9, dtype=torch.bool)}, "mask: expected a shape that broadcasts"),
+        ({"mask": torch.ones(1, 1, 2, 9, dtype=torch.int64)}, "mask: expected bool or a floating dtype"),
+    ],
+)
+def test_wrong_shapes_are_named(change, message):
+    case = Case(s=2, t=9)
+    with pytest.raises(ValueError, match=message):
+        attention.prefill(**(case.inputs() | change), scale=case.scale)
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, 12], [-1, 3]])
+def test_wrong_lengths_are_named(lengths):
+    case = Case(b=2, t=11)
+    with pytest.raises(ValueError, match="lengths: expected 2 numbers from 0 to 11"):
+        attention.decode(**case.inputs(), scale=case.scale, lengths=lengths)
+
+
+def test_unknown_path_is_named():
+    with pytest.raises(ValueError, match='expected path "auto", "absorbed" or "expanded", got \'fast\''):
+        attention.make_plan(s=1, t=1, h=1, n=1, r=1, p=2, v=1, path="fast")
