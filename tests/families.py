@@ -344,6 +344,7 @@ def _variants() -> list[Variant]:
         "deepseek_v32 longcat_flash youtu glm4_moe_lite glm_moe_dsa axk1 axk2 bailing_hybrid hy_v4"
     )
     rows += each("yarn", everyone_yarn, rope_parameters=YARN)
+    rows += each("yarn", "dots3_note mistral_large4", rope_parameters=YARN)
     rows += each(
         "no-q-rank", "deepseek_v2 deepseek_v3 minicpm3 mistral4 youtu glm4_moe_lite", q_lora_rank=None
     )

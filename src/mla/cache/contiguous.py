@@ -11,6 +11,7 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicIndexedLayer,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
 )
 
 
@@ -68,8 +69,12 @@ class LatentCache(DynamicCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the latent layers have really allocated, indexer keys included."""
-        return sum(layer.nbytes for layer in self.latent_layers)
+        """Bytes really allocated for tokens: latents, indexer keys, and the windows of sliding layers."""
+        windows = [layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+        tensors: list[Tensor] = [
+            x for layer in windows if layer.is_initialized for x in (layer.keys, layer.values)
+        ]
+        return sum(layer.nbytes for layer in self.latent_layers) + sum(x.nbytes for x in tensors)
 
 
 class LatentLayer(CacheLayerMixin):

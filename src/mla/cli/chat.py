@@ -1,0 +1,50 @@
+"""``mla chat``: a conversation that keeps its latents between turns."""
+
+from typing import Annotated
+
+import typer
+
+from mla.cli import console
+
+
+def chat(
+    model: console.Model,
+    system: Annotated[str | None, typer.Option(help="System message at the start.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer at most.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token every time.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens of this total share.")] = 0.9,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    max_model_len: Annotated[int | None, typer.Option(help="Limit on the conversation, in tokens.")] = None,
+    dtype: console.Dtype = "auto",
+    device: console.Device = "cpu",
+) -> None:
+    """Talk with an MLA model. /reset starts anew, /exit or end of input ends."""
+    from mla.cli.session import Sampling, Session
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    start = [] if system is None else [{"role": "system", "content": system}]
+    with console.quiet_libraries():
+        session = Session(model, dtype=console.check_dtype(dtype), device=device, max_model_len=max_model_len)
+        messages = list(start)
+        while True:
+            try:
+                line = console.people.input("[bold]> [/]").strip()
+            except EOFError:
+                return
+            if line == "/exit":
+                return
+            if line == "/reset":
+                messages = list(start)
+                continue
+            if not line:
+                continue
+            messages.append({"role": "user", "content": line})
+            answer = session.answer(
+                session.encode(messages), sampling, on_text=lambda piece: print(piece, end="", flush=True)
+            )
+            print()
+            messages.append({"role": "assistant", "content": answer.text})
+            console.people.print(
+                f"[dim]{answer.prompt_tokens} tokens ({answer.reused_tokens} from the cache), "
+                f"{answer.new_tokens} written at {answer.decode_speed:.1f}/s[/]"
+            )

@@ -1,0 +1,84 @@
+"""What the verbs share: options, progress bars, tables, text files, JSON."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mla.errors import MLAError
+
+# People read standard error; standard output carries the answer, so that it can be piped.
+people = Console(stderr=True, highlight=False)
+
+Model = Annotated[str, typer.Argument(help="A model folder, a .gguf file, or a Hub id (namespace/name).")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto, float32, bfloat16 or float16. auto keeps the checkpoint's, but float32 where the CPU "
+        "has no bf16 arithmetic and the memory allows."
+    ),
+]
+Device = Annotated[str, typer.Option(help="Any torch device: cpu, cuda, mps ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text for people.")]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def check_dtype(dtype: str) -> Any:
+    """The name as given, or a clear refusal."""
+    if dtype not in DTYPES:
+        raise MLAError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
+    return dtype
+
+
+def read_text(path: str) -> str:
+    """The text of a file, or of standard input for "-"."""
+    if path == "-":
+        return sys.stdin.read()
+    file = Path(path).expanduser()
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise MLAError(f"{path}: no such text file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise MLAError(f"{path} is not readable as UTF-8 text: {error}") from error
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on standard output."""
+    data = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Any]:
+    """A bar on standard error; yields ``advance(done, total)`` and ``advance(done, total, label)``."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=people, transient=True) as bar:
+        task = bar.add_task(label, total=None)
+
+        def advance(done: int, total: int, label: str | None = None) -> None:
+            bar.update(task, completed=done, total=total, description=label)
+
+        yield advance
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the libraries' own notices and bars off the screen; errors still come as exceptions."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

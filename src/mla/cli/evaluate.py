@@ -1,0 +1,57 @@
+"""``mla eval``: perplexity on a text, and how far a model is from another."""
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from mla.cli import console
+
+
+def evaluate(
+    model: console.Model,
+    text: Annotated[str, typer.Option(help='A UTF-8 text file; "-" reads standard input.')],
+    against: Annotated[
+        str | None, typer.Option(help="A reference model: adds KL divergence and agreement with it.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens of the text.")] = None,
+    stock: Annotated[bool, typer.Option("--stock", help="Run an MLA model as Transformers does.")] = False,
+    dtype: console.Dtype = "auto",
+    device: console.Device = "cpu",
+    as_json: console.Json = False,
+) -> None:
+    """Measure MODEL on a text. Any causal language model will do; MLA models run absorbed."""
+    content = console.read_text(text)
+    from mla.convert.evaluation import cut_windows
+    from mla.convert.evaluation import evaluate as measure
+    from mla.errors import MLAError
+    from mla.integrations.loading import load_model, load_tokenizer
+    from mla.integrations.transformers import absorb, latent_attentions
+
+    if window < 2:
+        raise MLAError(f"--window: expected at least 2 tokens, got {window}")
+    console.check_dtype(dtype)
+    with console.quiet_libraries():
+        windows = cut_windows(load_tokenizer(model), content, length=window, limit=max_tokens)
+        opened = load_model(model, dtype=dtype, device=device)  # type: ignore[arg-type]
+        if latent_attentions(opened) and not stock:
+            absorb(opened)
+        limit = opened.config.get_text_config(decoder=True).max_position_embeddings
+        if window > limit:
+            raise MLAError(f"--window: the model takes {limit} tokens, got {window}")
+        reference = None if against is None else load_model(against, dtype=dtype, device=device)  # type: ignore[arg-type]
+        with console.progress("measuring") as advance:
+            result = measure(opened, windows, against=reference, on_progress=advance)
+    if as_json:
+        console.print_json(result)
+        return
+    table = Table(show_header=False)
+    table.add_row("tokens", f"{result.tokens}")
+    table.add_row("perplexity", f"{result.perplexity:.3f}")
+    if result.kl is not None and result.agreement is not None:
+        table.add_row("KL to the reference", f"{result.kl:.4f} nats per token")
+        table.add_row("same most likely token", f"{result.agreement:.1%}")
+    by_position = ", ".join(f"{nll:.2f}" for nll in result.nll_by_position)
+    table.add_row("nats per token, start to end of the window", by_position)
+    console.people.print(table)

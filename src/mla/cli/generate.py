@@ -1,0 +1,41 @@
+"""``mla generate``: one answer to one prompt."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from mla.cli import console
+
+
+def generate(
+    model: console.Model,
+    prompt: Annotated[str, typer.Argument(help='The prompt; "-" reads it from standard input.')],
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the answer at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token every time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens of this total share.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt; no chat template.")] = False,
+    max_model_len: Annotated[int | None, typer.Option(help="Limit on prompt plus answer, in tokens.")] = None,
+    dtype: console.Dtype = "auto",
+    device: console.Device = "cpu",
+    as_json: console.Json = False,
+) -> None:
+    """Write one answer to PROMPT with an MLA model, absorbed, on its latent cache."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    from mla.cli.session import Sampling, Session
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    with console.quiet_libraries():
+        session = Session(model, dtype=console.check_dtype(dtype), device=device, max_model_len=max_model_len)
+        ids = session.encode([{"role": "user", "content": text}], raw=raw)
+        stream = None if as_json else lambda piece: print(piece, end="", flush=True)
+        answer = session.answer(ids, sampling, on_text=stream)
+    if as_json:
+        console.print_json(answer)
+        return
+    print()
+    console.people.print(
+        f"[dim]{answer.prompt_tokens} tokens read at {answer.prefill_speed:.0f}/s, {answer.new_tokens} "
+        f"written at {answer.decode_speed:.1f}/s, {answer.cache_bytes_per_token:.0f} cache bytes per token[/]"
+    )

@@ -1,0 +1,189 @@
+"""A model opened for writing text: absorbed, with its latent cache, limits checked before anything runs."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TextIteratorStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from mla.cache import LatentCache
+from mla.config import MLAConfig
+from mla.errors import MLAError
+from mla.integrations.loading import (
+    DtypeName,
+    load_config,
+    load_model,
+    load_tokenizer,
+    require_memory,
+)
+from mla.integrations.transformers import absorb
+
+_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Temperature 0 always takes the most likely one."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise MLAError(f"--max-new-tokens: expected at least 1, got {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise MLAError(f"--temperature: expected 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise MLAError(f"--top-p: expected a number above 0 and up to 1, got {self.top_p}")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer and what it cost; speeds in tokens per second."""
+
+    text: str
+    prompt_tokens: int
+    reused_tokens: int
+    new_tokens: int
+    prefill_speed: float
+    decode_speed: float
+    cache_bytes: int
+    cache_bytes_per_token: float
+
+
+class Session:
+    """A model, its tokenizer and one conversation's cache.
+
+    Args:
+        source: folder, .gguf file or Hub id of an MLA model.
+        dtype, device: as for ``load_model``.
+        max_model_len: limit on prompt plus answer; None takes the model's own.
+
+    Raises:
+        MLAError: the model cannot be opened or is not MLA.
+    """
+
+    def __init__(
+        self, source: str, *, dtype: DtypeName, device: str, max_model_len: int | None = None
+    ) -> None:
+        self.config = MLAConfig.from_transformers(load_config(source))  # refuse before loading weights
+        longest = self.config.max_position_embeddings
+        if max_model_len is not None and not 1 <= max_model_len <= longest:
+            raise MLAError(f"--max-model-len: expected 1 to {longest}, got {max_model_len}")
+        self.limit = max_model_len or longest
+        self.model = absorb(load_model(source, dtype=dtype, device=device))
+        self.tokenizer = load_tokenizer(source)
+        self._cache: LatentCache | None = None
+        self._cached_ids: list[int] = []
+
+    def encode(self, messages: list[dict[str, str]], *, raw: bool = False) -> Tensor:
+        """Token ids [1, s] of a conversation by the model's chat template, or of its last text as it is."""
+        if raw or self.tokenizer.chat_template is None:
+            ids = self.tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"]
+        else:
+            ids = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )["input_ids"]
+        if ids.shape[1] == 0:
+            raise MLAError("the prompt is empty")
+        tokens: Tensor = ids
+        return tokens
+
+    def answer(
+        self, ids: Tensor, sampling: Sampling, *, on_text: Callable[[str], None] | None = None
+    ) -> Answer:
+        """Write the continuation of ``ids`` [1, s]; latents of a common beginning are used again.
+
+        Raises:
+            MLAError: prompt and answer exceed the limit, or the cache would not fit into memory.
+        """
+        s = ids.shape[1]
+        wanted = s + sampling.max_new_tokens
+        if s >= self.limit:
+            raise MLAError(f"the prompt has {s} tokens, the model takes {self.limit} with the answer")
+        wanted = min(wanted, self.limit)
+        cache = self._reuse(ids, wanted)
+        reused = cache.get_seq_length()
+        clock = _Clock(self.tokenizer, on_text)
+        torch.manual_seed(sampling.seed)
+        draw: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if sampling.temperature > 0:
+            draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        try:
+            with torch.no_grad():
+                output = self.model.generate(
+                    ids.to(self.model.device),
+                    attention_mask=torch.ones_like(ids).to(self.model.device),
+                    past_key_values=cache,
+                    max_new_tokens=wanted - s,
+                    pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+                    streamer=clock,
+                    **draw,
+                )
+        except BaseException:
+            self._cache, self._cached_ids = None, []  # interrupted: it may hold half a step
+            raise
+        written = output[0, s:].tolist()
+        # The last token was drawn and never fed back: its latent is not in the cache.
+        self._cached_ids = output[0, : cache.get_seq_length()].tolist()
+        seconds = clock.times
+        return Answer(
+            text=self.tokenizer.decode(written, skip_special_tokens=True),
+            prompt_tokens=s,
+            reused_tokens=reused,
+            new_tokens=len(written),
+            prefill_speed=(s - reused) / max(seconds[1] - seconds[0], 1e-9) if len(seconds) > 1 else 0.0,
+            decode_speed=(len(seconds) - 2) / (seconds[-1] - seconds[1]) if len(seconds) > 2 else 0.0,
+            cache_bytes=cache.nbytes,
+            cache_bytes_per_token=cache.nbytes / wanted,
+        )
+
+    def _reuse(self, ids: Tensor, wanted: int) -> LatentCache:
+        """The cache, rolled back to what it has in common with ``ids``; a new one where it would not fit."""
+        tokens = ids[0].tolist()
+        common = 0
+        # At least one token must run to give the logits of the next.
+        for cached, given in zip(self._cached_ids, tokens[:-1], strict=False):
+            if cached != given:
+                break
+            common += 1
+        if self._cache is not None and common and self._cache.is_croppable:
+            self._cache.crop(common - self._cache.get_seq_length())
+            return self._cache
+        dtype = self.model.get_input_embeddings().weight.dtype
+        needed = self.config.cache_bytes(wanted, _FORMATS.get(dtype, "fp32"))
+        if self.model.device.type == "cpu":
+            require_memory(needed, f"a cache of {wanted} tokens")
+        self._cache = LatentCache(self.model.config.get_text_config(decoder=True), capacity=wanted)
+        return self._cache
+
+
+class _Clock(BaseStreamer):  # type: ignore[misc]
+    """Streams text as it becomes whole words, and notes when each token came."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
+        self.times = [time.perf_counter()]
+        self._on_text = on_text
+        self._prompt = True
+        self._decoder = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
+        self._decoder.on_finalized_text = self._emit
+
+    def put(self, value: Tensor) -> None:
+        if self._prompt:  # generate() hands the prompt over first
+            self._prompt = False
+            return
+        self.times.append(time.perf_counter())
+        self._decoder.put(value)
+
+    def end(self) -> None:
+        self._decoder.end()
+
+    def _emit(self, text: str, stream_end: bool = False) -> None:
+        if self._on_text is not None and text:
+            self._on_text(text)

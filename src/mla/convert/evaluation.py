@@ -1,0 +1,118 @@
+"""How good a model is on a text: perplexity, and KL divergence and agreement with another model."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mla.errors import MLAError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measured on next-token predictions, averaged over all windows.
+
+    Attributes:
+        tokens: number of predictions.
+        nll: mean negative log-likelihood, nats per token.
+        perplexity: exp(nll).
+        kl: mean KL(reference ‖ model) in nats per token; None without a reference.
+        agreement: share of positions where both models' most likely token is the same; None likewise.
+        nll_by_position: mean nll at each of 8 equal parts of the window, from its start to its end.
+    """
+
+    tokens: int
+    nll: float
+    perplexity: float
+    kl: float | None
+    agreement: float | None
+    nll_by_position: tuple[float, ...]
+
+
+def cut_windows(tokenizer: Any, text: str, *, length: int, limit: int | None = None) -> Tensor:
+    """The text as consecutive windows of token ids [windows, length]; an unfilled last window is left out.
+
+    Args:
+        tokenizer: of the model to be measured.
+        text: any text.
+        length: tokens per window.
+        limit: stop after this many tokens; None takes the whole text.
+
+    Raises:
+        MLAError: fewer tokens than one window.
+    """
+    # Enough characters for the limit in any language, so that a large file is not tokenised whole.
+    sample = text if limit is None else text[: limit * 16]
+    ids = tokenizer(sample, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
+    count = min(len(ids), limit or len(ids)) // length
+    if count == 0:
+        raise MLAError(
+            f"the text has {len(ids)} tokens, less than one window of {length}: shorten the window"
+        )
+    windows: Tensor = ids[: count * length].view(count, length)
+    return windows
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    windows: Tensor,
+    *,
+    against: Any | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measure ``model`` on windows of token ids [w, length], one window at a time.
+
+    Args:
+        model: a causal language model of Transformers.
+        windows: int64 [w, length]; both models must use the same vocabulary.
+        against: the reference (teacher); adds KL and agreement.
+        on_progress: called with (windows done, windows in all).
+
+    Raises:
+        MLAError: token ids or vocabularies that do not fit.
+    """
+    _check_vocabulary(model, against, windows)
+    nll_sum = torch.zeros(windows.shape[1] - 1, dtype=torch.float64)
+    kl_sum = agreed = 0.0
+    for done, window in enumerate(windows):
+        log_probs = _log_probs(model, window)
+        targets = window[1:, None].to(log_probs.device)
+        nll_sum -= log_probs.gather(1, targets)[:, 0].double().cpu()
+        if against is not None:
+            reference = _log_probs(against, window).to(log_probs.device)
+            kl_sum += float((reference.exp() * (reference - log_probs)).sum(-1).double().sum())
+            agreed += float((reference.argmax(-1) == log_probs.argmax(-1)).sum())
+        if on_progress is not None:
+            on_progress(done + 1, len(windows))
+    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    nll = float(nll_sum.sum()) / tokens
+    parts = torch.tensor_split(nll_sum / windows.shape[0], min(8, windows.shape[1] - 1))
+    return Evaluation(
+        tokens=tokens,
+        nll=nll,
+        perplexity=math.exp(min(nll, 700.0)),
+        kl=None if against is None else kl_sum / tokens,
+        agreement=None if against is None else agreed / tokens,
+        nll_by_position=tuple(float(part.mean()) for part in parts),
+    )
+
+
+def _log_probs(model: Any, window: Tensor) -> Tensor:
+    """[length - 1, vocabulary] in fp32: the prediction of every token but the first."""
+    logits = model(window[None].to(model.device), use_cache=False).logits[0, :-1]
+    result: Tensor = logits.float().log_softmax(-1)
+    return result
+
+
+def _check_vocabulary(model: Any, against: Any | None, windows: Tensor) -> None:
+    size = model.config.get_text_config(decoder=True).vocab_size
+    if int(windows.max()) >= size:
+        raise MLAError(f"token id {int(windows.max())} is outside the model's vocabulary of {size}")
+    if against is not None:
+        other = against.config.get_text_config(decoder=True).vocab_size
+        if other != size:
+            raise MLAError(f"the two models have vocabularies of {size} and {other} tokens: not comparable")

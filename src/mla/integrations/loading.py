@@ -1,0 +1,144 @@
+"""Open a model and its tokenizer from a folder, a GGUF file or a Hub id; refuse early, in one line."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from mla.errors import MLAError
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+GIB = 2**30
+
+
+def load_model(source: str, *, dtype: DtypeName = "auto", device: str = "cpu") -> Any:
+    """The causal language model of ``source``, in eval mode, by stock classes and without remote code.
+
+    Args:
+        source: a folder with config.json and safetensors, a .gguf file, or a Hub id ("namespace/name").
+        dtype: "auto" keeps the checkpoint's dtype, except on a CPU without bf16 or fp16 arithmetic and with
+            memory to spare: there float32 is several times faster.
+        device: any torch device.
+
+    Raises:
+        MLAError: nothing there, not a model, damaged weights, a family this Transformers does not know, or
+            less memory than the weights need.
+    """
+    path, options = _locate(source)
+    config = _load(AutoConfig, path, options)
+    size = _weight_bytes(source)
+    chosen = _choose_dtype(dtype, config, device, size)
+    if device == "cpu" and size is not None:
+        count, stored = size
+        needed = count * (stored if chosen == "auto" else _itemsize(chosen))
+        require_memory(needed, f"the weights of {source}")
+    model = _load(AutoModelForCausalLM, path, {**options, "dtype": chosen})
+    return model.to(device).eval()
+
+
+def load_config(source: str) -> Any:
+    """The Transformers configuration of ``source``; arguments and errors as for :func:`load_model`."""
+    path, options = _locate(source)
+    return _load(AutoConfig, path, options)
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer that lies with ``source``; arguments and errors as for :func:`load_model`."""
+    path, options = _locate(source)
+    return _load(AutoTokenizer, path, options)
+
+
+def require_memory(needed: int, purpose: str) -> None:
+    """Refuse before allocating what the machine does not have.
+
+    Raises:
+        MLAError: ``needed`` bytes are more than what is available now; both are named.
+    """
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise MLAError(
+            f"{purpose} would need {needed / GIB:.2f} GiB of memory, {available / GIB:.2f} GiB are available"
+        )
+
+
+def computes_in_half(device: str) -> bool:
+    """Whether bf16 products run natively there; CPUs without such instructions emulate them slowly."""
+    return device != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _locate(source: str) -> tuple[str, dict[str, Any]]:
+    """What ``from_pretrained`` wants: a folder or id, and further options."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise MLAError(f"{source}: expected a folder, a .gguf file or a Hub id, got another file")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise MLAError(f"{source}: expected a model folder with a config.json, got a folder without one")
+        return str(path), {}
+    if source.count("/") != 1 or source.startswith((".", "/", "~")) or source.endswith("/"):
+        raise MLAError(f"{source}: no such folder or file, and not a Hub id (namespace/name)")
+    return source, {}
+
+
+def _load(cls: Any, path: str, options: dict[str, Any]) -> Any:
+    try:
+        return cls.from_pretrained(path, **options)
+    except ImportError as error:
+        if "gguf_file" in options:
+            raise MLAError("reading a .gguf file needs the gguf package: pip install 'mla[gguf]'") from error
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise MLAError(f"{path} does not open: {_first_line(error)}") from error
+
+
+def _weight_bytes(source: str) -> tuple[int, int] | None:
+    """(count of numbers, bytes of one) in a folder's safetensors, read from the headers; None if unknown.
+
+    Raises:
+        MLAError: a file is truncated or not safetensors.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return None
+    count, stored = 0, 2
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 - not a mapping
+                    part = weights.get_slice(name)
+                    numbers = 1
+                    for extent in part.get_shape():
+                        numbers *= extent
+                    count += numbers
+                    stored = {"F32": 4, "F64": 8}.get(part.get_dtype(), stored)
+        except SafetensorError as error:
+            raise MLAError(f"{file} is damaged: {_first_line(error)}; fetch or convert it again") from error
+    return (count, stored) if count else None
+
+
+def _choose_dtype(
+    dtype: DtypeName, config: Any, device: str, size: tuple[int, int] | None
+) -> torch.dtype | Literal["auto"]:
+    if dtype != "auto":
+        named: torch.dtype = getattr(torch, dtype)
+        return named
+    stored = getattr(config.get_text_config(decoder=True), "dtype", None)
+    if stored in (torch.bfloat16, torch.float16) and not computes_in_half(device) and size is not None:
+        spare = psutil.virtual_memory().available
+        if size[0] * 4 < spare // 2:
+            return torch.float32
+    return "auto"
+
+
+def _itemsize(dtype: torch.dtype) -> int:
+    return dtype.itemsize
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

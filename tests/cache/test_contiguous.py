@@ -1,0 +1,184 @@
+"""LatentCache: growth, exact roll-back, beams, poisoned memory, misuse."""
+
+import itertools
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from mla.cache import LatentCache
+from mla.cache.contiguous import IndexedLatentLayer, LatentLayer
+from mla.config import MLAConfig
+from tests.families import FAMILY_NAMES, build, make_config, token_ids
+
+R, P = 24, 6
+
+
+def latents(s, b=2, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(b, 1, s, R, generator=generator).to(dtype),
+        torch.randn(b, 1, s, P, generator=generator).to(dtype),
+    )
+
+
+def poison(cache):
+    """NaN in every row that is allocated but not in use."""
+    for layer in cache.latent_layers:
+        for rows in layer._buffers():
+            rows._buffer[:, rows.length :] = torch.nan
+
+
+@pytest.mark.parametrize("capacity", [None, 1, 7, 200])
+def test_update_returns_everything_in_order(capacity):
+    cache = LatentCache(capacity=capacity)
+    c_kv, k_rope = latents(60)
+    start = 0
+    for size in [1, 5, 1, 1, 20, 32]:
+        part = slice(start, start + size)
+        got_c, got_k = cache.update(c_kv[:, :, part], k_rope[:, :, part], layer_idx=1)
+        start += size
+        assert torch.equal(got_c, c_kv[:, :, :start])
+        assert torch.equal(got_k, k_rope[:, :, :start])
+        assert cache.get_seq_length(1) == start
+        poison(cache)
+    assert torch.equal(cache.layers[1].c_kv, c_kv[:, 0])
+    assert torch.equal(cache.layers[1].k_rope, k_rope[:, 0])
+
+
+def test_known_capacity_allocates_once_and_exactly():
+    cache = LatentCache(capacity=40)
+    c_kv, k_rope = latents(40)
+    addresses = set()
+    for i in range(40):
+        cache.update(c_kv[:, :, i : i + 1], k_rope[:, :, i : i + 1], 0)
+        addresses.add(cache.layers[0].c_kv.data_ptr())
+    assert len(addresses) == 1
+    assert cache.nbytes == 2 * 40 * (R + P) * 4
+
+
+def test_growing_copies_rarely_and_holds_little_more_than_it_uses():
+    cache = LatentCache()
+    c_kv, k_rope = latents(4096, b=1, dtype=torch.bfloat16)
+    addresses, total = [], 0
+    cache.update(c_kv[:, :, :3000], k_rope[:, :, :3000], 0)
+    for i in range(3000, 4096):
+        cache.update(c_kv[:, :, i : i + 1], k_rope[:, :, i : i + 1], 0)
+        addresses.append(cache.layers[0]._rows._buffer.data_ptr())
+        total = cache.nbytes
+        assert total <= 1.01 * (i + 1) * (R + P) * 2
+    moves = sum(a != b for a, b in itertools.pairwise(addresses))
+    assert moves < 1096 / 20
+
+
+def test_paper_dimensions_take_1152_bytes_per_token_and_layer():
+    cache = LatentCache(capacity=4096)
+    cache.update(torch.zeros(1, 1, 4096, 512, dtype=torch.bfloat16), torch.zeros(1, 1, 4096, 64), 0)
+    assert cache.nbytes / 4096 == 1152
+
+
+def test_crop_is_exact():
+    cache = LatentCache()
+    c_kv, k_rope = latents(30)
+    wrong_c, wrong_k = latents(9, seed=5)
+    cache.update(c_kv[:, :, :20], k_rope[:, :, :20], 0)
+    cache.update(wrong_c, wrong_k, 0)
+    cache.crop(-9)
+    assert cache.get_seq_length() == 20
+    poison(cache)
+    got_c, got_k = cache.update(c_kv[:, :, 20:], k_rope[:, :, 20:], 0)
+    assert torch.equal(got_c, c_kv)
+    assert torch.equal(got_k, k_rope)
+    assert cache.is_croppable
+
+
+def test_reset_keeps_the_memory_and_takes_another_batch():
+    cache = LatentCache(capacity=16)
+    cache.update(*latents(10), 0)
+    before = cache.layers[0]._rows._buffer.data_ptr()
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache.layers[0]._rows._buffer.data_ptr() == before
+    c_kv, k_rope = latents(3, b=5)
+    got_c, _ = cache.update(c_kv, k_rope, 0)
+    assert torch.equal(got_c, c_kv)
+
+
+def test_beams():
+    cache = LatentCache(capacity=9)
+    c_kv, k_rope = latents(4, b=3)
+    cache.update(c_kv, k_rope, 0)
+    cache.batch_repeat_interleave(2)
+    assert torch.equal(cache.layers[0].c_kv, c_kv[:, 0].repeat_interleave(2, 0))
+    order = torch.tensor([5, 0, 0, 3, 2, 1])
+    cache.reorder_cache(order)
+    assert torch.equal(cache.layers[0].k_rope, k_rope[:, 0].repeat_interleave(2, 0)[order])
+    cache.batch_select_indices(torch.tensor([1]))
+    got_c, _ = cache.update(*latents(1, b=1), 0)
+    assert torch.equal(got_c[0, 0, :4], c_kv[0, 0])
+    assert cache.nbytes == 9 * (R + P) * 4
+
+
+def test_a_view_taken_earlier_stays_right_after_growth():
+    cache = LatentCache()
+    c_kv, k_rope = latents(50)
+    early, _ = cache.update(c_kv[:, :, :10], k_rope[:, :, :10], 0)
+    cache.update(c_kv[:, :, 10:], k_rope[:, :, 10:], 0)
+    assert torch.equal(early, c_kv[:, :, :10])
+
+
+def test_offload_and_prefetch():
+    cache = LatentCache()
+    c_kv, k_rope = latents(5)
+    cache.update(c_kv, k_rope, 0)
+    cache.layers[0].offload()
+    cache.layers[0].prefetch()
+    assert torch.equal(cache.layers[0].keys, c_kv)
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+@torch.no_grad()
+def test_layers_of_each_family(name):
+    """Latent layers where the family has them, Transformers' own elsewhere, bytes as the config says."""
+    model, ids = build(name), token_ids(2, 20)
+    config = MLAConfig.from_transformers(model.config)
+    cache = LatentCache(make_config(name).get_text_config(decoder=True), capacity=20)
+    model(ids, past_key_values=cache)
+    held = [
+        i for i, layer in enumerate(cache.layers) if isinstance(layer, LatentLayer) and layer.is_initialized
+    ]
+    sliding = [i for i, layer in enumerate(cache.layers) if isinstance(layer, DynamicSlidingWindowLayer)]
+    assert sorted(held + sliding) == list(config.mla_layers)
+    indexed = [i for i, layer in enumerate(cache.layers) if isinstance(layer, IndexedLatentLayer)]
+    assert {i for i in indexed if cache.layers[i].is_indexer_initialized} == set(config.indexer_layers)
+    assert cache.nbytes == 2 * config.cache_bytes(20, "fp32")
+    if name in ("kimi_linear", "bailing_hybrid", "glm5_next"):
+        assert any(isinstance(layer, LinearAttentionLayer) for layer in cache.layers)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: LatentCache(capacity=0), "capacity: expected at least 1"),
+        (
+            lambda: LatentCache().update(torch.zeros(1, 2, 3, R), torch.zeros(1, 2, 3, P), 0),
+            "holds latents only",
+        ),
+        (
+            lambda: LatentCache().update(torch.zeros(1, 1, 3, R), torch.zeros(1, 1, 2, P), 0),
+            "holds latents only",
+        ),
+        (lambda: _filled().update(*latents(1, b=3), 0), "expected rows of batch 2 and width 30, got batch 3"),
+        (lambda: _filled().crop(-6), "cannot remove 6 tokens from a cache that holds 5"),
+        (lambda: _filled().crop(2), "expected minus the number of tokens"),
+    ],
+)
+def test_misuse_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def _filled():
+    cache = LatentCache()
+    cache.update(*latents(5), 0)
+    return cache

@@ -1,0 +1,185 @@
+"""What absorb() does to a model besides its answers: refusals, reversibility, training, masks, copies."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from mla.cache import LatentCache
+from mla.errors import MLAError
+from mla.integrations import transformers as integration
+from mla.integrations.transformers import absorb, is_absorbed, latent_attentions, restore
+from tests.families import build, token_ids
+
+
+@pytest.fixture
+def model():
+    return build("deepseek_v3")
+
+
+def test_a_model_that_is_not_mla_is_refused():
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    with pytest.raises(MLAError, match=r"model type llama\) is not an MLA model.*convert it first"):
+        absorb(LlamaForCausalLM(config))
+
+
+def test_a_bias_or_another_layer_type_is_refused_and_nothing_changed(model):
+    attention = list(latent_attentions(model).values())[-1]
+    rows, rank = attention.kv_b_proj.weight.shape
+    attention.kv_b_proj = torch.nn.Linear(rank, rows, bias=True)
+    with pytest.raises(MLAError, match=r"layers\.2\.self_attn\.kv_b_proj: expected a plain linear layer"):
+        absorb(model)
+    attention.kv_b_proj = torch.nn.Sequential(torch.nn.Linear(rank, rows, bias=False))
+    with pytest.raises(MLAError, match="merge an adapter"):
+        absorb(model)
+    attention.kv_b_proj = torch.nn.Linear(rank, rows, bias=False, device="meta")
+    with pytest.raises(MLAError, match="load the model without offloading"):
+        absorb(model)
+    assert not is_absorbed(model)
+    assert all("expand_kv" not in vars(module) for module in latent_attentions(model).values())
+
+
+def test_a_model_without_the_seam_is_refused(model, monkeypatch):
+    kind = type(next(iter(latent_attentions(model).values())))
+    monkeypatch.delattr(kind, "expand_kv")
+    with pytest.raises(MLAError, match="no expand_kv there"):
+        absorb(model)
+
+
+def test_absorbing_twice_and_restoring_twice(model):
+    before = model.config._attn_implementation
+    assert absorb(absorb(model)) is model
+    assert restore(restore(model)) is model
+    assert model.config._attn_implementation == before
+    assert "_prepare_cache_for_generation" not in vars(model)
+
+
+def test_nothing_of_it_is_saved(model, tmp_path):
+    absorb(model).save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert not is_absorbed(again)
+    assert again.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+def test_weights_changed_after_absorbing_count():
+    model = build("youtu")
+    stock, ids = copy.deepcopy(model), token_ids()
+    absorb(model)
+    for each in (stock, model):
+        for module in latent_attentions(each).values():
+            module.kv_b_proj.weight.mul_(1.5)
+    torch.testing.assert_close(model(ids).logits, stock(ids).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.double()(ids).logits, stock.double()(ids).logits, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("path", ["absorbed", "expanded", "auto"])
+def test_training_gradients(model, path):
+    stock, ids = model, token_ids()
+    absorbed = absorb(copy.deepcopy(model), path=path)
+    for each in (stock, absorbed):
+        each.train()(ids, labels=ids, use_cache=False).loss.backward()
+    for (name, want), got in zip(stock.named_parameters(), absorbed.parameters(), strict=True):
+        if want.grad is None:  # an expert that no token chose
+            assert got.grad is None
+        else:
+            torch.testing.assert_close(got.grad, want.grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+@torch.no_grad()
+def test_custom_four_dimensional_masks(model):
+    stock, ids = copy.deepcopy(model), token_ids(2, 12)
+    absorb(model)
+    block = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+    block[:, :, 6:, :6] = False
+    additive = torch.zeros(block.shape).masked_fill(~block, torch.finfo(torch.float32).min)
+    for mask in (block, additive):
+        want, got = (each(ids, attention_mask=mask).logits for each in (stock, model))
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_packed_sequences(model):
+    stock, ids = copy.deepcopy(model), token_ids(1, 12)
+    absorb(model)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+    want, got = (each(ids, position_ids=positions, use_cache=False).logits for each in (stock, model))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_generate_respects_the_cache_it_is_given(model):
+    ids, options = token_ids(1, 9), {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    absorb(model)
+    mine = DynamicCache(config=model.config)
+    assert model.generate(ids, past_key_values=mine, **options).past_key_values is mine
+    static = model.generate(ids, cache_implementation="static", **options).past_key_values
+    assert isinstance(static, StaticCache)
+    made = model.generate(ids, **options).past_key_values
+    assert isinstance(made, LatentCache)
+    assert model.generate(ids, use_cache=False, **options).past_key_values is None
+    restore(model)
+    assert type(model.generate(ids, **options).past_key_values) is DynamicCache
+
+
+@torch.no_grad()
+def test_copies_and_pickles_are_independent(model, tmp_path):
+    absorb(model)
+    twin = copy.deepcopy(model)
+    restore(model)
+    assert is_absorbed(twin)
+    ids = token_ids()
+    torch.testing.assert_close(twin(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+    made = twin.generate(ids, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    assert isinstance(made.past_key_values, LatentCache)
+    restore(twin)
+    assert torch.equal(twin(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_half_precision(model):
+    """bf16: as near to the fp32 answer as the stock bf16 model is."""
+    ids = token_ids(2, 30)
+    exact = model(ids).logits
+    stock = copy.deepcopy(model).bfloat16()
+    absorbed = absorb(copy.deepcopy(stock))
+    stock_error = (stock(ids).logits.float() - exact).abs().mean()
+    assert (absorbed(ids).logits.float() - exact).abs().mean() < 1.5 * stock_error
+
+
+def test_an_option_that_changes_the_mathematics_is_not_dropped(model):
+    absorb(model)
+    module = next(iter(latent_attentions(model).values()))
+    query, key, value = torch.zeros(1, 4, 1, 24), torch.zeros(1, 1, 5, 32), torch.zeros(1, 1, 5, 8)
+    with pytest.raises(NotImplementedError, match="absorbed attention has no softcap"):
+        integration._attention(module, query, key, value, None, scaling=1.0, softcap=30.0)
+    with pytest.raises(ValueError, match="needs the softmax scale"):
+        integration._attention(module, query, key, value, None)
+
+
+def test_other_modules_of_the_same_config_keep_their_attention():
+    """A module that is not latent attention gets torch's own, causal over the last s of t keys."""
+    module = torch.nn.Module()
+    module.is_causal = True
+    query, key, value = (torch.randn(1, 2, s, 4) for s in (3, 7, 7))
+    out, _ = integration._attention(module, query, key, value, None, scaling=0.5)
+    mask = torch.ones(3, 7, dtype=torch.bool).tril(4)
+    want = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.5)
+    torch.testing.assert_close(out, want.transpose(1, 2))
+
+
+@torch.no_grad()
+def test_unused_rows_of_a_static_cache_may_hold_anything(model):
+    """A StaticCache hands over rows beyond its length; the mask hides them, so finite rubbish is harmless."""
+    ids = token_ids(1, 10)
+    want = model(ids).logits
+    absorb(model)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    model(ids[:, :6], past_key_values=cache)
+    for layer in cache.layers:
+        layer.keys[:, :, 6:], layer.values[:, :, 6:] = 1e4, -1e4
+    got = model(ids[:, 6:], past_key_values=cache).logits
+    torch.testing.assert_close(got, want[:, 6:], atol=1e-4, rtol=1e-4)
