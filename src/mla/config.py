@@ -77,6 +77,8 @@ class RopeConfig:
             raise MLAError(f"rope_type {self.rope_type!r} needs {', '.join(missing)}")
         if self.factor is not None and not self.factor > 0:
             raise MLAError(f"RoPE factor: expected a positive number, got {self.factor!r}")
+        if self.llama_4_scaling_beta is not None and not self.original_max_position_embeddings:
+            raise MLAError("llama_4_scaling_beta needs original_max_position_embeddings")
 
     def scaling_factor(self, max_position_embeddings: int | None = None) -> float:
         """The factor of context extension: given, or the new maximal length over the original one."""

@@ -15,7 +15,7 @@ def make_mask(case: Case, kind: str) -> torch.Tensor | None:
         return None
     generator = torch.Generator().manual_seed(1)
     keep = torch.rand(case.b, 1, case.s, case.t, generator=generator) > 0.4
-    keep[:, :, -1, :] = False  # a query that sees nothing
+    keep[:, :, -1:] = False  # a query that sees nothing
     return keep if kind == "bool" else torch.zeros(keep.shape).masked_fill(~keep, -torch.inf)
 
 

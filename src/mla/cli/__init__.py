@@ -25,7 +25,7 @@ app.command("doctor")(doctor.doctor)
 def main() -> None:
     """Run the command line: a user's mistake is one line and exit status 2, an interruption 130."""
     try:
-        app()
+        app(prog_name="mla")
     except MLAError as error:
         print(f"mla: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -28,13 +28,12 @@ Dtype = Annotated[
 Device = Annotated[str, typer.Option(help="Any torch device: cpu, cuda, mps ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text for people.")]
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-
-def check_dtype(dtype: str) -> Any:
-    """The name as given, or a clear refusal."""
-    if dtype not in DTYPES:
-        raise MLAError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
+def check_dtype(dtype: str, *known: str) -> Any:
+    """The name as given, or a clear refusal; by default what ``load_model`` takes."""
+    known = known or ("auto", "float32", "bfloat16", "float16")
+    if dtype not in known:
+        raise MLAError(f"--dtype: expected one of {', '.join(known)}, got {dtype}")
     return dtype
 
 

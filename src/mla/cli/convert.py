@@ -37,12 +37,15 @@ def convert(
     """
     content = None if calibration is None else console.read_text(calibration)
     started = time.monotonic()
+    import torch
+
     from mla.convert import calibration_text, check_convertible, check_output, save, tokenize_windows
     from mla.convert import convert as to_mla
     from mla.integrations.loading import load_config, load_model, load_tokenizer
 
+    written: torch.dtype = getattr(torch, console.check_dtype(dtype, "float32", "bfloat16", "float16"))
     with console.quiet_libraries():
-        check_output(out, dtype=dtype, overwrite=overwrite)
+        check_output(out, dtype=written, overwrite=overwrite)
         check_convertible(load_config(model))
         tokenizer = load_tokenizer(model)
         ids = tokenize_windows(content or calibration_text(), tokenizer, windows, window, seed=seed)
@@ -68,7 +71,7 @@ def convert(
             "seed": seed,
             "seconds": round(time.monotonic() - started, 1),
         }
-        save(student, tokenizer, out, report=report, dtype=dtype, overwrite=overwrite)
+        save(student, tokenizer, out, report=report, dtype=written, overwrite=overwrite)
     if as_json:
         console.print_json({"out": str(out), **report})
         return

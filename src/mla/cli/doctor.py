@@ -30,9 +30,9 @@ def doctor(
 
     if tokens < 8:
         raise MLAError(f"--tokens: expected at least 8, got {tokens}")
-    console.check_dtype(dtype)
+    checked = console.check_dtype(dtype)
     with console.quiet_libraries():
-        opened = load_model(model, dtype=dtype, device=device)  # type: ignore[arg-type]
+        opened = load_model(model, dtype=checked, device=device)
         config = MLAConfig.from_transformers(opened.config)
         vocabulary = opened.config.get_text_config(decoder=True).vocab_size
         generator = torch.Generator().manual_seed(0)

@@ -31,16 +31,16 @@ def evaluate(
 
     if window < 2:
         raise MLAError(f"--window: expected at least 2 tokens, got {window}")
-    console.check_dtype(dtype)
+    checked = console.check_dtype(dtype)
     with console.quiet_libraries():
         windows = cut_windows(load_tokenizer(model), content, length=window, limit=max_tokens)
-        opened = load_model(model, dtype=dtype, device=device)  # type: ignore[arg-type]
+        opened = load_model(model, dtype=checked, device=device)
         if latent_attentions(opened) and not stock:
             absorb(opened)
         limit = opened.config.get_text_config(decoder=True).max_position_embeddings
         if window > limit:
             raise MLAError(f"--window: the model takes {limit} tokens, got {window}")
-        reference = None if against is None else load_model(against, dtype=dtype, device=device)  # type: ignore[arg-type]
+        reference = None if against is None else load_model(against, dtype=checked, device=device)
         with console.progress("measuring") as advance:
             result = measure(opened, windows, against=reference, on_progress=advance)
     if as_json:

@@ -34,15 +34,15 @@ def absorbed(
 
     Scratch: b·h·query_tile·(key_tile + 2r) numbers of fp32, besides one tile of the latents in fp32.
     """
-    b, s, h, _ = q_nope.shape
+    b, s, h, n = q_nope.shape
     t, r = c_kv.shape[1:]
     dtype, precision = _compute_dtypes(q_nope)
     # One batched product per head; [h, b·s, n] x [h, n, r].
-    q_latent = torch.matmul(q_nope.permute(2, 0, 1, 3).reshape(h, b * s, -1), w_uk).view(h, b, s, r)
+    q_latent = torch.matmul(q_nope.permute(2, 0, 1, 3).reshape(h, b * s, n), w_uk).view(h, b, s, r)
     q_latent = (q_latent * scale).permute(1, 0, 2, 3).to(dtype)  # [b, h, s, r]
     q_rope = (q_rope * scale).transpose(1, 2).to(dtype)  # [b, h, s, p]
 
-    queries = _tiles(s, query_tile)
+    queries = _tiles(s, query_tile) or [(0, 0)]
     states = [_OnlineSoftmax(dropout, precision) for _ in queries]
     for keys in _tiles(t, key_tile):
         c_tile, k_tile = c_kv[:, keys[0] : keys[1]].to(dtype), k_rope[:, keys[0] : keys[1]].to(dtype)
@@ -53,19 +53,20 @@ def absorbed(
             width = rows[1] - rows[0]
             # All heads share the keys, so heads and queries are the rows of one matrix product.
             flat_latent = q_latent[:, :, rows[0] : rows[1]].reshape(b, h * width, r)
-            flat_rope = q_rope[:, :, rows[0] : rows[1]].reshape(b, h * width, -1)
+            flat_rope = q_rope[:, :, rows[0] : rows[1]].reshape(b, h * width, q_rope.shape[-1])
             scores = torch.baddbmm(torch.bmm(flat_rope, k_transposed), flat_latent, c_transposed)
-            scores = _hide(scores.view(b, h, width, -1).to(precision), rows, keys, t - s, causal, mask)
+            scores = scores.view(b, h, width, keys[1] - keys[0]).to(precision)
+            scores = _hide(scores, rows, keys, t - s, causal, mask)
 
             def weigh(probs: Tensor, c_tile: Tensor = c_tile, width: int = width) -> Tensor:
-                flat = probs.to(dtype).view(b, h * width, -1)
+                flat = probs.to(dtype).view(b, h * width, c_tile.shape[1])
                 return torch.bmm(flat, c_tile).view(b, h, width, r)
 
             state.add(scores, weigh)
     out_latent, lse = _finish(states, queries, sinks, (b, h, r), q_nope.device)
     # Back to the weights' dtype for the product: the result is rounded to it anyway.
     flat_out = out_latent.to(w_uv.dtype).permute(1, 0, 2, 3).reshape(h, b * s, r)
-    out = torch.matmul(flat_out, w_uv.transpose(1, 2)).view(h, b, s, -1)
+    out = torch.matmul(flat_out, w_uv.transpose(1, 2)).view(h, b, s, w_uv.shape[1])
     return out.permute(1, 2, 0, 3).to(q_nope.dtype), lse
 
 
@@ -96,7 +97,7 @@ def expanded(
     q_rope_scaled = (q_rope * scale).transpose(1, 2).to(dtype)  # [b, h, s, p]
     w_uk, w_uv = w_uk.to(dtype), w_uv.to(dtype)
 
-    queries = _tiles(s, query_tile)
+    queries = _tiles(s, query_tile) or [(0, 0)]
     states = [_OnlineSoftmax(dropout, precision) for _ in queries]
     for keys in _tiles(t, key_tile):
         c_tile = c_kv[:, keys[0] : keys[1]].to(dtype)[:, None]  # [b, 1, tile, r]

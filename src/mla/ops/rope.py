@@ -60,7 +60,9 @@ def rope_table(
         raise MLAError(f"rotary dim: expected an even number, got {dim}")
     device = positions.device if device is None else torch.device(device)
     if seq_len is None:
-        seq_len = int(positions.max()) + 1 if positions.numel() else 0
+        # Read off only where it matters: on an accelerator it waits for the device.
+        needed = rope.rope_type in ("dynamic", "longrope") and positions.numel() > 0
+        seq_len = int(positions.max()) + 1 if needed else 0
     frequencies = inverse_frequencies(
         rope, dim, seq_len=seq_len, max_position_embeddings=max_position_embeddings
     ).to(device)

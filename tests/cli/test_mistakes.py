@@ -1,0 +1,130 @@
+"""A user's mistake: one clear line, exit status 2, no traceback."""
+
+import json
+import shutil
+
+import pytest
+
+
+@pytest.fixture
+def broken(mla_folder, tmp_path):
+    """A copy of the model folder to be damaged."""
+    return shutil.copytree(mla_folder, tmp_path / "broken")
+
+
+def says(run, *parts):
+    assert run.status == 2, run
+    lines = run.err.strip().splitlines()
+    assert len(lines) == 1, run.err
+    assert lines[0].startswith("mla: error: ")
+    for part in parts:
+        assert part in lines[0]
+    assert run.out == ""
+
+
+def test_missing_folder(mla):
+    says(mla("generate", "./nothing", "Hi"), "./nothing: no such folder or file")
+    says(mla("doctor", "nothing-here"), "no such folder or file, and not a Hub id")
+
+
+def test_folder_without_a_config(mla, tmp_path):
+    says(mla("doctor", tmp_path), "expected a model folder with a config.json")
+
+
+def test_other_file(mla, tmp_path):
+    file = tmp_path / "model.bin"
+    file.write_bytes(b"x")
+    says(mla("generate", file, "Hi"), "expected a folder, a .gguf file or a Hub id")
+
+
+def test_broken_config(mla, broken):
+    (broken / "config.json").write_text("{")
+    says(mla("generate", broken, "Hi"), str(broken), "does not open")
+
+
+def test_unknown_family(mla, broken):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "model_type": "mystery"}))
+    says(mla("generate", broken, "Hi"), "mystery")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 1000, -100])
+def test_damaged_weights(mla, broken, keep):
+    file = broken / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:keep])
+    says(mla("generate", broken, "Hi"), "model.safetensors is damaged", "fetch or convert it again")
+
+
+def test_missing_weights(mla, broken):
+    (broken / "model.safetensors").unlink()
+    says(mla("generate", broken, "Hi"), "does not open")
+
+
+def test_not_an_mla_model(mla, llama_folder):
+    for verb in (("generate", llama_folder, "Hi"), ("chat", llama_folder), ("doctor", llama_folder)):
+        says(mla(*verb), "is not an MLA model", "mla convert MODEL OUT")
+
+
+def test_prompt_longer_than_the_model(mla, mla_folder):
+    says(mla("generate", mla_folder, "x" * 600, "--raw"), "the prompt has 600 tokens, the model takes 512")
+    says(
+        mla("generate", mla_folder, "x" * 60, "--raw", "--max-model-len", 50), "60 tokens, the model takes 50"
+    )
+
+
+def test_empty_prompt(mla, mla_folder):
+    says(mla("generate", mla_folder, "", "--raw"), "the prompt is empty")
+
+
+class Memory:
+    available = 100_000
+
+
+def test_not_enough_memory_for_the_cache(mla, mla_folder, monkeypatch):
+    from mla.integrations import loading
+
+    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: Memory)
+    monkeypatch.setattr(loading, "_weight_bytes", lambda source: None)
+    run = mla("generate", mla_folder, "x" * 400, "--raw")
+    says(run, "a cache of 512 tokens would need 0.00 GiB of memory, 0.00 GiB are available")
+
+
+def test_not_enough_memory_for_the_weights(mla, mla_folder, monkeypatch):
+    from mla.integrations import loading
+
+    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: Memory)
+    says(mla("generate", mla_folder, "Hi"), "the weights of", "would need")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max-new-tokens", 0), "--max-new-tokens: expected at least 1"),
+        (("--temperature", -1), "--temperature: expected 0 or more"),
+        (("--top-p", 0), "--top-p: expected a number above 0"),
+        (("--max-model-len", 10**6), "--max-model-len: expected 1 to 512"),
+        (("--dtype", "int3"), "--dtype: expected one of auto, float32, bfloat16, float16, got int3"),
+    ],
+)
+def test_options_out_of_range(mla, mla_folder, options, message):
+    says(mla("generate", mla_folder, "Hi", *options), message)
+
+
+def test_text_files(mla, mla_folder, tmp_path):
+    says(mla("eval", mla_folder, "--text", "none.txt"), "none.txt: no such text file")
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\x00")
+    says(mla("eval", mla_folder, "--text", binary), "not readable as UTF-8")
+    short = tmp_path / "short.txt"
+    short.write_text("Hi")
+    says(mla("eval", mla_folder, "--text", short), "the text has 2 tokens, less than one window of 1024")
+    long = tmp_path / "long.txt"
+    long.write_text("x" * 2000)
+    says(mla("eval", mla_folder, "--text", long), "--window: the model takes 512 tokens, got 1024")
+
+
+def test_unknown_verbs_and_options(mla, mla_folder):
+    assert mla("transmogrify").status == 2
+    assert mla("generate", mla_folder).status == 2
+    assert mla("generate", mla_folder, "Hi", "--nonsense").status == 2

@@ -1,0 +1,147 @@
+"""The verbs on a tiny model: right answers on standard output, notes for people on standard error."""
+
+import io
+import json
+import math
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mla.integrations.transformers import latent_attentions
+
+
+@torch.no_grad()
+def test_generate_writes_what_transformers_writes(mla, mla_folder):
+    tokenizer = AutoTokenizer.from_pretrained(mla_folder)
+    model = AutoModelForCausalLM.from_pretrained(mla_folder)
+    ids = tokenizer("Once upon", return_tensors="pt")["input_ids"]
+    want = tokenizer.decode(model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :])
+    run = mla("generate", mla_folder, "Once upon", "--raw", "--max-new-tokens", 12)
+    assert run.status == 0
+    assert run.out == want + "\n"
+    assert "cache bytes per token" in run.err
+
+
+def test_generate_json(mla, mla_folder):
+    run = mla("generate", mla_folder, "Hi", "--json", "--max-new-tokens", 5)
+    answer = json.loads(run.out)
+    assert answer["new_tokens"] == 5
+    assert answer["prompt_tokens"] == len("user: Hi\nassistant: ")
+    assert answer["cache_bytes_per_token"] == 3 * (32 + 8) * 4
+    assert answer["cache_bytes"] == answer["cache_bytes_per_token"] * (answer["prompt_tokens"] + 5)
+
+
+def test_generate_draws_by_seed(mla, mla_folder):
+    options = ("--max-new-tokens", 20, "--temperature", 1.5)
+    texts = [mla("generate", mla_folder, "Hi", *options, "--seed", seed).out for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_generate_reads_standard_input(mla, mla_folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi"))
+    piped = mla("generate", mla_folder, "-", "--max-new-tokens", 5)
+    assert piped.out == mla("generate", mla_folder, "Hi", "--max-new-tokens", 5).out
+
+
+def test_generate_stops_at_the_limit(mla, mla_folder):
+    run = mla("generate", mla_folder, "x" * 500, "--raw", "--max-new-tokens", 100, "--json")
+    assert json.loads(run.out)["new_tokens"] == 512 - 500
+
+
+def test_chat_keeps_its_latents(mla, mla_folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n\nAnd then?\n/reset\nHello\n/exit\n"))
+    run = mla("chat", mla_folder, "--max-new-tokens", 6, "--temperature", 0)
+    assert run.status == 0
+    reused = [int(line.split("(")[1].split()[0]) for line in run.err.splitlines() if "from the cache" in line]
+    assert reused[0] == 0
+    assert reused[1] >= len("user: Hello\nassistant: ")  # the first turn's latents
+    assert 0 < reused[2] < reused[1]  # after /reset the common beginning is still there
+    lines = run.out.splitlines()
+    assert lines[0] == lines[-1]
+
+
+def test_chat_answers_as_without_a_cache(mla, mla_folder, monkeypatch):
+    """The second turn on rolled-back latents says what a fresh process says to the whole conversation."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nMore\n"))
+    run = mla("chat", mla_folder, "--max-new-tokens", 6, "--temperature", 0)
+    tokenizer = AutoTokenizer.from_pretrained(mla_folder)
+    model = AutoModelForCausalLM.from_pretrained(mla_folder)
+    messages, out = [], ""
+    for line in ("Hello", "More"):
+        messages.append({"role": "user", "content": line})
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+        ids = ids["input_ids"]
+        text = tokenizer.decode(model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :])
+        messages.append({"role": "assistant", "content": text})
+        out += text + "\n"
+    assert run.out == out
+
+
+@torch.no_grad()
+def test_eval(mla, mla_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 4)
+    run = mla("eval", mla_folder, "--text", text, "--window", 32, "--json", "--against", mla_folder)
+    result = json.loads(run.out)
+    model = AutoModelForCausalLM.from_pretrained(mla_folder)
+    ids = AutoTokenizer.from_pretrained(mla_folder)(text.read_text(), return_tensors="pt")["input_ids"][0]
+    windows = ids[: len(ids) // 32 * 32].view(-1, 32)
+    want = sum(float(model(w[None], labels=w[None]).loss) for w in windows) / len(windows)
+    assert result["tokens"] == len(windows) * 31
+    assert result["perplexity"] == pytest.approx(math.exp(want), rel=1e-4)
+    assert result["kl"] == pytest.approx(0, abs=1e-5)
+    assert result["agreement"] == 1.0
+    table = mla("eval", mla_folder, "--text", text, "--window", 32, "--max-tokens", 64, "--stock")
+    assert "perplexity" in table.err
+
+
+def test_eval_of_a_model_that_is_not_mla(mla, llama_folder, mla_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 4)
+    run = mla("eval", mla_folder, "--text", text, "--window", 32, "--json", "--against", llama_folder)
+    assert json.loads(run.out)["kl"] > 0.1
+
+
+def test_doctor_calls_a_good_model_safe(mla, mla_folder):
+    run = mla("doctor", mla_folder)
+    assert run.status == 0
+    assert run.out.startswith(f"safe: {mla_folder} (deepseek_v3) absorbed equals stock to ")
+    assert "in 3 attentions at positions 0..63 and 448..511" in run.out
+    assert "model.layers.2.self_attn" in run.err
+    report = json.loads(mla("doctor", mla_folder, "--json").out)
+    assert report["safe"]
+    assert report["bytes_per_token"] == [480.0, 480.0]
+
+
+def test_doctor_finds_a_defect(mla, mla_folder, monkeypatch):
+    """A wrong attention in one layer only, as a changed family would have."""
+    from mla.integrations import transformers as integration
+
+    honest = integration.up_projections
+
+    def wrong(weight, h, n):
+        w_uk, w_uv = honest(weight, h, n)
+        return w_uk * 1.01, w_uv
+
+    monkeypatch.setattr(integration, "up_projections", wrong)
+    run = mla("doctor", mla_folder)
+    assert run.status == 1
+    assert run.out.startswith(f"NOT safe: {mla_folder} (deepseek_v3): model.layers.0.self_attn differs by")
+    assert not json.loads(mla("doctor", mla_folder, "--json").out)["safe"]
+
+
+def test_doctor_leaves_the_model_as_it_was(mla_folder):
+    from mla.integrations.doctor import diagnose
+
+    model = AutoModelForCausalLM.from_pretrained(mla_folder)
+    assert diagnose(model, torch.randint(256, (1, 20))).safe
+    assert all("expand_kv" not in vars(module) for module in latent_attentions(model).values())
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "convert", "eval", "doctor"])
+def test_help_of_each_verb(mla, verb):
+    run = mla(verb, "--help")
+    assert run.status == 0
+    assert "Usage: mla" in run.out
