@@ -1,5 +1,6 @@
 """``mla convert``: an MHA, GQA or MQA model becomes an MLA checkpoint that stock software loads."""
 
+import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -23,8 +24,8 @@ def convert(
         str | None,
         typer.Option(help="A UTF-8 text to calibrate on; by default English that ships with Python."),
     ] = None,
-    windows: Annotated[int, typer.Option(help="Windows of calibration text.")] = 32,
-    window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    windows: Annotated[int, typer.Option(help="Windows of calibration text.")] = 24,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     seed: Annotated[int, typer.Option(help="Which part of the calibration text is read.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of the written weights: float32 or bfloat16.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
@@ -57,15 +58,11 @@ def convert(
                 rank=rank,
                 rope=rope,
                 calibration=ids,
-                seed=seed,
                 on_progress=lambda label, done, total: advance(done, total, label),
             )
         config = student.config
         report = {
             "source": model,
-            "kv_lora_rank": config.kv_lora_rank,
-            "qk_rope_head_dim": config.qk_rope_head_dim,
-            "cache_numbers_per_token_and_layer": config.kv_lora_rank + config.qk_rope_head_dim,
             "calibration": calibration or "docstrings of the Python standard library",
             "calibration_tokens": ids.numel(),
             "seed": seed,
@@ -73,7 +70,7 @@ def convert(
         }
         save(student, tokenizer, out, report=report, dtype=written, overwrite=overwrite)
     if as_json:
-        console.print_json({"out": str(out), **report})
+        console.print_json(json.loads((out / "convert.json").read_text(encoding="utf-8")))
         return
     console.people.print(
         f"{out}: latent rank {config.kv_lora_rank} + rotary key {config.qk_rope_head_dim} numbers per token "

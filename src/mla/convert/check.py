@@ -1,0 +1,88 @@
+"""Which models can be stored as the target checkpoint, and why not the others. Looks at the config only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mla.convert.checkpoint import head_dim
+from mla.errors import MLAError
+
+_LLAMA_LIKE = {"llama", "mistral"}
+
+# Why a family that people will try cannot be stored, by model_type.
+_REASONS = {
+    "qwen2": "its q, k and v projections have biases, which the target checkpoint cannot hold",
+    "qwen3": "its QK-norm normalises every key after projection, which no shared latent can absorb",
+    "gemma3_text": "its QK-norm normalises every key after projection, which no shared latent can absorb",
+    "olmo2": "its QK-norm normalises every key after projection, which no shared latent can absorb",
+}
+
+
+def check_convertible(config: Any) -> None:
+    """Refuse, before any work, a model whose attention the target checkpoint cannot hold.
+
+    Args:
+        config: the model's Transformers config.
+
+    Raises:
+        MLAError: says what stands in the way and, where there is one, the way round.
+    """
+    kind = getattr(config, "model_type", None)
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise MLAError(
+            f"this model ({kind}) already has Multi-head Latent Attention: "
+            "nothing to convert, use it as it is"
+        )
+    if kind in _REASONS:
+        raise MLAError(f"cannot convert a {kind} model: {_REASONS[kind]}")
+    if kind not in _LLAMA_LIKE:
+        known = ", ".join(sorted(_LLAMA_LIKE))
+        raise MLAError(f"cannot convert a model of type {kind!r}: expected Llama-type attention ({known})")
+    for key, where in (("attention_bias", "attention"), ("mlp_bias", "MLP")):
+        if getattr(config, key, False):
+            raise MLAError(
+                f"cannot convert: {key} is true, and the target checkpoint has no {where} biases; "
+                "a model trained without them is needed"
+            )
+    _check_window(config)
+    _check_rope(config)
+    width = head_dim(config)
+    if width % 2:
+        raise MLAError(f"cannot convert: head_dim {width} is odd, RoPE needs pairs")
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if groups is not None and heads % groups:
+        raise MLAError(f"cannot convert: {heads} heads do not divide evenly into {groups} key-value heads")
+    if config.num_hidden_layers < 1:
+        raise MLAError("cannot convert: the model has no layers")
+
+
+def _check_window(config: Any) -> None:
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        raise MLAError(
+            f"cannot convert: a sliding window of {window} tokens is active (of "
+            f"{config.max_position_embeddings} positions) and the target has none; for contexts "
+            f"within it, set max_position_embeddings to {window} in its config and convert again"
+        )
+
+
+def _check_rope(config: Any) -> None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind != "default":
+        way = (
+            "; for contexts within original_max_position_embeddings, remove the scaling from its config"
+            if "original_max_position_embeddings" in rope
+            else ""
+        )
+        raise MLAError(
+            f"cannot convert: RoPE scaling {kind!r} does not survive in the target checkpoint "
+            f"(loaders rewrite it for DeepSeek models){way}"
+        )
+    partial = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
+    if partial is not None and partial != 1.0:
+        raise MLAError(
+            f"cannot convert: partial rotary embedding (factor {partial}), expected RoPE on all of d"
+        )
+    if "rope_theta" not in rope:
+        raise MLAError("cannot convert: the config gives no rope_theta")

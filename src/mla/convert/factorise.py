@@ -1,0 +1,137 @@
+"""Keys and values of one layer through one latent, both measured as squared error of the block's output.
+
+The student reads c = A z, keys U_h c, values Y_h c. With S_h the second moments of the queries that meet the
+position-free keys and M_h = O_hᵀ O_h, the error is
+
+    J = Σ_h tr[S_h (K_h − U_h A) C_h (K_h − U_h A)ᵀ] + Σ_h tr[M_h (V_h − Y_h A) B_h (V_h − Y_h A)ᵀ].
+
+C_h and B_h differ: logits feel differences between tokens, values feel attention's averages. For one common
+covariance the answer is a singular value decomposition; from there, alternate: for a given A the read-outs
+have a closed form, for given read-outs A solves a linear system (conjugate gradients). Both terms have the
+same unit, so nothing balances keys against values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Terms:
+    """One quadratic form per row: targets [i, d, m], metric [i, d, d] over d, cov [i, m, m] over z. fp64."""
+
+    targets: Tensor
+    metric: Tensor
+    cov: Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """c = encoder · z, encoder [r, m]; targets_i ≈ decoders[i] · c, decoders [i, d, r]. fp64."""
+
+    encoder: Tensor
+    decoders: Tensor
+    error: float
+    energy: float
+
+
+def factorise(terms: Terms, rank: int, *, rounds: int = 2, steps: int = 6) -> Factors:
+    """Best shared encoder of ``rank`` rows for all terms.
+
+    Args:
+        terms: what must come out of the latent, and in which metric.
+        rank: rows of the encoder; what the targets do not need is padded with zeros.
+        rounds: alternations after the decomposition.
+        steps: conjugate gradient steps per alternation.
+
+    Returns:
+        Encoder and decoders; ``error`` is J, ``energy`` is J of an empty latent.
+    """
+    m = terms.cov.shape[1]
+    energy = float(torch.einsum("ide,iem,imk,idk->", terms.metric, terms.targets, terms.cov, terms.targets))
+    span = _row_space(terms.targets)
+    if span.shape[0] <= rank:  # nothing to lose: no covariance may blur an exact answer
+        inner, encoder, decoders = span.shape[0], span, terms.targets @ span.T
+    else:
+        inner = rank
+        encoder = _start(terms, inner)
+        for _ in range(rounds):
+            encoder = _improve(terms, encoder, _read_out(terms, encoder), steps)
+        decoders = _read_out(terms, encoder)
+    rest = terms.targets - decoders @ encoder
+    error = float(torch.einsum("ide,iem,imk,idk->", terms.metric, rest, terms.cov, rest))
+    if inner < rank:
+        encoder = torch.cat([encoder, encoder.new_zeros(rank - inner, m)])
+        decoders = torch.cat([decoders, decoders.new_zeros(*decoders.shape[:2], rank - inner)], dim=2)
+    return Factors(encoder, decoders, error, energy)
+
+
+def _row_space(targets: Tensor) -> Tensor:
+    """Orthonormal rows [n, m] that span all targets."""
+    rows = targets.flatten(0, 1)
+    values, vectors = torch.linalg.eigh(rows.T @ rows)
+    # eigh squares the singular values: 1e-13 here is 3e-7 of the largest one.
+    span: Tensor = vectors[:, values > values[-1].clamp(min=1e-300) * 1e-13].T.contiguous()
+    return span
+
+
+def _start(terms: Terms, rank: int) -> Tensor:
+    """Principal directions under the average covariance, rows whitened by it."""
+    scale = torch.einsum("imm->i", terms.cov)
+    common = (terms.cov / scale[:, None, None]).mean(0)
+    values, vectors = torch.linalg.eigh(common)
+    values = values.clamp(min=values[-1] * 1e-10)
+    root, inverse = values.sqrt(), values.rsqrt()
+    # Σ_i scale_i · Kᵀ S K, seen through the square root of the common covariance.
+    load = torch.einsum("i,idm,ide,iek->mk", scale, terms.targets, terms.metric, terms.targets)
+    seen = root[:, None] * (vectors.T @ load @ vectors) * root[None, :]
+    directions = torch.linalg.eigh(seen).eigenvectors[:, -rank:].flip(1)
+    encoder: Tensor = (directions.T * inverse) @ vectors.T
+    return encoder
+
+
+def _read_out(terms: Terms, encoder: Tensor) -> Tensor:
+    """Closed form of the decoders: targets · C Aᵀ (A C Aᵀ)⁻¹."""
+    through = terms.cov @ encoder.T  # [i, m, r]
+    gram = encoder @ through
+    ridge = 1e-9 * torch.einsum("irr->i", gram) / gram.shape[1]
+    gram = gram + torch.diag_embed(ridge[:, None].expand(-1, gram.shape[1]))
+    decoders: Tensor = torch.linalg.solve(gram, (terms.targets @ through).mT).mT
+    return decoders
+
+
+def _improve(terms: Terms, encoder: Tensor, decoders: Tensor, steps: int) -> Tensor:
+    """Conjugate gradients on the encoder, Σ_i UᵢᵀSᵢUᵢ A Cᵢ = Σ_i UᵢᵀSᵢ Kᵢ Cᵢ, starting from the present
+    one."""
+    weighted = decoders.mT @ terms.metric  # [i, r, d]
+    left = weighted @ decoders  # [i, r, r]
+
+    def apply(x: Tensor) -> Tensor:
+        return (left @ (x @ terms.cov)).sum(0)
+
+    x = encoder
+    residual = ((weighted @ terms.targets) @ terms.cov).sum(0) - apply(x)
+    # Diagonal preconditioner: rows see Σ left, columns Σ cov.
+    rows = left.diagonal(dim1=1, dim2=2)
+    columns = terms.cov.diagonal(dim1=1, dim2=2)
+    scale = torch.einsum("ir,im->rm", rows, columns)
+    scale = scale.clamp(min=float(scale.max()) * 1e-12)
+    z = residual / scale
+    direction = z
+    power = (residual * z).sum()
+    for _ in range(steps):
+        image = apply(direction)
+        curvature = (direction * image).sum()
+        if not curvature > 0:
+            break
+        step = power / curvature
+        x = x + step * direction
+        residual = residual - step * image
+        z = residual / scale
+        new_power = (residual * z).sum()
+        direction = z + (new_power / power) * direction
+        power = new_power
+    return x

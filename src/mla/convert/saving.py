@@ -1,0 +1,193 @@
+"""Writing a converted model so that a folder is either whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import save_torch_state_dict
+from transformers import DeepseekV3ForCausalLM, PreTrainedTokenizerBase
+
+from mla.errors import MLAError
+
+FORMAT = 1  # of convert.json
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def save(
+    student: DeepseekV3ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out_dir: str | os.PathLike[str],
+    *,
+    report: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
+) -> Path:
+    """Write the checkpoint, tokenizer, chat template, generation config, model card and ``convert.json``.
+
+    Everything goes into a hidden sibling folder first, ``config.json`` last, is flushed to the disk and then
+    renamed: a process killed at any moment leaves no folder that looks whole, and an exception (an interrupt
+    included) removes the sibling.
+
+    Args:
+        student: from :func:`convert`; not changed.
+        tokenizer: the teacher's, or None for a model without one.
+        out_dir: folder to create; its parent is created where missing.
+        report: facts for ``convert.json`` and the card: teacher, seed, calibration. JSON values.
+        dtype: torch.float32 or torch.bfloat16.
+        overwrite: replace a folder that is already there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        MLAError: the dtype cannot hold the model, or the folder is in use.
+    """
+    out = Path(out_dir).absolute()
+    check_output(out, dtype=dtype, overwrite=overwrite)
+    facts = _facts(student, report, dtype)
+    text = json.dumps(facts, indent=2) + "\n"  # fails here, before any work, on values that are no JSON
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        partial.chmod(0o777 & ~_umask())
+        weights = {
+            name: value.detach().to(dtype).contiguous() for name, value in student.state_dict().items()
+        }
+        save_torch_state_dict(weights, partial, metadata={"format": "pt"})
+        if student.generation_config is not None:
+            student.generation_config.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(_card(out.name, facts), encoding="utf-8")
+        (partial / "convert.json").write_text(text, encoding="utf-8")
+        for path in partial.rglob("*"):
+            if path.is_file():
+                path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
+            _flush(path)
+        config = student.config.to_dict()
+        config |= {"dtype": _DTYPES[dtype], "architectures": ["DeepseekV3ForCausalLM"]}
+        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+        _flush(partial / "config.json")
+        _flush(partial)
+        _put_in_place(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return out
+
+
+def check_output(out_dir: str | os.PathLike[str], *, dtype: torch.dtype, overwrite: bool) -> None:
+    """Refuse, before any work, a folder that :func:`save` would refuse.
+
+    Raises:
+        MLAError: see :func:`save`.
+    """
+    if dtype == torch.float16:
+        raise MLAError(
+            "float16 cannot hold a converted model: the latent norm is folded out with a factor of 2^-30, "
+            "far below the smallest float16 number; save bfloat16 or float32"
+        )
+    if dtype not in _DTYPES:
+        raise MLAError(f"dtype must be float32 or bfloat16, got {str(dtype).removeprefix('torch.')}")
+    out = Path(out_dir)
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise MLAError(f"{out} exists and is not a folder")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise MLAError(f"{out} is not empty: choose another folder or ask to overwrite it")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open folders
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    """Rename; an old folder steps aside first and comes back if the rename fails."""
+    old: Path | None = None
+    if out.is_dir():
+        if any(out.iterdir()):
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+            os.rename(out, old / out.name)
+        else:
+            out.rmdir()
+    try:
+        os.rename(partial, out)
+    except BaseException:
+        if old is not None:
+            os.rename(old / out.name, out)
+            old.rmdir()
+        raise
+    _flush(out.parent)
+    if old is not None:
+        with contextlib.suppress(OSError):  # the new folder is whole: a leftover is untidy, not wrong
+            shutil.rmtree(old)
+
+
+def _facts(student: DeepseekV3ForCausalLM, report: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    config = student.config
+    cached = config.kv_lora_rank + config.qk_rope_head_dim
+    return {
+        **report,
+        "format": FORMAT,
+        "dims": {
+            "layers": config.num_hidden_layers,
+            "hidden": config.hidden_size,
+            "heads": config.num_attention_heads,
+            "rank": config.kv_lora_rank,
+            "rope": config.qk_rope_head_dim,
+            "nope": config.qk_nope_head_dim,
+            "value": config.v_head_dim,
+            "rope_theta": config.rope_parameters["rope_theta"],
+            "cached_numbers_per_token_and_layer": cached,
+        },
+        "dtype": _DTYPES[dtype],
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _card(name: str, facts: Mapping[str, Any]) -> str:
+    dims, given = facts["dims"], facts
+    told = {key: given[key] for key in given if key not in {"dims", "versions", "format"}}
+    lines = "\n".join(f"- {key}: {value}" for key, value in told.items())
+    return f"""---
+library_name: transformers
+tags: [mla, multi-head-latent-attention, converted]
+---
+
+# {name}
+
+A Llama-type model whose attention was converted to Multi-head Latent Attention by the Python package `mla`,
+without training. Everything but the attention is the original model's, with its constants rescaled to the
+stock `DeepseekV3ForCausalLM` layout; `AutoModelForCausalLM.from_pretrained` loads it, no remote code is
+needed.
+
+Per token and layer it caches {dims["cached_numbers_per_token_and_layer"]} numbers: a latent of rank
+{dims["rank"]} and one rotary key of {dims["rope"]} dimensions.
+
+{lines}
+
+Unless the original has one key-value head and kept all of its rotary dimensions, the conversion is an
+approximation: answers differ from the original's, and more so on text unlike the calibration text. Measure
+before you rely on it. Run it in bfloat16 or float32; float16 cannot hold the folded latent norm. The original
+model's licence applies.
+"""

@@ -1,0 +1,205 @@
+"""What the attention of one layer really reads, measured on calibration text.
+
+One call looks at one layer only, so the memory beside the model is bounded by one layer's statistics. Sums
+are kept in fp64. Notation: b windows, t and s query and key positions, h heads, g key-value groups, d head
+width, j = d/2 rotary pairs, m width of the basis in which the layer's keys and values are written.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """One Llama attention block as plain fp32 matrices, and its inverse frequencies.
+
+    Shapes: ``q`` [h, d, D], ``k`` and ``v`` [g, d, D], ``o`` [h, D, d], ``inv_freq`` fp64 [j]; D is the model
+    width. Keys rotate by pairs (j, j + d/2).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    inv_freq: Tensor
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def groups(self) -> int:
+        return self.k.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        return self.q.shape[1]
+
+    def group_of(self, head: int) -> int:
+        return head * self.groups // self.heads
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Second moments of one layer (fp64; complex128 where said), every one a mean over query tokens.
+
+    With attention a_ts, w_ts = a_ts² ‖O_h (v_s − v̄_t)‖² is the squared change of the block's output per unit
+    of squared change of the logit (t, s), to first order. z = basis · x holds everything that keys and values
+    can see of the input.
+
+    Attributes:
+        basis: [m, D], orthonormal rows that span the rows of the key and value weights.
+        key_cov: [h, m, m], E Σ_s w_ts (z_s − z̄_t)(z_s − z̄_t)ᵀ; z̄_t = Σ_s a_ts z_s. The softmax ignores
+        what is
+            constant over s, hence the centring.
+        value_cov: [h, m, m], E z̄_t z̄_tᵀ.
+        plain_cov: [m, m], E z_s z_sᵀ.
+        query_moment: [h, d, d], q qᵀ weighted by w, over w.
+        pair_moment: complex [h, j, g, g], E Σ_s w_ts |q_hj(t)|² k_gj(s) k_fj(s)*.
+        rotation: complex [h, j], weighted mean of e^{iω_j(t−s)}, weight w_ts |q_hj|² |k_gj|².
+        lags: [h, T], weight w_ts by lag t − s, sums to one.
+        weight: [h], E Σ_s w_ts.
+        output_energy: E ‖y_t‖² of the block's output.
+    """
+
+    basis: Tensor
+    key_cov: Tensor
+    value_cov: Tensor
+    plain_cov: Tensor
+    query_moment: Tensor
+    pair_moment: Tensor
+    rotation: Tensor
+    lags: Tensor
+    weight: Tensor
+    output_energy: float
+
+
+def joint_basis(weights: AttentionWeights) -> Tensor:
+    """Orthonormal basis [m, D] (fp64) of what keys and values read; the identity where they read
+    everything."""
+    stack = torch.cat([weights.k.flatten(0, 1), weights.v.flatten(0, 1)]).double()
+    width = stack.shape[1]
+    if stack.shape[0] >= width:
+        return torch.eye(width, dtype=torch.float64)
+    basis: Tensor = torch.linalg.qr(stack.T).Q.T.contiguous()
+    return basis
+
+
+def rotate(x: Tensor, inv_freq: Tensor) -> Tensor:
+    """Llama's RoPE of x [..., t, d] at positions 0 .. t-1, pairs (j, j + d/2)."""
+    angles = torch.outer(torch.arange(x.shape[-2], dtype=torch.float64), inv_freq)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def to_complex(x: Tensor) -> Tensor:
+    """[..., d] to complex [..., j]: pair (j, j + d/2) as one number."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.complex(first, second)
+
+
+def _sum_by_lag(w: Tensor) -> Tensor:
+    """Σ over the diagonals of a lower triangular w [T, T]: entry n is the sum over t − s = n."""
+    T = w.shape[0]
+    # Row t shifted left by t in a flat buffer of row length T + 1 puts lag n into column n of the flipped
+    # row.
+    skewed = torch.nn.functional.pad(w.flip(1), (0, T)).flatten()[: T * (2 * T - 1)].view(T, 2 * T - 1)
+    return skewed.sum(0)[T - 1 :].clone() if T > 1 else w.sum(0)
+
+
+def collect(weights: AttentionWeights, inputs: Tensor) -> tuple[LayerStatistics, Tensor]:
+    """Run one attention block over the calibration windows and measure it.
+
+    Args:
+        weights: the block.
+        inputs: fp32 [b, T, D], what the block reads (after the layer's input norm).
+
+    Returns:
+        The statistics, and the block's output fp32 [b, T, D].
+    """
+    H, G, d = weights.heads, weights.groups, weights.head_dim
+    windows, T, _ = inputs.shape
+    basis = joint_basis(weights)
+    project = basis.float()
+    m = basis.shape[0]
+    f64 = torch.float64
+    key_cov = torch.zeros(H, m, m, dtype=f64)
+    value_cov = torch.zeros(H, m, m, dtype=f64)
+    plain_cov = torch.zeros(m, m, dtype=f64)
+    query_moment = torch.zeros(H, d, d, dtype=f64)
+    pair_moment = torch.zeros(H, d // 2, G, G, dtype=torch.complex128)
+    turned = torch.zeros(H, d // 2, dtype=torch.complex128)
+    unturned = torch.zeros(H, d // 2, dtype=f64)
+    lags = torch.zeros(H, T, dtype=f64)
+    output_metric = torch.einsum("hDd,hDe->hde", weights.o, weights.o)
+    phase = torch.polar(
+        torch.ones(T, d // 2, dtype=f64), torch.outer(torch.arange(T, dtype=f64), weights.inv_freq)
+    ).to(torch.complex64)
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    outputs = torch.zeros_like(inputs)
+
+    for b in range(windows):
+        x = inputs[b]
+        z = x @ project.T
+        plain_cov += (z.T @ z).double()
+        k = torch.einsum("gdD,tD->gtd", weights.k, x)
+        v = torch.einsum("gdD,tD->gtd", weights.v, x)
+        k_pairs = to_complex(k)  # [g, t, j]
+        k_rotated = rotate(k, weights.inv_freq)
+        for h in range(H):
+            g = weights.group_of(h)
+            q = x @ weights.q[h].T
+            logits = rotate(q, weights.inv_freq) @ k_rotated[g].T / math.sqrt(d)
+            a = logits.masked_fill_(~causal, -math.inf).softmax(-1)
+            # The square of a tiny probability is a denormal number, which many CPUs multiply in software.
+            a = torch.threshold_(a, 1e-12, 0.0)
+            v_mean = a @ v[g]
+            outputs[b] += v_mean @ weights.o[h].T
+            v_metric = v[g] @ output_metric[h]
+            distance = (v_metric * v[g]).sum(-1)[None, :] - 2 * (v_mean @ v_metric.T)
+            distance += ((v_mean @ output_metric[h]) * v_mean).sum(-1)[:, None]
+            w = a.square().mul_(distance.clamp_(min=0))
+            by_query, by_key = w.sum(1), w.sum(0)
+
+            z_mean, wz = a @ z, w @ z
+            # Σ w (z_s − z̄_t)(z_s − z̄_t)ᵀ with two products instead of three: the cross terms take half of the
+            # square each.
+            cross = z_mean.T @ (wz - 0.5 * by_query[:, None] * z_mean)
+            key_cov[h] += ((z.T * by_key) @ z - cross - cross.T).double()
+            value_cov[h] += (z_mean.T @ z_mean).double()
+            query_moment[h] += ((q.T * by_query) @ q).double()
+            lags[h] += _sum_by_lag(w).double()
+
+            q_power = to_complex(q).abs().square()  # [t, j]
+            k_power = k_pairs[g].abs().square()
+            k_turned = phase.conj() * k_power
+            wk = torch.complex(w @ k_turned.real, w @ k_turned.imag)
+            turned[h] += (q_power * phase * wk).sum(0)
+            unturned[h] += (q_power * (w @ k_power)).sum(0)
+            pair_weight = w.T @ q_power  # [s, j]
+            pair_moment[h] += torch.einsum("sj,gsj,fsj->jgf", pair_weight + 0j, k_pairs, k_pairs.conj())
+
+    tokens = windows * T
+    weight = lags.sum(1)
+    tiny = torch.finfo(f64).tiny
+    return (
+        LayerStatistics(
+            basis=basis,
+            key_cov=key_cov / tokens,
+            value_cov=value_cov / tokens,
+            plain_cov=plain_cov / tokens,
+            query_moment=query_moment / weight.clamp(min=tiny)[:, None, None],
+            pair_moment=pair_moment / tokens,
+            rotation=turned / unturned.clamp(min=tiny),
+            lags=lags / weight.clamp(min=tiny)[:, None],
+            weight=weight / tokens,
+            output_energy=float(outputs.double().square().sum() / tokens),
+        ),
+        outputs,
+    )

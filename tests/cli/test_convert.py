@@ -1,0 +1,96 @@
+"""``mla convert``: from a folder to a stock checkpoint that speaks, or one clear line, or nothing at all."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
+
+SMALL = ("--windows", 2, "--window", 32)
+
+
+def test_convert_then_speak(mla, llama_folder, tmp_path):
+    out = tmp_path / "out"
+    run = mla("convert", llama_folder, out, "--cache", 0.5, *SMALL)
+    assert run.status == 0, run.err
+    config = AutoModelForCausalLM.from_pretrained(out).config
+    assert config.kv_lora_rank + config.qk_rope_head_dim == 2 * 2 * 8 * 0.5
+    assert mla("doctor", out).status == 0
+    answer = json.loads(mla("generate", out, "Hello", "--json", "--max-new-tokens", 4).out)
+    assert answer["cache_bytes_per_token"] == 2 * 16 * 4
+    assert (out / "README.md").is_file()
+
+
+def test_convert_json_and_rank(mla, llama_folder, tmp_path):
+    run = mla("convert", llama_folder, tmp_path / "out", "--rank", 12, "--rope", 4, *SMALL, "--json")
+    report = json.loads(run.out)
+    assert (report["dims"]["rank"], report["dims"]["rope"]) == (12, 4)
+    assert report["calibration_tokens"] == 64
+
+
+def test_convert_on_text_of_ones_own(mla, llama_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 10)
+    run = mla("convert", llama_folder, tmp_path / "out", "--calibration", text, *SMALL, "--json")
+    assert json.loads(run.out)["calibration"] == str(text)
+
+
+def test_convert_writes_bfloat16(mla, llama_folder, tmp_path):
+    assert mla("convert", llama_folder, tmp_path / "out", "--dtype", "bfloat16", *SMALL).status == 0
+    model = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert str(model.dtype) == "torch.bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--dtype", "float16"), "float16 cannot hold a converted model"),
+        (("--dtype", "int4"), "--dtype: expected one of float32, bfloat16, float16, got int4"),
+        (("--cache", 1.5), "cache is a fraction"),
+        (("--rope", 3), "rope must be even"),
+        (("--calibration", "none.txt"), "none.txt: no such text file"),
+        (("--windows", 10**6), "text"),
+    ],
+)
+def test_mistakes_leave_nothing(mla, llama_folder, tmp_path, options, message):
+    run = mla("convert", llama_folder, tmp_path / "out", *SMALL, *options)
+    assert run.status == 2
+    assert message in run.err
+    assert len(run.err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_converted(mla, mla_folder, llama_folder, tmp_path):
+    run = mla("convert", mla_folder, tmp_path / "out")
+    assert run.status == 2
+    assert "already has Multi-head Latent Attention" in run.err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    run = mla("convert", llama_folder, tmp_path / "full", *SMALL)
+    assert run.status == 2
+    assert "is not empty" in run.err
+    assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
+
+
+def test_killed_at_any_moment(llama_folder, tmp_path):
+    """Whole, or not there: a folder with a config.json opens; no run leaves half of one under its name."""
+    command = [sys.executable, "-m", "mla", "convert", str(llama_folder)]
+    options = [str(option) for option in SMALL]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "whole"), *options], check=True, env=environment)
+    duration = time.monotonic() - started
+    for share in (0.6, 0.8, 0.9, 0.95):
+        out = tmp_path / "out"
+        process = subprocess.Popen([*command, str(out), *options], env=environment, stderr=subprocess.DEVNULL)
+        time.sleep(duration * share)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if out.exists():
+            AutoModelForCausalLM.from_pretrained(out)
+            shutil.rmtree(out)

@@ -1,0 +1,144 @@
+"""What cannot be stored is refused before any work, with the reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    DeepseekV3Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from mla.convert import check_convertible, convert
+from mla.convert.budget import choose_budget
+from mla.errors import MLAError
+
+from .tiny import teacher, tokens
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Qwen2Config(), "biases"),
+        (Qwen3Config(), "QK-norm"),
+        (GPT2Config(), "gpt2"),
+        (DeepseekV3Config(), "already"),
+        (LlamaConfig(attention_bias=True), "attention_bias"),
+        (LlamaConfig(mlp_bias=True), "mlp_bias"),
+        (LlamaConfig(rope_parameters=_LLAMA3), "llama3.*original_max_position_embeddings"),
+        (LlamaConfig(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}), "linear"),
+        (
+            LlamaConfig(
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+            ),
+            "partial",
+        ),
+        (MistralConfig(sliding_window=4096, max_position_embeddings=32768), "4096.*max_position_embeddings"),
+    ],
+)
+def test_refused(config: PreTrainedConfig, reason: str) -> None:
+    with pytest.raises(MLAError, match=reason) as caught:
+        check_convertible(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_odd_head_dim_is_refused() -> None:
+    config = LlamaConfig()
+    config.head_dim = 33  # newer Transformers refuse it themselves on construction
+    with pytest.raises(MLAError, match="odd"):
+        check_convertible(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(),
+        MistralConfig(sliding_window=None),
+        MistralConfig(sliding_window=4096, max_position_embeddings=4096),
+    ],
+)
+def test_accepted(config: PreTrainedConfig) -> None:
+    check_convertible(config)
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({}, "cache"),
+        ({"cache": 0.5, "rank": 100, "rope": 32}, "not all three"),
+        ({"cache": 0.0}, r"\(0, 1\]"),
+        ({"cache": 1.5}, r"\(0, 1\]"),
+        ({"rank": 0}, "rank"),
+        ({"rope": 7}, "even"),
+        ({"rope": 130}, "128"),
+        ({"cache": 0.5, "rank": 191}, "leaves 1"),
+        ({"cache": 0.1, "rope": 64}, "at least"),
+    ],
+)
+def test_budgets_that_make_no_sense(asked: dict[str, float], reason: str) -> None:
+    given = {"cache": None, "rank": None, "rope": None} | asked
+    with pytest.raises(MLAError, match=reason):
+        choose_budget(**given, groups=3, head_dim=64, hidden=576, theta=1e5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "total"),
+    [
+        ({"cache": 0.5}, 192),
+        ({"cache": 0.3125}, 120),
+        ({"cache": 0.125}, 48),
+        ({"cache": 0.02}, 8),
+        ({"cache": 1.0}, 384),
+        ({"rank": 160, "rope": 32}, 192),
+        ({"cache": 0.5, "rope": 32}, 192),
+        ({"cache": 0.5, "rank": 150}, 192),
+    ],
+)
+def test_budgets_spend_what_was_given(asked: dict[str, float], total: int) -> None:
+    given = {"cache": None, "rank": None, "rope": None} | asked
+    budget = choose_budget(**given, groups=3, head_dim=64, hidden=576, theta=1e5)
+    assert budget.rank + budget.rope == total
+    assert budget.rope % 2 == 0
+    assert budget.theta == pytest.approx(1e5 ** (budget.rope / 64))
+
+
+@pytest.mark.parametrize("asked", [{"rank": 64}, {"rope": 32}])
+def test_one_of_two_is_enough(asked: dict[str, int]) -> None:
+    given = {"cache": None, "rank": None, "rope": None} | asked
+    budget = choose_budget(**given, groups=3, head_dim=64, hidden=576, theta=1e5)
+    assert budget.rank > 0
+    assert budget.rope > 0
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [
+        torch.zeros(4, dtype=torch.int64),
+        torch.zeros(2, 8),
+        torch.zeros(0, 8, dtype=torch.int64),
+        torch.full((1, 8), 97),
+        torch.full((1, 8), -1),
+    ],
+)
+def test_bad_calibration(calibration: torch.Tensor) -> None:
+    with pytest.raises(MLAError, match="calibration"):
+        convert(teacher(), cache=0.5, calibration=calibration)
+
+
+def test_one_token_per_window_is_refused() -> None:
+    with pytest.raises(MLAError, match="calibration"):
+        convert(teacher(), cache=0.5, calibration=tokens(2, 1))

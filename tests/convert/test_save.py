@@ -1,0 +1,141 @@
+"""A folder is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
+
+from mla.convert import convert, save, saving
+from mla.errors import MLAError
+
+from .tiny import VOCABULARY, teacher, tokens
+
+
+@pytest.fixture(scope="module")
+def student() -> DeepseekV3ForCausalLM:
+    return convert(teacher(), cache=0.5, calibration=tokens(1, 16))
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    words = {f"w{index}": index for index in range(VOCABULARY)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0", eos_token="w2")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def test_everything_is_in_the_folder(student: DeepseekV3ForCausalLM, tmp_path: Path) -> None:
+    out = save(student, _tokenizer(), tmp_path / "deep" / "out", report={"seed": 3, "calibration": "test"})
+    facts = json.loads((out / "convert.json").read_text())
+    assert facts["seed"] == 3
+    assert facts["dims"]["rank"] == student.config.kv_lora_rank
+    assert facts["versions"]["torch"] == torch.__version__
+    assert "float16" in (out / "README.md").read_text()
+    assert AutoTokenizer.from_pretrained(out).chat_template == _tokenizer().chat_template
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1, "one file is more private than the rest"
+
+
+def test_fp16_is_refused_with_the_reason(student: DeepseekV3ForCausalLM, tmp_path: Path) -> None:
+    with pytest.raises(MLAError, match=r"2\^-30.*bfloat16"):
+        save(student, None, tmp_path / "out", report={}, dtype=torch.float16)
+    with pytest.raises(MLAError, match="float64"):
+        save(student, None, tmp_path / "out", report={}, dtype=torch.float64)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_folder_is_refused_unless_asked(student: DeepseekV3ForCausalLM, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    save(student, None, out, report={})  # an empty folder is fine
+    with pytest.raises(MLAError, match="not empty"):
+        save(student, None, out, report={})
+    (out / "old").write_text("old")
+    save(student, None, out, report={}, overwrite=True)
+    assert not (out / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MLAError, match="not a folder"):
+        save(student, None, tmp_path / "file", report={}, overwrite=True)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_exception_leaves_nothing(
+    student: DeepseekV3ForCausalLM,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    keep = tmp_path / "keep"
+    save(student, None, keep, report={"seed": 1})
+    monkeypatch.setattr(saving, "_card", fail)
+    with pytest.raises(error):
+        save(student, None, tmp_path / "out", report={})
+    with pytest.raises(error):
+        save(student, None, keep, report={"seed": 2}, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["keep"]
+    assert json.loads((keep / "convert.json").read_text())["seed"] == 1
+
+
+def test_a_failed_rename_brings_the_old_folder_back(
+    student: DeepseekV3ForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    save(student, None, out, report={"seed": 1})
+    rename = os.rename
+
+    def fail(source: Path, target: Path) -> None:
+        if ".partial-" in str(source):
+            raise OSError("disk")
+        rename(source, target)
+
+    monkeypatch.setattr(saving.os, "rename", fail)
+    with pytest.raises(OSError, match="disk"):
+        save(student, None, out, report={"seed": 2}, overwrite=True)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert json.loads((out / "convert.json").read_text())["seed"] == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+@pytest.mark.parametrize("point", ["save_torch_state_dict", "_card", "_flush", "_put_in_place"])
+def test_a_killed_process_leaves_nothing_that_looks_whole(
+    student: DeepseekV3ForCausalLM, point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    reader, writer = os.pipe()
+
+    def stop(*_: object, **__: object) -> None:
+        os.write(writer, b"here")
+        time.sleep(60)
+
+    monkeypatch.setattr(saving, point, stop)
+    child = os.fork()
+    if child == 0:
+        try:
+            save(student, None, out, report={})
+        finally:
+            os._exit(1)
+    assert os.read(reader, 4) == b"here"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert not out.exists()
+    left = list(tmp_path.iterdir())
+    assert all(path.name.startswith(".out.partial-") for path in left)
+    if point != "_put_in_place":  # the last step but the rename: all is flushed by then
+        for path in left:
+            assert not (path / "config.json").exists()
+            with pytest.raises((OSError, ValueError)):
+                AutoModelForCausalLM.from_pretrained(path)

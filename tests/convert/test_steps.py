@@ -1,0 +1,185 @@
+"""The steps of the method, each against a slow and plain statement of what it claims."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mla.convert.factorise import Terms, factorise
+from mla.convert.rope_split import (
+    balance,
+    ladder,
+    mix_pairs,
+    residual_keys,
+    rotary_keys,
+    rotary_queries,
+    split_rope,
+)
+from mla.convert.statistics import AttentionWeights, collect, rotate, to_complex
+from mla.convert.text import calibration_text, tokenize_windows
+from mla.errors import MLAError
+
+
+def _weights(groups: int = 2) -> AttentionWeights:
+    torch.manual_seed(0)
+    H, d, D = 4, 8, 24
+    return AttentionWeights(
+        q=torch.randn(H, d, D) * 0.4,
+        k=torch.randn(groups, d, D) * 0.4,
+        v=torch.randn(groups, d, D) * 0.3,
+        o=torch.randn(H, D, d) * 0.3,
+        inv_freq=100.0 ** -(torch.arange(0, d, 2, dtype=torch.float64) / d),
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_statistics_equal_their_definition(groups: int) -> None:
+    weights = _weights(groups)
+    x = torch.randn(2, 7, 24)
+    found, output = collect(weights, x)
+    H, d = 4, 8
+    z = x.double() @ found.basis.T
+    key_cov = torch.zeros_like(found.key_cov)
+    value_cov = torch.zeros_like(found.value_cov)
+    lags = torch.zeros_like(found.lags)
+    turn = torch.zeros_like(found.rotation)
+    norm = torch.zeros_like(found.rotation.real)
+    expected = torch.zeros(2, 7, 24, dtype=torch.float64)
+    for b in range(2):
+        for h in range(H):
+            g = weights.group_of(h)
+            q, k, v = (x[b].double() @ w.double().T for w in (weights.q[h], weights.k[g], weights.v[g]))
+            logits = rotate(q, weights.inv_freq) @ rotate(k, weights.inv_freq).T / math.sqrt(d)
+            a = logits.masked_fill(~torch.ones(7, 7).tril().bool(), -math.inf).softmax(-1)
+            o = weights.o[h].double()
+            expected[b] += (a @ v) @ o.T
+            for t in range(7):
+                mean_z, mean_v = a[t] @ z[b], a[t] @ v
+                value_cov[h] += torch.outer(mean_z, mean_z)
+                for s in range(t + 1):
+                    w = a[t, s] ** 2 * (o @ (v[s] - mean_v)).square().sum()
+                    key_cov[h] += w * torch.outer(z[b, s] - mean_z, z[b, s] - mean_z)
+                    lags[h, t - s] += w
+                    power = to_complex(q[t]).abs().square() * to_complex(k[s]).abs().square() * w
+                    turn[h] += power * torch.polar(torch.ones(4).double(), weights.inv_freq * (t - s))
+                    norm[h] += power
+    close = {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(output.double(), expected, **close)
+    torch.testing.assert_close(found.key_cov, key_cov / 14, **close)
+    torch.testing.assert_close(found.value_cov, value_cov / 14, **close)
+    torch.testing.assert_close(found.lags, lags / lags.sum(1, keepdim=True), **close)
+    torch.testing.assert_close(found.rotation, turn / norm, **close)
+
+
+def test_slots_and_residual_rebuild_every_logit_when_nothing_is_static() -> None:
+    # One group, all of RoPE: slots alone give the rotated logits; the pair order is the interleaved one.
+    weights = _weights(1)
+    x = torch.randn(1, 9, 24)
+    statistics, _ = collect(weights, x)
+    split = split_rope(statistics, weights.inv_freq, ladder(8, 100.0))
+    assert not residual_keys(split, weights.k.double()).any()
+    key = x[0].double() @ rotary_keys(split, weights.k.double()).T  # [t, p]
+    query = torch.einsum("hpD,tD->htp", rotary_queries(split, weights.q.double()), x[0].double())
+
+    def turned(rows: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(rows.unflatten(-1, (-1, 2)).contiguous())
+        angles = torch.outer(torch.arange(9, dtype=torch.float64), weights.inv_freq)
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+    expected = torch.stack(
+        [
+            rotate(x[0].double() @ weights.q[h].double().T, weights.inv_freq)
+            @ rotate(x[0].double() @ weights.k[0].double().T, weights.inv_freq).T
+            for h in range(4)
+        ]
+    )
+    torch.testing.assert_close(turned(query) @ turned(key).T, expected)
+    key_rows, query_rows = balance(
+        rotary_keys(split, weights.k.double()), rotary_queries(split, weights.q.double())
+    )
+    torch.testing.assert_close(
+        torch.einsum("hpD,pE->hDE", query_rows, key_rows),
+        torch.einsum(
+            "hpD,pE->hDE",
+            rotary_queries(split, weights.q.double()),
+            rotary_keys(split, weights.k.double()),
+        ),
+    )
+
+
+def test_expected_rotation_turns_pairs() -> None:
+    rows = torch.randn(8, 5, dtype=torch.float64)
+    factor = torch.polar(torch.ones(4, dtype=torch.float64), torch.full((4,), math.pi / 2).double())
+    turned = mix_pairs(factor, rows)
+    torch.testing.assert_close(turned[:4], -rows[4:])
+    torch.testing.assert_close(turned[4:], rows[:4])
+
+
+def test_more_slots_lose_less() -> None:
+    weights = _weights(2)
+    statistics, _ = collect(weights, torch.randn(4, 32, 24))
+    lost = [split_rope(statistics, weights.inv_freq, ladder(p, 100.0 ** (p / 8))).lost for p in (2, 4, 6, 8)]
+    assert lost == sorted(lost, reverse=True)
+
+
+def _terms() -> Terms:
+    torch.manual_seed(1)
+    root = torch.randn(6, 16, 16, dtype=torch.float64)
+    metric = torch.randn(6, 4, 4, dtype=torch.float64)
+    return Terms(torch.randn(6, 4, 16, dtype=torch.float64), metric @ metric.mT, root @ root.mT)
+
+
+def test_one_covariance_gives_the_decomposition() -> None:
+    many = _terms()
+    terms = Terms(many.targets, many.metric, many.cov[:1].expand(6, 16, 16))
+    root = torch.linalg.cholesky(terms.cov[0])
+    stack = torch.linalg.cholesky(terms.metric).mT @ terms.targets @ root
+    values = torch.linalg.svdvals(stack.flatten(0, 1))
+    for rank in (1, 5, 12):
+        found = factorise(terms, rank, rounds=0)
+        assert found.error == pytest.approx(float(values[rank:].square().sum()), rel=1e-6)
+
+
+def test_alternation_only_lowers_the_error() -> None:
+    errors = [factorise(_terms(), 6, rounds=rounds).error for rounds in (0, 1, 2, 4, 8)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.95 * errors[0]
+
+
+def test_enough_rank_is_exact() -> None:
+    found = factorise(_terms(), 20)
+    assert found.encoder.shape == (20, 16)
+    assert found.error < 1e-20 * found.energy
+
+
+def test_the_calibration_text_is_long_english() -> None:
+    text = calibration_text()
+    assert len(text) > 400_000
+    words = text.split()
+    assert sum(word in {"the", "of", "to", "a", "is"} for word in words) > 0.1 * len(words)
+
+
+def test_the_calibration_text_is_repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mla.convert.text._ENOUGH_CHARACTERS", 20_000)
+    assert calibration_text() == calibration_text()
+
+
+class _Letters:
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+def test_windows_are_spread_and_seeded() -> None:
+    text = "".join(chr(1000 + index) for index in range(4000))
+    windows = tokenize_windows(text, _Letters(), 4, 10)
+    assert windows.shape == (4, 10)
+    assert windows.dtype == torch.int64
+    assert [int(row[0] - 1000) // 1000 for row in windows] == [0, 1, 2, 3]
+    assert torch.equal(windows, tokenize_windows(text, _Letters(), 4, 10))
+    assert not torch.equal(windows, tokenize_windows(text, _Letters(), 4, 10, seed=1))
+    with pytest.raises(MLAError, match="too short"):
+        tokenize_windows("short", _Letters(), 2, 10)
+    with pytest.raises(MLAError, match="at least 1 window"):
+        tokenize_windows(text, _Letters(), 0, 10)

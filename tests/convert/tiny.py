@@ -1,0 +1,47 @@
+"""Tiny random teachers. Weights are large enough that attention is far from uniform."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+VOCABULARY = 97
+
+
+def teacher(
+    kind: str = "llama", *, seed: int = 0, **changes: object
+) -> LlamaForCausalLM | MistralForCausalLM:
+    """A tiny random teacher in fp32; ``changes`` go into its config."""
+    torch.manual_seed(seed)
+    settings: dict[str, object] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.15,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
+    }
+    settings |= changes
+    if kind == "mistral":
+        return MistralForCausalLM(MistralConfig(sliding_window=None, **settings)).eval()
+    return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+
+
+def tokens(windows: int, length: int, *, seed: int = 1) -> torch.Tensor:
+    """Random token ids [windows, length]."""
+    return torch.randint(3, VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def divergence(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Mean KL(first ‖ second) in nats per token."""
+    p, q = first.log_softmax(-1), second.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
