@@ -104,7 +104,9 @@ def in_fresh_process(source: str, how: str) -> dict[str, float]:
 
 def mla(*arguments: str) -> None:
     print("   $ mla", *arguments, flush=True)
-    subprocess.run([sys.executable, "-m", "mla", *arguments], check=True)
+    status = subprocess.run([sys.executable, "-m", "mla", *arguments], check=False).returncode
+    if status:
+        sys.exit(status)
 
 
 def step(text: str) -> None:
