@@ -25,7 +25,7 @@ LEVELS = {
     "cli": 6,
     "__main__": 7,
 }
-WITHOUT_TORCH = {"config", "errors", "families"}
+WITHOUT_TORCH = {"config", "errors", "families", "plan"}
 
 
 def place(path: Path) -> str:

@@ -266,7 +266,7 @@ class MLAConfig:
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> MLAConfig:
         """From a folder with a config.json, a config.json itself, or a Hub id (needs huggingface_hub)."""
-        path = _config_file(str(name_or_path))
+        path = config_file(str(name_or_path))
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
@@ -467,7 +467,7 @@ def rope_from_dict(
     )
 
 
-def _config_file(name: str) -> Path:
+def config_file(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

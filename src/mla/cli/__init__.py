@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from mla.cli import chat, convert, doctor, evaluate, generate
+from mla.cli import chat, convert, doctor, evaluate, generate, plan
 from mla.errors import MLAError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app.command("chat")(chat.chat)
 app.command("convert")(convert.convert)
 app.command("eval")(evaluate.evaluate)
 app.command("doctor")(doctor.doctor)
+app.command("plan")(plan.plan)
 
 
 def main() -> None:

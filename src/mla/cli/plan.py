@@ -1,0 +1,92 @@
+"""``mla plan``: how much cache, how many users, how fast, bound by what, and what MLA changes."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mla.cli import console
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="A model folder, a config.json, a known name such as deepseek-v3, a Hub id.")
+    ],
+    context: Annotated[
+        int | None, typer.Option(help="Tokens per sequence; by default 32768, or what the model takes.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences that decode together.")] = 1,
+    hardware: Annotated[
+        str, typer.Option(help='A known machine, or "this machine", which is measured.')
+    ] = "h100",
+    memory: Annotated[
+        str | None, typer.Option(help="Memory of a device instead of the machine's: 80GB, 24GiB.")
+    ] = None,
+    cache_format: Annotated[str, typer.Option(help="Of the cache: bf16, fp16, fp32, int8 or fp8.")] = "bf16",
+    weight_format: Annotated[
+        str | None,
+        typer.Option(help="Of the weights: bf16, fp8, int8, int4 ...; by default the model's own."),
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option(help="Devices that share every layer.")] = 1,
+    query_tokens: Annotated[
+        int, typer.Option(help="Query tokens per sequence and step: 1 decodes, more when speculating.")
+    ] = 1,
+    rank: Annotated[int | None, typer.Option(help="Latent rank of the MLA column, to try another.")] = None,
+    html: Annotated[str | None, typer.Option(help="Write one self-contained page to this file.")] = None,
+    png: Annotated[
+        str | None, typer.Option(help="Draw cache against context to this file; needs mla[plot].")
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print every formula with the numbers put in and its source.")
+    ] = False,
+    as_json: console.Json = False,
+) -> None:
+    """Compare MODEL as MHA, GQA, MQA and MLA: cache, operations, bytes moved, time at the roofline.
+
+    Needs no weights and no torch. Every figure can be traced with --explain. docs/planning.md says what is
+    counted and where published figures differ.
+    """
+    from mla.plan import Question, check_memory, get_hardware, load_shape, make_plan, report
+
+    shape = load_shape(model, rank=rank)
+    question = Question(
+        context=min(32768, shape.max_context) if context is None else context,
+        batch=batch,
+        query_tokens=query_tokens,
+        cache_format=cache_format,
+        weight_format=weight_format,
+        tensor_parallel=tensor_parallel,
+        memory=None if memory is None else check_memory(memory),
+    )
+    answer = make_plan(shape, get_hardware(hardware), question)
+    if html is not None:
+        from mla.plan.page import write_page
+
+        write_page(answer, html)
+        console.people.print(f"{html}: open it in any browser; it needs no network")
+    if png is not None:
+        from mla.plan.picture import write_picture
+
+        write_picture(answer, png)
+        console.people.print(f"{png}: cache against context")
+    if as_json:
+        console.print_json(report.as_json(answer))
+        return
+    if explain:
+        print("\n".join(report.explained(answer)))
+        return
+    # The answer goes to standard output; piped, it is not cut to the width of a screen that is not there.
+    screen = Console(highlight=False)
+    screen = screen if screen.is_terminal else Console(highlight=False, width=160)
+    screen.print(report.assumptions(answer), markup=False)
+    if context is not None and context > shape.max_context:
+        console.people.print(f"note: the model is made for {shape.max_context:,} tokens, not for {context:,}")
+    shown = Table("", *report.column_titles(answer).values())
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for label, cells in report.table(answer):
+        shown.add_row(label, *cells)
+    screen.print(shown)
+    for line in report.sentences(answer):
+        screen.print(f"- {line}", markup=False)

@@ -1,0 +1,26 @@
+"""Explain and plan: cache, operations, bytes moved, roofline, from a config.json, without torch."""
+
+from mla.plan.formulas import Figure, Formula
+from mla.plan.hardware import Hardware, all_hardware, check_memory, get_hardware
+from mla.plan.known import known_hardware, known_models, load_shape
+from mla.plan.planner import FORMATS, WEIGHT_BYTES, Plan, Question, make_plan
+from mla.plan.shape import Shape, read_shape
+
+__all__ = [
+    "FORMATS",
+    "WEIGHT_BYTES",
+    "Figure",
+    "Formula",
+    "Hardware",
+    "Plan",
+    "Question",
+    "Shape",
+    "all_hardware",
+    "check_memory",
+    "get_hardware",
+    "known_hardware",
+    "known_models",
+    "load_shape",
+    "make_plan",
+    "read_shape",
+]

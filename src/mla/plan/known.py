@@ -1,0 +1,110 @@
+"""Known models and hardware: JSON that ships with the package, found by a forgiving name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mla.errors import MLAError
+from mla.plan.shape import Shape, read_shape
+
+_HERE = Path(__file__).parent
+
+
+@cache
+def known_models() -> dict[str, dict[str, Any]]:
+    """Name -> title, aliases, published parameter counts, source and config of every known model."""
+    return _table("models.json")
+
+
+@cache
+def known_hardware() -> dict[str, dict[str, Any]]:
+    """Name -> title, memory (bytes), bandwidth (B/s), FLOP/s by format, and source of every known machine."""
+    return _table("hardware.json")
+
+
+def _table(file: str) -> dict[str, dict[str, Any]]:
+    table: dict[str, dict[str, Any]] = json.loads((_HERE / file).read_text(encoding="utf-8"))
+    return table
+
+
+def plain(name: str) -> str:
+    """A name without case, punctuation and a Hub namespace: "deepseek-ai/DeepSeek_V3" is "deepseekv3"."""
+    return re.sub(r"[^a-z0-9]", "", name.rsplit("/", 1)[-1].lower())
+
+
+def find(name: str, table: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The key of ``table`` that ``name`` means, by key, title or alias."""
+    names = {plain(word): key for key, row in table.items() for word in (*row["aliases"], row["title"], key)}
+    return names.get(plain(name))
+
+
+def nearest(name: str, table: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Up to three names of ``table`` that look like ``name``; the nearest first."""
+    words = {plain(word): key for key, row in table.items() for word in (*row["aliases"], row["title"], key)}
+    close = get_close_matches(plain(name), words, n=8, cutoff=0.5)
+    return list(dict.fromkeys(words[word] for word in close))[:3]
+
+
+def load_shape(model: str, *, rank: int | None = None) -> Shape:
+    """The shape of a folder, a config.json, a known name or a Hub id, tried in this order.
+
+    Raises:
+        MLAError: none of them, with the nearest known names; or a model that cannot be counted.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        file = path / "config.json" if path.is_dir() else path
+        if not file.is_file():
+            raise MLAError(f"{path} has no config.json: expected the folder of a saved model")
+        return _read_file(file, name=path.resolve().name if path.is_dir() else file.stem, rank=rank)
+    key = find(model, known_models())
+    if key is not None:
+        return known_shape(key, rank=rank)
+    looks_like_path = path.is_absolute() or model.startswith((".", "~")) or model.endswith(".json")
+    if not looks_like_path and model.count("/") == 1:
+        # The one public way to a Hub file that level 0 has: it answers with the downloaded file.
+        from mla.config import config_file
+
+        return _read_file(config_file(model), name=model, rank=rank)
+    raise _unknown("model", model, known_models(), "a folder, a config.json, a Hub id (namespace/name)")
+
+
+def _read_file(file: Path, *, name: str, rank: int | None) -> Shape:
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise MLAError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise MLAError(f"{file}: expected a JSON object, got {type(raw).__name__}")
+    return read_shape(raw, name=name, source=f"config.json of {name}", rank=rank)
+
+
+@cache
+def known_shape(key: str, rank: int | None = None) -> Shape:
+    """The shape of a known model, with its published parameter count where there is one."""
+    from dataclasses import replace
+
+    row = known_models()[key]
+    shape = read_shape(row["config"], name=row["title"], source=row["source"], rank=rank)
+    inputs = {**shape.inputs, "published": row["total_parameters"] or 0}
+    return replace(shape, inputs=inputs, weight_format=row.get("weight_format", shape.weight_format))
+
+
+def find_hardware(name: str) -> str:
+    """The key of a known machine; MLAError with the nearest names for an unknown one."""
+    key = find(name, known_hardware())
+    if key is None:
+        raise _unknown("hardware", name, known_hardware(), "'this machine'")
+    return key
+
+
+def _unknown(what: str, name: str, table: Mapping[str, Mapping[str, Any]], also: str) -> MLAError:
+    close = nearest(name, table)
+    hint = f"nearest: {', '.join(close)}" if close else f"known: {', '.join(table)}"
+    return MLAError(f"unknown {what} {name!r}; {hint}; or give {also}")

@@ -1,0 +1,106 @@
+"""One self-contained page of a plan: style, formulas, drawing and data in a single HTML file."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from mla.errors import MLAError
+from mla.plan import formulas
+from mla.plan.hardware import Hardware, all_hardware
+from mla.plan.planner import Plan
+from mla.plan.report import column_titles
+from mla.plan.steps import SHEET
+from mla.plan.words import count_words
+
+_HERE = Path(__file__).parent
+
+
+def write_page(plan: Plan, path: str | Path) -> None:
+    """Write the page to ``path``; MLAError if that cannot be done."""
+    try:
+        Path(path).write_text(page(plan), encoding="utf-8")
+    except OSError as error:
+        raise MLAError(f"--html: {path} cannot be written: {error.strerror}") from error
+
+
+def page(plan: Plan) -> str:
+    """The page as text. Nothing in it is loaded from anywhere."""
+    shape = plan.shape
+    data = {
+        "inputs": {name: value for name, value in plan.values.inputs.items() if math.isfinite(value)},
+        "groups": list(shape.groups),
+        "machines": [_machine(plan, hardware) for hardware in _machines(plan)],
+        "titles": column_titles(plan),
+        "explained": {
+            name: {"text": f.text, "unit": f.unit, "meaning": f.meaning, "source": f.source}
+            for name, f in SHEET.formulas.items()
+        },
+        "notes": _notes(plan),
+        "setting": _setting(plan),
+        "source": shape.source,
+        "version": _version(),
+        "steps": formulas.STEPS,
+        "lastDoubling": formulas.LAST_DOUBLING,
+    }
+    text = (_HERE / "page.html").read_text(encoding="utf-8")
+    parts = {
+        "@TITLE@": html.escape(shape.name),
+        "@CSS@": (_HERE / "page.css").read_text(encoding="utf-8"),
+        "@FORMULAS@": SHEET.javascript(),
+        # "</" would end the script element, whatever it stands in.
+        "@DATA@": json.dumps(data, ensure_ascii=False).replace("</", "<\\/"),
+        "@JS@": (_HERE / "page.js").read_text(encoding="utf-8"),
+    }
+    for mark, part in parts.items():
+        text = text.replace(mark, part)
+    return text
+
+
+def _machines(plan: Plan) -> list[Hardware]:
+    others = [hardware for hardware in all_hardware() if hardware.name != plan.hardware.name]
+    return [plan.hardware, *others]
+
+
+def _machine(plan: Plan, hardware: Hardware) -> dict[str, Any]:
+    weights = plan.question.weight_format or plan.shape.weight_format
+    own = hardware.name == plan.hardware.name
+    return {
+        "name": hardware.name,
+        "memory": plan["memory"] if own else hardware.memory,
+        "bandwidth": hardware.bandwidth,
+        "peak_weights": hardware.peak(weights),
+        "peak_attention": hardware.peak("fp32" if plan.question.cache_format == "fp32" else "bf16"),
+        "source": hardware.source,
+    }
+
+
+def _setting(plan: Plan) -> str:
+    shape, question = plan.shape, plan.question
+    own = {"MHA": "mha", "MQA": "mqa", "GQA": "gqa"}.get(shape.kind, "mla")
+    return (
+        f"{shape.kind}, {count_words(plan[f'parameters_{own}'])} parameters "
+        f"({count_words(plan[f'active_parameters_{own}'])} active) in "
+        f"{question.weight_format or shape.weight_format}, cache in {question.cache_format}, "
+        f"{question.query_tokens} query token(s) per step, {question.tensor_parallel} device(s)."
+    )
+
+
+def _notes(plan: Plan) -> list[str]:
+    general = [
+        "Times are limits of the hardware, not predictions: launches, communication and imperfect kernels "
+        "come on top.",
+        "MHA means keys as wide as MLA's part without position and values as they are, RoPE inside; caching "
+        f"MLA's expanded keys and values would take {plan['numbers_expanded_cache']:,.0f} numbers per token "
+        "and layer.",
+    ]
+    return [*plan.shape.notes, *general]
+
+
+def _version() -> str:
+    from mla import __version__
+
+    return __version__

@@ -1,0 +1,131 @@
+"""A question and its answer: model, machine, context and batch in; every figure out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from mla.config import CACHE_FORMATS
+from mla.errors import MLAError
+from mla.plan.formulas import Figure, Values
+from mla.plan.hardware import Hardware
+from mla.plan.shape import Shape
+from mla.plan.steps import SHEET
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """Bytes of a stored number, of one of the rotary key, of an indexer key's, and of a vector's scale."""
+
+    number: float
+    rope: float
+    index: float
+    scale: float
+
+
+def _cache_formats() -> dict[str, CacheFormat]:
+    formats = {name: CacheFormat(b, b, b, 0) for name, b in CACHE_FORMATS.items()}
+    # One fp32 scale per stored vector; the rotary key, sensitive to rounding, stays in bf16.
+    formats.setdefault("int8", CacheFormat(1, 2, 2, 4))
+    # FlashMLA's layout: four fp32 scales for a latent of 512, here one per vector of any length.
+    formats.setdefault("fp8", CacheFormat(1, 2, 1, 16))
+    return formats
+
+
+#: Formats of ``--cache-format``; those of mla.config and the quantised ones.
+FORMATS: Mapping[str, CacheFormat] = MappingProxyType(_cache_formats())
+#: Bytes of one weight; int4 with a 16-bit scale for every 32 weights.
+WEIGHT_BYTES: Mapping[str, float] = MappingProxyType(
+    {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "int4": 0.5625}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked. ``context`` t tokens per sequence, ``batch`` b sequences, ``query_tokens`` s of each.
+
+    ``memory`` in bytes replaces the hardware's; ``weight_format`` None keeps the model's own.
+    """
+
+    context: int
+    batch: int = 1
+    query_tokens: int = 1
+    cache_format: str = "bf16"
+    weight_format: str | None = None
+    tensor_parallel: int = 1
+    memory: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model on a machine under a question: ``plan["step_time_mla"]``, ``plan.figure("step_time_mla")``."""
+
+    shape: Shape
+    hardware: Hardware
+    question: Question
+    values: Values
+
+    def __getitem__(self, name: str) -> float:
+        formula = SHEET.formulas.get(name)
+        return self.values.value(name, 0 if formula and formula.layer else None)
+
+    def figure(self, name: str) -> Figure:
+        """One figure with its formula, the numbers put in, unit and source."""
+        return self.values.figure(name)
+
+    def figures(self) -> list[Figure]:
+        """Every figure; those of a layer for the model's main group of layers."""
+        return [self.values.figure(name) for name in SHEET.formulas]
+
+
+def make_plan(shape: Shape, hardware: Hardware, question: Question) -> Plan:
+    """The plan; figures are computed when they are asked for.
+
+    Raises:
+        MLAError: a number out of range, an unknown format, heads that cannot be split.
+    """
+    for name, value in (
+        ("--context", question.context),
+        ("--batch", question.batch),
+        ("--query-tokens", question.query_tokens),
+        ("--tensor-parallel", question.tensor_parallel),
+    ):
+        if value < 1:
+            raise MLAError(f"{name}: expected at least 1, got {value}")
+    if question.query_tokens > question.context:
+        raise MLAError(
+            f"--query-tokens: expected at most the context of {question.context}, got {question.query_tokens}"
+        )
+    if question.cache_format not in FORMATS:
+        raise MLAError(f"--cache-format: expected one of {', '.join(FORMATS)}, got {question.cache_format!r}")
+    weights = question.weight_format or shape.weight_format
+    if weights not in WEIGHT_BYTES:
+        raise MLAError(f"--weight-format: expected one of {', '.join(WEIGHT_BYTES)}, got {weights!r}")
+    for group in shape.groups:
+        if group["h"] % question.tensor_parallel:
+            raise MLAError(
+                f"--tensor-parallel: {int(group['h'])} heads cannot be split over "
+                f"{question.tensor_parallel} devices"
+            )
+    stored = FORMATS[question.cache_format]
+    inputs = {
+        **shape.inputs,
+        "t": question.context,
+        "b": question.batch,
+        "s": question.query_tokens,
+        "devices": question.tensor_parallel,
+        "number_bytes": stored.number,
+        "rope_bytes": stored.rope,
+        "index_number_bytes": stored.index,
+        "scale_bytes": stored.scale,
+        "state_bytes": 4,  # the recurrent state is kept in fp32 whatever the cache's format
+        "conv_bytes": 2 if stored.number < 4 else 4,
+        "activation_bytes": 2 if question.cache_format != "fp32" else 4,
+        "weight_bytes": WEIGHT_BYTES[weights],
+        "memory": hardware.memory if question.memory is None else question.memory,
+        "bandwidth": hardware.bandwidth,
+        "peak_weights": hardware.peak(weights),
+        "peak_attention": hardware.peak("fp32" if question.cache_format == "fp32" else "bf16"),
+    }
+    return Plan(shape, hardware, question, Values(SHEET, inputs, shape.groups))

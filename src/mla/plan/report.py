@@ -1,0 +1,208 @@
+"""What a plan says: the table, the sentences below it, the traced figures and the JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from mla.plan.planner import Plan
+from mla.plan.rows import COLUMNS, SIDE_BY_SIDE
+from mla.plan.steps import SHEET
+from mla.plan.words import byte_words, count_words, plain_words, time_words, whole_words, words
+
+TITLES = {"mha": "MHA", "gqa": "GQA", "mqa": "MQA", "mla": "MLA absorbed", "expanded": "MLA expanded"}
+
+
+def column_titles(plan: Plan) -> dict[str, str]:
+    """Titles of the five columns, with the groups of GQA."""
+    return {**TITLES, "gqa": f"GQA ({plan.shape.groups[0]['groups']:.0f} groups)"}
+
+
+def table(plan: Plan) -> list[tuple[str, list[str]]]:
+    """Rows of the comparison: a label, and a cell for each of the five columns."""
+    batch, query = plan.question.batch, plan.question.query_tokens
+    devices = plan.question.tensor_parallel
+    each = " on each device" if devices > 1 else ""
+
+    def row(label: str, name: str, show: Any) -> tuple[str, list[str]]:
+        cached = [column if f"{name}_{column}" in SHEET.formulas else "mla" for column in COLUMNS]
+        return label, [show(plan[f"{name}_{column}"]) for column in cached]
+
+    def per_token(name: str, factor: float, show: Any) -> list[str]:
+        return [show(plan[f"{name}_{column}"] / factor) for column in COLUMNS]
+
+    rows = [
+        row("cached numbers per token and layer", "numbers", plain_words),
+        row("cache per token, all layers", "token_bytes", byte_words),
+        row(f"cache of one sequence of {plan.question.context:,}", "sequence_bytes", byte_words),
+    ]
+    if batch > 1:
+        rows.append(row(f"cache of {batch:,} sequences", "cache_bytes", byte_words))
+    if devices > 1:
+        rows.append(row(f"copies of the cache over {devices} devices", "copies", plain_words))
+    rows += [
+        row(f"weights{each}", "weights_device", byte_words),
+        row("sequences that fit beside them", "sequences", plain_words),
+        ("attention per token", per_token("attention_ops", query, lambda x: count_words(x, "op"))),
+        ("  cache moved", per_token("cache_moved", batch * query, byte_words)),
+        row("  operations per byte", "intensity", lambda x: f"{x:.1f}"),
+        ("whole model per token", per_token("model_ops", query, lambda x: count_words(x, "op"))),
+        row("  moved", "moved_per_token", byte_words),
+        row("step at the limit: weights", "weights_time", time_words),
+        row("  attention", "attention_time", time_words),
+        row("  together", "step_time", time_words),
+        ("attention bound by", [bound(plan, "attention", column) for column in COLUMNS]),
+        ("weights bound by", [bound(plan, "weights", column) for column in COLUMNS]),
+        row("tokens per second", "tokens_per_second", lambda x: count_words(x).replace(" ", "")),
+    ]
+    return rows
+
+
+def bound(plan: Plan, part: str, column: str) -> str:
+    """Whether moving or computing takes longer in "attention" or "weights"."""
+    memory, arithmetic = plan[f"{part}_memory_time_{column}"], plan[f"{part}_arithmetic_time_{column}"]
+    return "memory" if memory >= arithmetic else "arithmetic"
+
+
+def sentences(plan: Plan) -> list[str]:
+    """What the table does not show: crossings, fit, tensor parallel, MTP, and what was assumed."""
+    question = plan.question
+    lines = [
+        f"Absorbed takes fewer operations than expanded up to {_down(plan['queries_crossing'])} query tokens "
+        f"at a context of {question.context:,}; for {question.query_tokens} query token(s) "
+        f"{_beyond(plan['context_crossing'])}."
+    ]
+    lines += [_overtakes(plan, column) for column in ("mha", "gqa", "mqa", "expanded")]
+    lines.append(
+        "The cache weighs as much as the weights at a context of "
+        + ", ".join(f"{whole_words(plan[f'outweighs_{c}'])} ({TITLES[c]})" for c in SIDE_BY_SIDE)
+        + f" with a batch of {question.batch:,}."
+    )
+    total = plan["parameters_mla"]
+    memory = plan["memory"]
+    if plan["weights_device_mla"] >= memory:
+        fits = math.ceil(plan["weight_bytes"] * total / memory)
+        lines.append(
+            f"The weights do not fit: {byte_words(plan['weights_device_mla'])} on a device of "
+            f"{byte_words(memory)}. --tensor-parallel of at least {fits}, or a smaller --weight-format; the "
+            "times are what the bandwidth would allow if they did."
+        )
+    if question.tensor_parallel > 1:
+        lines.append(
+            f"Tensor parallel over {question.tensor_parallel}: every device holds the whole latent cache "
+            f"and {byte_words(plan['weight_bytes'] * plan['replicated_parameters'])} of shared projections; "
+            "heads, kv_b_proj, experts and the rest are split. Data-parallel attention avoids the copies. "
+            "Communication is not counted."
+        )
+    if plan["mtp_layers"]:
+        lines.append(f"MTP: {byte_words(plan['mtp_bytes'])} more cache per token if it runs as a drafter.")
+    return [*lines, *plan.shape.notes]
+
+
+def _down(value: float) -> str:
+    return "any number of" if not math.isfinite(value) else f"{math.floor(value):,}"
+
+
+def _beyond(context: float) -> str:
+    if not math.isfinite(context):
+        return "expanded wins at every context"
+    return f"absorbed wins beyond {math.ceil(context):,} tokens of context"
+
+
+def _overtakes(plan: Plan, column: str) -> str:
+    """Who is faster now, and where that changes, along the context and along the batch."""
+    gain = plan[f"step_time_{column}"] / plan["step_time_mla"]
+    other = TITLES[column]
+    if math.isclose(gain, 1):
+        now = f"A step with MLA absorbed takes as long as with {other} here"
+    elif gain > 1:
+        now = f"A step with MLA absorbed is {gain:.2f} times as fast as with {other} here"
+    else:
+        now = f"A step with {other} is {1 / gain:.2f} times as fast as with MLA absorbed here"
+    turns = []
+    for name, unit in (("context", "tokens of context"), ("batch", "sequences")):
+        value = plan[f"{name}_mla_{column}"]
+        if math.isfinite(value):
+            at_one = plan.values.replaced({"context": "t", "batch": "b"}[name], 1)
+            first = "MLA" if at_one["step_time_mla"] < at_one[f"step_time_{column}"] else other
+            second = other if first == "MLA" else "MLA"
+            turns.append(f"{second} overtakes {first} at {whole_words(value)} {unit}")
+    return f"{now}; {' and '.join(turns) if turns else 'no length and no batch changes who is first'}."
+
+
+def assumptions(plan: Plan) -> str:
+    """Model, machine and question in one line."""
+    shape, question, hardware = plan.shape, plan.question, plan.hardware
+    total = count_words(plan["parameters_mla" if shape.kind == "MLA" else f"parameters_{_own(plan)}"])
+    active = count_words(
+        plan["active_parameters_mla" if shape.kind == "MLA" else f"active_parameters_{_own(plan)}"]
+    )
+    weights = question.weight_format or shape.weight_format
+    return (
+        f"{shape.name}: {shape.kind}, {total} parameters ({active} active) in {weights}, cache in "
+        f"{question.cache_format}; {hardware.name}"
+        + (f" x {question.tensor_parallel}" if question.tensor_parallel > 1 else "")
+        + f": {byte_words(plan['memory'])}, {count_words(plan['bandwidth'], 'B/s')}, "
+        f"{count_words(plan['peak_attention'], 'op/s')}; context {question.context:,}, batch "
+        f"{question.batch:,}, {question.query_tokens} query token(s)"
+    )
+
+
+def _own(plan: Plan) -> str:
+    """The column of the attention that the model was published with."""
+    return {"MHA": "mha", "MQA": "mqa", "GQA": "gqa"}.get(plan.shape.kind, "mla")
+
+
+def explained(plan: Plan) -> Iterator[str]:
+    """Every figure: formula, numbers put in, result, meaning and source."""
+    yield f"model: {plan.shape.source}"
+    yield f"machine: {plan.hardware.source}" + (f" ({plan.hardware.note})" if plan.hardware.note else "")
+    for index, group in enumerate(plan.shape.groups):
+        numbers = ", ".join(f"{name} = {plain_words(value)}" for name, value in group.items())
+        yield f"layers, group {index + 1}: {numbers}"
+    given = ", ".join(f"{name} = {plain_words(value)}" for name, value in plan.values.inputs.items())
+    yield f"given: {given}"
+    yield ""
+    for figure in plan.figures():
+        put_in = ", ".join(f"{name} = {plain_words(value)}" for name, value in figure.numbers.items())
+        exact = plain_words(figure.result)
+        rounded = words(figure.result, figure.unit)
+        shown = rounded if rounded.startswith(exact) else f"{exact} {figure.unit} ({rounded})"
+        yield f"{figure.name} = {figure.formula}"
+        if put_in:
+            yield f"    {put_in}"
+        yield f"    = {shown}: {figure.meaning} [{figure.source}]"
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Everything as plain data; a crossing that never comes is null."""
+
+    def finite(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    figures = {}
+    for figure in plan.figures():
+        numbers = {name: finite(value) for name, value in figure.numbers.items()}
+        figures[figure.name] = {**asdict(figure), "numbers": numbers, "result": finite(figure.result)}
+        del figures[figure.name]["name"]
+    shape = plan.shape
+    return {
+        "model": {
+            "name": shape.name,
+            "kind": shape.kind,
+            "source": shape.source,
+            "max_context": shape.max_context,
+        },
+        "hardware": {**asdict(plan.hardware), "memory": plan["memory"]},
+        "question": {
+            **asdict(plan.question),
+            "weight_format": plan.question.weight_format or shape.weight_format,
+        },
+        "notes": list(shape.notes),
+        "summary": sentences(plan),
+        "inputs": {name: finite(value) for name, value in plan.values.inputs.items()},
+        "groups": list(shape.groups),
+        "figures": figures,
+    }

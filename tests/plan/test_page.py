@@ -1,0 +1,31 @@
+"""The page as text: self-contained, safe to open, with the numbers of the plan."""
+
+import re
+
+from mla.plan import Question, get_hardware, make_plan, read_shape
+from mla.plan.known import known_models
+from mla.plan.page import page
+from tests.plan.cases import plan
+
+
+def test_nothing_is_loaded_from_anywhere():
+    text = page(plan("deepseek-v3"))
+    assert not re.search(r"""(src|href|action)\s*=|url\(|@import|fetch\(|XMLHttpRequest|import\(""", text)
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
+    assert len(text) < 250_000
+    assert "@" not in "".join(re.findall(r"@[A-Z]+@", text))
+
+
+def test_a_name_cannot_become_markup():
+    raw = {**known_models()["llama-3.1-8b"]["config"]}
+    shape = read_shape(raw, name="</script><b>x", source="</script><b>x")
+    text = page(make_plan(shape, get_hardware("h100"), Question(context=16)))
+    assert "<b>x" not in text.replace("<\\/script><b>x", "")
+    assert "&lt;/script&gt;&lt;b&gt;x" in text
+
+
+def test_every_figure_the_page_shows_exists():
+    text = page(plan("deepseek-v3"))
+    values = plan("deepseek-v3")
+    for name in set(re.findall(r'data-v="(\w+)"', text)):
+        assert values.values.value(name, 0) is not None
