@@ -119,7 +119,8 @@ def show(rows: dict[str, dict[str, float]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"SmolLM2-135M-Instruct, float32, {WINDOW} tokens of context")
+    text = f"{WINDOWS * WINDOW} tokens of pydoc_data.topics"
+    table = Table(title=f"SmolLM2-135M-Instruct, float32; perplexity on {text}, speeds at {WINDOW}")
     for title in ("", "cache bytes per token", "perplexity", "prefill tokens/s", "decode tokens/s"):
         table.add_column(title, justify="right" if title else "left")
     for name, row in rows.items():

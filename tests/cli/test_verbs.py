@@ -62,6 +62,14 @@ def test_chat_keeps_its_latents(mla, mla_folder, monkeypatch):
     assert lines[0] == lines[-1]
 
 
+def test_chat_json_is_a_line_an_answer(mla, mla_folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nMore\n"))
+    lines = mla("chat", mla_folder, "--max-new-tokens", 6, "--json").out.splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [answer["new_tokens"] for answer in answers] == [6, 6]
+    assert answers[1]["reused_tokens"] > 0
+
+
 def test_chat_answers_as_without_a_cache(mla, mla_folder, monkeypatch):
     """The second turn on rolled-back latents says what a fresh process says to the whole conversation."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nMore\n"))

@@ -1,5 +1,7 @@
 """``mla chat``: a conversation that keeps its latents between turns."""
 
+import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -17,6 +19,7 @@ def chat(
     max_model_len: Annotated[int | None, typer.Option(help="Limit on the conversation, in tokens.")] = None,
     dtype: console.Dtype = "auto",
     device: console.Device = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
 ) -> None:
     """Talk with an MLA model. /reset starts anew, /exit or end of input ends."""
     from mla.cli.session import Sampling, Session
@@ -39,11 +42,13 @@ def chat(
             if not line:
                 continue
             messages.append({"role": "user", "content": line})
-            answer = session.answer(
-                session.encode(messages), sampling, on_text=lambda piece: print(piece, end="", flush=True)
-            )
-            print()
+            stream = None if as_json else lambda piece: print(piece, end="", flush=True)
+            answer = session.answer(session.encode(messages), sampling, on_text=stream)
             messages.append({"role": "assistant", "content": answer.text})
+            if as_json:
+                print(json.dumps(asdict(answer), ensure_ascii=False), flush=True)
+                continue
+            print()
             console.people.print(
                 f"[dim]{answer.prompt_tokens} tokens ({answer.reused_tokens} from the cache), "
                 f"{answer.new_tokens} written at {answer.decode_speed:.1f}/s[/]"
