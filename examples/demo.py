@@ -120,7 +120,7 @@ def show(rows: dict[str, dict[str, float]]) -> None:
     from rich.table import Table
 
     text = f"{WINDOWS * WINDOW} tokens of pydoc_data.topics"
-    table = Table(title=f"SmolLM2-135M-Instruct, float32; perplexity on {text}, speeds at {WINDOW}")
+    table = Table(title=f"SmolLM2-135M-Instruct; perplexity on {text}, speeds at {WINDOW}")
     for title in ("", "cache bytes per token", "perplexity", "prefill tokens/s", "decode tokens/s"):
         table.add_column(title, justify="right" if title else "left")
     for name, row in rows.items():

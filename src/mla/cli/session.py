@@ -14,6 +14,7 @@ from mla.cache import LatentCache
 from mla.config import MLAConfig
 from mla.errors import MLAError
 from mla.integrations.loading import (
+    CACHE_FORMAT,
     DtypeName,
     load_config,
     load_model,
@@ -21,8 +22,6 @@ from mla.integrations.loading import (
     require_memory,
 )
 from mla.integrations.transformers import absorb
-
-_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ class Session:
             self._cache.crop(common - self._cache.get_seq_length())
             return self._cache
         dtype = self.model.get_input_embeddings().weight.dtype
-        needed = self.config.cache_bytes(wanted, _FORMATS.get(dtype, "fp32"))
+        needed = self.config.cache_bytes(wanted, CACHE_FORMAT.get(dtype, "fp32"))
         if self.model.device.type == "cpu":
             require_memory(needed, f"a cache of {wanted} tokens")
         self._cache = LatentCache(self.model.config.get_text_config(decoder=True), capacity=wanted)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from mla.cache import LatentCache
 from mla.config import MLAConfig
+from mla.integrations.loading import CACHE_FORMAT
 from mla.integrations.transformers import absorb, latent_attentions, restore
 
 # Relative error of a layer's output that rounding alone explains, by the dtype of the weights. Half-precision
 # runs differ from themselves by this much when the order of a sum changes.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
-CACHE_FORMAT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)

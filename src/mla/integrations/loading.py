@@ -13,6 +13,8 @@ from mla.errors import MLAError
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 GIB = 2**30
+# What MLAConfig, which knows no torch, calls the dtype of a cache.
+CACHE_FORMAT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def load_model(source: str, *, dtype: DtypeName = "auto", device: str = "cpu") -> Any:
@@ -34,7 +36,7 @@ def load_model(source: str, *, dtype: DtypeName = "auto", device: str = "cpu") -
     chosen = _choose_dtype(dtype, config, device, size)
     if device == "cpu" and size is not None:
         count, stored = size
-        needed = count * (stored if chosen == "auto" else _itemsize(chosen))
+        needed = count * (stored if chosen == "auto" else chosen.itemsize)
         require_memory(needed, f"the weights of {source}")
     model = _load(AutoModelForCausalLM, path, {**options, "dtype": chosen})
     return model.to(device).eval()
@@ -134,10 +136,6 @@ def _choose_dtype(
         if size[0] * 4 < spare // 2:
             return torch.float32
     return "auto"
-
-
-def _itemsize(dtype: torch.dtype) -> int:
-    return dtype.itemsize
 
 
 def _first_line(error: Exception) -> str:
