@@ -36,12 +36,13 @@ def browser():
 def show(browser, tmp_path):
     """``show(text, fragment)`` opens a page and returns its document after the scripts ran, and its log."""
 
-    def run(text, fragment=""):
+    def run(text, fragment="", window="800,600"):
         file = tmp_path / "page.html"
         file.write_text(text, encoding="utf-8")
         flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --enable-logging=stderr"
         flags += " --disable-background-networking --disable-component-update --disable-sync"
         flags += " --virtual-time-budget=3000"
+        flags += f" --window-size={window}"
         command = [browser, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
         done = subprocess.run(
             [*command, f"file://{file}#{fragment}"], capture_output=True, text=True, timeout=120, check=True
@@ -124,3 +125,14 @@ def test_everything_is_drawn(show):
     assert '<b data-v="numbers_mla">576</b>' in body
     assert "NaN" not in body
     assert "undefined" not in body
+
+
+def test_a_narrow_window_gets_narrow_drawings_and_no_overflow(show):
+    root = "document.documentElement"
+    measure = f"document.body.dataset.over = {root}.scrollWidth - {root}.clientWidth;"
+    text = page(plan("deepseek-v3", "h200", context=131072))
+    text = text.replace("</body>", f"<script>{measure}</script></body>")
+    for window, box in (("500,800", "0 0 320 300"), ("1200,800", "0 0 480 320")):
+        document, _ = show(text, window=window)
+        assert 'data-over="0"' in document
+        assert document.count(f'viewBox="{box}"') == 2

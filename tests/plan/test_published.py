@@ -79,7 +79,10 @@ def test_counted_parameters_are_the_published_ones(name, published):
     counted = replace(shape, inputs={**shape.inputs, "published": 0})
     own = {"MLA": "mla", "GQA": "gqa", "MHA": "mha", "MQA": "mqa"}[shape.kind]
     total = make_plan(counted, get_hardware("h100"), Question(context=16))[f"parameters_{own}"]
-    assert total == pytest.approx(published, rel=0.015)
+    # An index counts every number: what is missing are norms and biases. Papers round.
+    exact = "index" in shape.source and published == shape.inputs["published"]
+    assert total == pytest.approx(published, rel=0.0005 if exact else 0.015)
+    assert total <= published or not exact
 
 
 ACTIVE = [

@@ -1,6 +1,7 @@
 """Names, folders, hybrid and sparse models, refusals."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -33,7 +34,7 @@ def test_forgiving_names(name):
 def test_every_known_model_plans_on_every_machine():
     for name in known_models():
         shape = load_shape(name)
-        assert shape.source
+        assert re.search(r" of [\w.-]+/[\w.-]+", shape.source), "a source names the repository"
         assert shape.weight_format in WEIGHT_BYTES
         for key, row in known_hardware().items():
             assert row["source"]

@@ -122,7 +122,15 @@ function current() {
 }
 
 // --- drawing ---
-const WIDTH = 480, HEIGHT = 320, LEFT = 88, RIGHT = 12, TOP = 10, BOTTOM = 44;
+const RIGHT = 18, TOP = 10, BOTTOM = 44;
+const narrow = matchMedia("(max-width: 40rem)");
+let WIDTH, HEIGHT, LEFT;
+
+// Drawings are scaled to the width of the page: on a phone fewer units, so that their text stays readable.
+function measure() {
+  [WIDTH, HEIGHT, LEFT] = narrow.matches ? [320, 300, 76] : [480, 320, 88];
+}
+
 const svg = (tag, attributes, text) => {
   const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
@@ -132,6 +140,7 @@ const svg = (tag, attributes, text) => {
 
 function frame(node, x, y, labelX, labelY, wordX, wordY, base) {
   node.replaceChildren();
+  node.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
   const logOf = (v) => Math.log(v) / Math.log(base);
   const toX = (v) => LEFT + (Math.log(v / x[0]) / Math.log(x[1] / x[0])) * (WIDTH - LEFT - RIGHT);
   const toY = (v) => HEIGHT - BOTTOM - (Math.log(v / y[0]) / Math.log(y[1] / y[0])) * (HEIGHT - TOP - BOTTOM);
@@ -169,7 +178,9 @@ function drawCache(values, inputs) {
   $("cache").append(svg("line", { class: "here", x1: toX(inputs.t), x2: toX(inputs.t), y1: TOP, y2: HEIGHT - BOTTOM }));
   if (free > y[0] && free < y[1]) {
     $("cache").append(svg("line", { class: "here", x1: LEFT, x2: WIDTH - RIGHT, y1: toY(free), y2: toY(free) }));
-    $("cache").append(svg("text", { x: LEFT + 6, y: toY(free) - 5 }, byteWords(free) + " free"));
+    // Near the top it would lie on the axis's name: there it stands below its line.
+    const shift = toY(free) < TOP + 32 ? 16 : -5;
+    $("cache").append(svg("text", { x: LEFT + 6, y: toY(free) + shift }, byteWords(free) + " free"));
   }
   for (const [column, list] of curves) {
     const path = list.map((v, i) => `${toX(points[i]).toFixed(1)},${toY(v).toFixed(1)}`).join(" ");
@@ -188,19 +199,12 @@ function drawRoofline(values, inputs) {
   const { toX, toY } = frame($("roofline"), x, y, "operations per byte of cache", "operations per second", short, words, 10);
   const corner = [[x[0], y[0]], [ridge, peak], [x[1], peak]];
   $("roofline").append(svg("polyline", { class: "roof", points: corner.map(([a, b]) => `${toX(a)},${toY(b)}`).join(" ") }));
-  const seen = [];
   ALL.forEach((column, index) => {
     const cx = toX(intensities[index]), cy = toY(values.value("attainable_" + column));
-    // Labels that would lie on one another move down.
-    let shift = intensities[index] >= ridge * 0.3 ? 22 : 16;
-    while (seen.some(([a, b]) => Math.abs(a - cx) < 70 && Math.abs(b - (cy + shift)) < 13)) shift += 14;
-    seen.push([cx, cy + shift]);
     $("roofline").append(svg("circle", { r: 5, cx, cy, style: `fill:${colour(column)}` }));
-    const right = cx > WIDTH - 130;
-    $("roofline").append(svg("text", {
-      x: right ? WIDTH - RIGHT : cx + 8, y: cy + shift, "text-anchor": right ? "end" : "start", style: `fill:${colour(column)}`,
-    }, DATA.titles[column]));
   });
+  // Points crowd at the corner: their names and numbers stand above the drawing, where they cannot collide.
+  $("points").replaceChildren(...ALL.map((column, index) => key(column, " " + intensities[index].toFixed(1))));
 }
 
 const element = (tag, text, className) => {
@@ -209,6 +213,13 @@ const element = (tag, text, className) => {
   if (className) node.className = className;
   return node;
 };
+
+function key(column, more = "") {
+  const entry = element("span", DATA.titles[column] + more), mark = element("i");
+  mark.style.background = colour(column);
+  entry.prepend(mark);
+  return entry;
+}
 
 function drawTimes(values) {
   const steps = ALL.map((column) => values.value("step_time_" + column));
@@ -292,6 +303,7 @@ function drawFormulas(values) {
 
 function update(event) {
   if (event && event.target) event.target.dataset.moved = "yes";
+  measure();
   const { values, inputs, machine, rank } = current();
   $("context-out").textContent = inputs.t.toLocaleString("en-US");
   $("batch-out").textContent = inputs.b.toLocaleString("en-US");
@@ -315,13 +327,9 @@ function update(event) {
 }
 
 startControls();
-$("legend").append(...SIDE.map((column) => {
-  const entry = element("span", DATA.titles[column]), mark = element("i");
-  mark.style.background = colour(column);
-  entry.prepend(mark);
-  return entry;
-}));
+$("legend").append(...SIDE.map((column) => key(column)));
 $("notes").append(...DATA.notes.map((note) => element("li", note)));
 $("formulas").addEventListener("toggle", () => drawFormulas(current().values));
+narrow.addEventListener("change", () => update());
 window.addEventListener("hashchange", () => location.reload());
 update();
