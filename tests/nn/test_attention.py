@@ -10,8 +10,9 @@ from torch.nn import functional as F  # noqa: N812
 from mla.cache import LatentCache
 from mla.nn import MultiheadLatentAttention
 from mla.ops import attention as ops
-from mla.ops import portable, reference
+from mla.ops import reference
 from tests.nn.cases import SIZES, build, make_config, poison_new_memory, random
+from tests.ops.cases import record_paths
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 ROPES = {
@@ -359,12 +360,7 @@ def test_device_and_dtype():
 
 
 def test_path_is_an_attribute_and_an_argument(monkeypatch):
-    calls = []
-    for name in ("absorbed", "expanded"):
-        run = getattr(portable, name)
-        monkeypatch.setattr(
-            portable, name, lambda *a, _run=run, _name=name, **k: calls.append(_name) or _run(*a, **k)
-        )
+    calls = record_paths(monkeypatch)
     module = build()
     x = random(1, 64, SIZES["hidden_size"])
     cache = LatentCache()
@@ -374,7 +370,7 @@ def test_path_is_an_attribute_and_an_argument(monkeypatch):
         module.path = "expanded"
         module(x[:, :1], cache=cache)
         module(x[:, :1], cache=cache, path="absorbed")
-    assert calls == ["expanded", "absorbed", "expanded", "absorbed"]
+    assert [path for _, path in calls] == ["expanded", "absorbed", "expanded", "absorbed"]
 
 
 X = torch.zeros(2, 3, SIZES["hidden_size"])

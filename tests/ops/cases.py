@@ -1,9 +1,12 @@
 """Random inputs of MLA attention that tests and benchmarks share."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from mla.ops import native, portable
 
 
 @dataclass(frozen=True)
@@ -59,3 +62,23 @@ CASES = {
     "DeepSeek-V2-Lite": Case(s=2, t=70, h=16, n=128, r=512, p=64, v=128),
     "longer than a tile": Case(s=1, t=9000, h=2),
 }
+
+
+def record_paths(monkeypatch: Any) -> list[tuple[str, str]]:
+    """A list that grows by (engine, path) with every attention call that follows."""
+    calls: list[tuple[str, str]] = []
+
+    def record(engine: str, module: Any, function: str, path: str) -> None:
+        run = getattr(module, function)
+
+        def recorded(*args: Any, **options: Any) -> Any:
+            calls.append((engine, path))
+            return run(*args, **options)
+
+        monkeypatch.setattr(module, function, recorded)
+
+    record("kernels", native, "decode", "absorbed")
+    record("kernels", native, "prefill", "expanded")
+    record("torch", portable, "absorbed", "absorbed")
+    record("torch", portable, "expanded", "expanded")
+    return calls

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mla.ops import attention, portable, reference
-from tests.ops.cases import CASES, Case
+from tests.ops.cases import CASES, Case, record_paths
 
 PATHS = {"absorbed": portable.absorbed, "expanded": portable.expanded}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -167,21 +167,17 @@ def test_plan_counts_operations():
     assert "absorbed" in plan.reason
 
 
-def test_prefill_follows_the_plan(monkeypatch):
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["kernels", "torch"])
+def test_prefill_follows_the_plan(monkeypatch, requires_grad):
     case = Case(s=3, t=9)
-    calls = []
-    for name in PATHS:
-        run = getattr(portable, name)
-        monkeypatch.setattr(
-            portable, name, lambda *a, _run=run, _name=name, **k: calls.append(_name) or _run(*a, **k)
-        )
-    inputs = case.inputs()
+    calls = record_paths(monkeypatch)
+    inputs = case.inputs(requires_grad=requires_grad)
     for path in PATHS:
         plan = attention.plan_for(
             inputs["q_nope"], inputs["c_kv"], inputs["k_rope"], inputs["w_uv"], path=path
         )
         attention.prefill(**inputs, scale=case.scale, plan=plan)
-    assert calls == ["absorbed", "expanded"]
+    assert calls == [("torch" if requires_grad else "kernels", path) for path in PATHS]
 
 
 @pytest.mark.parametrize(

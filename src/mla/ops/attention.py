@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mla.ops import portable
+from mla.ops import native, portable
 
 Path = Literal["absorbed", "expanded"]
 
@@ -85,15 +85,20 @@ def prefill(
     causal: bool = True,
     mask: Tensor | None = None,
     sinks: Tensor | None = None,
+    latent_scale: Tensor | None = None,
     dropout: float = 0.0,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of s queries over t keys that every sequence of the batch has; chunks on a prefix included.
 
+    CPU tensors without gradients run in the C++ kernels (``ops.native``); with gradients or dropout, in
+    fp16 or fp64, under a mask that is neither one of keys nor the causal one on top of it, or on another
+    device, in torch (``ops.portable``).
+
     Args:
-        q_nope: [b, s, h, n] queries without position; any floating dtype, the same for all tensors.
+        q_nope: [b, s, h, n] queries without position; any floating dtype.
         q_rope: [b, s, h, p] rotated queries.
-        c_kv: [b, t, r] latents (any strides: a slice of a cache is fine).
+        c_kv: [b, t, r] latents (any strides: a slice of a cache is fine), floating, or int8.
         k_rope: [b, t, p] the rotated key that all heads share.
         w_uk: [h, n, r] up-projection of keys.
         w_uv: [h, v, r] up-projection of values.
@@ -101,6 +106,7 @@ def prefill(
         causal: the s queries are the last s of the t keys, and each sees no key after itself.
         mask: broadcastable to [b, h, s, t]; bool (True attends) or floating (added to the scaled scores).
         sinks: [h] one more logit per head in the softmax, without a value.
+        latent_scale: [b, t] fp32, the factors of int8 latents (``ops.latent``).
         dropout: probability with which an attention weight is dropped (training).
         plan: from :func:`make_plan`; made here when None.
 
@@ -111,9 +117,16 @@ def prefill(
     Raises:
         ValueError: shapes that do not fit together: which tensor, what was expected, what came.
     """
-    _check(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, mask, sinks)
+    _check(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, mask, sinks, latent_scale)
     if plan is None:
         plan = plan_for(q_nope, c_kv, k_rope, w_uv, causal=causal)
+    if _kernels_take(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, sinks, dropout):
+        simple = _simple_mask(mask, causal, q_nope.shape[1])
+        if simple is not None:
+            b, t = c_kv.shape[:2]
+            lengths = torch.full((b,), t, dtype=torch.int32)
+            tensors = (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, sinks, latent_scale)
+            return _native(*tensors, lengths, scale, *simple, plan)
     run = portable.absorbed if plan.path == "absorbed" else portable.expanded
     return run(
         q_nope,
@@ -126,6 +139,7 @@ def prefill(
         causal=causal,
         mask=mask,
         sinks=sinks,
+        latent_scale=latent_scale,
         dropout=dropout,
     )
 
@@ -143,6 +157,7 @@ def decode(
     causal: bool = True,
     mask: Tensor | None = None,
     sinks: Tensor | None = None,
+    latent_scale: Tensor | None = None,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the newest tokens over a ragged cache: sequence i sees its first ``lengths[i]`` keys only.
@@ -157,11 +172,20 @@ def decode(
     Raises:
         ValueError: shapes that do not fit together, or a length outside 0..t.
     """
-    _check(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, mask, sinks)
+    _check(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, mask, sinks, latent_scale)
     b, t = c_kv.shape[:2]
     sizes = [int(length) for length in lengths]
     if len(sizes) != b or any(not 0 <= size <= t for size in sizes):
         raise ValueError(f"lengths: expected {b} numbers from 0 to {t}, got {sizes}")
+    # A mask with a row per query counts them from the end of each sequence: it stays with its sequence.
+    if _kernels_take(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, sinks, 0.0) and (
+        mask is None or (mask.dtype == torch.bool and mask.shape[1:3] == (1, 1))
+    ):
+        if plan is None:
+            plan = plan_for(q_nope, c_kv, k_rope, w_uv, causal=causal)
+        key_mask = None if mask is None else mask[:, 0, 0]
+        tensors = (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, sinks, latent_scale)
+        return _native(*tensors, torch.tensor(sizes, dtype=torch.int32), scale, key_mask, causal, plan)
     out, lse = [], []
     for i, size in enumerate(sizes):
         row_mask = None
@@ -179,6 +203,7 @@ def decode(
             causal=causal,
             mask=row_mask,
             sinks=sinks,
+            latent_scale=None if latent_scale is None else latent_scale[i : i + 1, :size],
             plan=plan,
         )
         out.append(row_out)
@@ -209,6 +234,105 @@ def plan_for(
     )
 
 
+def _kernels_take(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    c_kv: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    sinks: Tensor | None,
+    dropout: float,
+) -> bool:
+    """Whether the C++ kernels can run a call, its mask aside."""
+    tensors = (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, *(() if sinks is None else (sinks,)))
+    rope_dtype = torch.float32 if c_kv.dtype == torch.float32 else torch.bfloat16
+    return (
+        native.best() is not None
+        and dropout == 0.0
+        and all(x.device.type == "cpu" for x in tensors)
+        and {q_nope.dtype, q_rope.dtype, w_uk.dtype, w_uv.dtype} <= native.QUERY_DTYPES
+        and len({q_nope.dtype, q_rope.dtype, w_uk.dtype, w_uv.dtype}) == 1
+        and c_kv.dtype in native.CACHE_DTYPES
+        and k_rope.dtype == rope_dtype
+        and c_kv.stride(-1) == 1
+        and (k_rope.shape[-1] <= 1 or k_rope.stride(-1) == 1)
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    )
+
+
+def _simple_mask(mask: Tensor | None, causal: bool, s: int) -> tuple[Tensor | None, bool] | None:
+    """(mask of keys [b or 1, t], causal) that says the same, or None if there is none."""
+    if mask is None:
+        return None, causal
+    if mask.dtype != torch.bool or mask.shape[1] != 1:
+        return None
+    if mask.shape[2] == 1:
+        return mask[:, 0, 0], causal
+    # Transformers writes padding and the causal limit into one mask, whose last query sees every key that is
+    # not padding. Comparing costs one byte per score, next to nothing beside the score.
+    t = mask.shape[3]
+    keys = mask[:, :, -1:]
+    if torch.equal(mask, keys & torch.ones(s, t, dtype=torch.bool).tril(t - s)):
+        return keys[:, 0, 0], True
+    if not causal and torch.equal(mask, keys.expand_as(mask)):
+        return keys[:, 0, 0], False
+    return None
+
+
+def _native(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    c_kv: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    sinks: Tensor | None,
+    latent_scale: Tensor | None,
+    lengths: Tensor,
+    scale: float,
+    key_mask: Tensor | None,
+    causal: bool,
+    plan: Plan,
+) -> tuple[Tensor, Tensor]:
+    b, s, h, n = q_nope.shape
+    if key_mask is not None:
+        key_mask = key_mask.expand(b, c_kv.shape[1]).contiguous()
+    sinks = None if sinks is None else sinks.float().contiguous()
+    if plan.path == "expanded":
+        return native.prefill(
+            q_nope,
+            q_rope,
+            c_kv,
+            k_rope,
+            w_uk,
+            w_uv,
+            lengths,
+            scale=scale,
+            causal=causal,
+            latent_scale=latent_scale,
+            key_mask=key_mask,
+            sinks=sinks,
+        )
+    # One product per head, [h, b·s, n] x [h, n, r]; the result is read by its strides.
+    q_latent = torch.matmul(q_nope.permute(2, 0, 1, 3).reshape(h, b * s, n), w_uk)
+    out_latent, lse = native.decode(
+        q_latent.view(h, b, s, -1).permute(1, 2, 0, 3),
+        q_rope,
+        c_kv,
+        k_rope,
+        lengths,
+        scale=scale,
+        causal=causal,
+        latent_scale=latent_scale,
+        key_mask=key_mask,
+        sinks=sinks,
+    )
+    flat_out = out_latent.permute(2, 0, 1, 3).reshape(h, b * s, -1)
+    out = torch.matmul(flat_out, w_uv.transpose(1, 2)).view(h, b, s, -1)
+    return out.permute(1, 2, 0, 3), lse
+
+
 def _check(
     q_nope: Tensor,
     q_rope: Tensor,
@@ -218,6 +342,7 @@ def _check(
     w_uv: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
+    latent_scale: Tensor | None,
 ) -> None:
     if q_nope.ndim != 4:
         raise ValueError(f"q_nope: expected 4 dimensions [b, s, h, n], got shape {tuple(q_nope.shape)}")
@@ -236,6 +361,10 @@ def _check(
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if (c_kv.dtype == torch.int8) != (latent_scale is not None):
+        raise ValueError(f"latent_scale: expected with int8 latents and only then, got c_kv of {c_kv.dtype}")
+    if latent_scale is not None and tuple(latent_scale.shape) != (b, t):
+        raise ValueError(f"latent_scale [b, t]: expected shape {(b, t)}, got {tuple(latent_scale.shape)}")
     if sinks is not None and tuple(sinks.shape) != (h,):
         raise ValueError(f"sinks [h]: expected shape {(h,)}, got {tuple(sinks.shape)}")
     if mask is not None:

@@ -2,7 +2,8 @@
 
 Both paths walk the keys tile by tile with an online softmax (Milakov and Gimelshein, arXiv:1805.02867), so
 that no score matrix, and no expanded key or value, exists for more than one tile. Arguments and results are
-those of ``mla.ops.reference``; shapes are in its alphabet.
+those of ``mla.ops.reference``, and ``latent_scale`` [b, t] fp32, the factors of int8 latents; shapes are in
+its alphabet.
 """
 
 from collections.abc import Callable
@@ -26,6 +27,7 @@ def absorbed(
     causal: bool = False,
     mask: Tensor | None = None,
     sinks: Tensor | None = None,
+    latent_scale: Tensor | None = None,
     dropout: float = 0.0,
     query_tile: int = 128,
     key_tile: int = 4096,
@@ -45,7 +47,8 @@ def absorbed(
     queries = _tiles(s, query_tile) or [(0, 0)]
     states = [_OnlineSoftmax(dropout, precision) for _ in queries]
     for keys in _tiles(t, key_tile):
-        c_tile, k_tile = c_kv[:, keys[0] : keys[1]].to(dtype), k_rope[:, keys[0] : keys[1]].to(dtype)
+        c_tile = _latents(c_kv, latent_scale, keys, dtype)
+        k_tile = k_rope[:, keys[0] : keys[1]].to(dtype)
         c_transposed, k_transposed = c_tile.transpose(1, 2), k_tile.transpose(1, 2)
         for rows, state in zip(queries, states, strict=True):
             if causal and keys[0] > t - s + rows[1] - 1:
@@ -82,6 +85,7 @@ def expanded(
     causal: bool = False,
     mask: Tensor | None = None,
     sinks: Tensor | None = None,
+    latent_scale: Tensor | None = None,
     dropout: float = 0.0,
     query_tile: int = 256,
     key_tile: int = 512,
@@ -100,7 +104,7 @@ def expanded(
     queries = _tiles(s, query_tile) or [(0, 0)]
     states = [_OnlineSoftmax(dropout, precision) for _ in queries]
     for keys in _tiles(t, key_tile):
-        c_tile = c_kv[:, keys[0] : keys[1]].to(dtype)[:, None]  # [b, 1, tile, r]
+        c_tile = _latents(c_kv, latent_scale, keys, dtype)[:, None]  # [b, 1, tile, r]
         k_rope_transposed = k_rope[:, keys[0] : keys[1]].to(dtype).transpose(1, 2)[:, None]
         k_nope_transposed = torch.matmul(w_uk, c_tile.transpose(2, 3))  # [b, h, n, tile]
         value = torch.matmul(c_tile, w_uv.transpose(1, 2))  # [b, h, tile, v]
@@ -188,6 +192,12 @@ def _hide(scores: Tensor, rows: Tile, keys: Tile, offset: int, causal: bool, mas
 
 def _tile_of(mask: Tensor, dim: int, tile: Tile) -> Tensor:
     return mask if mask.shape[dim] == 1 else mask.narrow(dim, tile[0], tile[1] - tile[0])
+
+
+def _latents(c_kv: Tensor, latent_scale: Tensor | None, keys: Tile, dtype: torch.dtype) -> Tensor:
+    """One tile of the latents as numbers, [b, tile, r]."""
+    tile = c_kv[:, keys[0] : keys[1]].to(dtype)
+    return tile if latent_scale is None else tile * latent_scale[:, keys[0] : keys[1], None].to(dtype)
 
 
 def _tiles(length: int, size: int) -> list[Tile]:

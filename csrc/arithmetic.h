@@ -1,0 +1,97 @@
+// Arithmetics: how numbers are held in the operands of a product, and the one instruction that multiplies them.
+//
+// A product runs over 32-bit units: one float, two bf16, or two int16. Rows (heads, queries or output channels)
+// lie in the lanes of vectors; the other side is broadcast unit by unit. An arithmetic gives
+//
+//   lanes, per_unit      rows per vector; numbers per unit
+//   scaled               whether a packed row has a factor of its own (integers do)
+//   Sum, dot, value      the accumulator, one step of the product, and the accumulator as floats
+//   squares, pack        a row of numbers: its sum of squares, and its units, each number times a factor
+//   weights              `per_unit` vectors of probabilities as one vector of units
+//   interleave           units of `per_unit` consecutive rows, transposed: one unit per column
+#pragma once
+
+#include "attention.h"
+#include "vectors.h"
+
+namespace mla {
+namespace {
+
+// `lanes` vectors of consecutive numbers read from memory as floats; Type is a parameter for the sake of speed.
+template <int lanes, Type type> struct Read {
+  using V = Vec<lanes>;
+  using F = typename V::F;
+  static constexpr int bytes = type == Type::f32 ? 4 : type == Type::bf16 ? 2 : 1;
+
+  static MLA_INLINE F one(const char* p) {
+    if constexpr (type == Type::f32) return V::template load<F>(p);
+    if constexpr (type == Type::bf16)
+      return V::template as<F>(
+          __builtin_convertvector(V::template load<typename V::H>(p), typename V::U) << 16);
+    if constexpr (type == Type::i8)
+      return __builtin_convertvector(V::template load<typename V::B>(p), F);
+  }
+
+  // 2 * lanes numbers, those at even places apart from those at odd ones.
+  static MLA_INLINE void pair(const char* p, F& even, F& odd) {
+    using U = typename V::U;
+    using I = typename V::I;
+    if constexpr (type == Type::bf16) {
+      const U both = V::template load<U>(p);
+      even = V::template as<F>(both << 16);
+      odd = V::template as<F>(both & 0xffff0000u);
+    } else if constexpr (type == Type::i8) {
+      const U both = __builtin_convertvector(V::template load<typename V::H>(p), U);
+      even = __builtin_convertvector(V::template as<I>(both << 24) >> 24, F);
+      odd = __builtin_convertvector(V::template as<I>(both << 16) >> 24, F);
+    } else {
+      const F a = one(p), b = one(p + 4 * lanes);
+      even = odd = a;
+      for (int i = 0; i < lanes / 2; ++i) {
+        even[i] = a[2 * i], even[i + lanes / 2] = b[2 * i];
+        odd[i] = a[2 * i + 1], odd[i + lanes / 2] = b[2 * i + 1];
+      }
+    }
+  }
+};
+
+// Calls step(pointer, unit) for whole vectors of units; the numbers beyond `count` read as zeros.
+template <int numbers, int bytes, class Step> MLA_INLINE void walk(const char* row, int count, Step&& step) {
+  int i = 0;
+#pragma GCC unroll 4
+  for (; i + numbers <= count; i += numbers) step(row + static_cast<int64_t>(i) * bytes, i);
+  if (i < count) {
+    char tail[numbers * bytes] = {};
+    std::memcpy(tail, row + static_cast<int64_t>(i) * bytes, static_cast<size_t>(count - i) * bytes);
+    step(tail, i);
+  }
+}
+
+// Floats as they are: the arithmetic that every machine has, and that of fp32 caches.
+template <int lanes_> struct Float32 {
+  static constexpr int lanes = lanes_, per_unit = 1;
+  static constexpr bool scaled = false;
+  using V = Vec<lanes>;
+  using F = typename V::F;
+  using Unit = F;
+  using Sum = F;
+
+  static MLA_INLINE Unit spread(const uint32_t* a) {
+    float x;
+    std::memcpy(&x, a, 4);
+    return V::all(x);
+  }
+  static MLA_INLINE Sum dot(Sum sum, Unit b, Unit a) { return sum + b * a; }
+  static MLA_INLINE F value(Sum sum) { return sum; }
+
+  template <Type type> static float squares(const char*, int) { return 0; }
+  template <Type type> static void pack(const char* row, int count, float factor, uint32_t* units) {
+    using R = Read<lanes, type>;
+    walk<lanes, R::bytes>(row, count,
+                          [&](const char* p, int i) { V::store(units + i, R::one(p) * factor); });
+  }
+  static MLA_INLINE Unit weights(const F* p) { return p[0]; }
+};
+
+} // namespace
+} // namespace mla

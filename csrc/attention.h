@@ -1,0 +1,97 @@
+// What the kernels take and give: raw pointers, strides and sizes. Nothing here knows Python or torch.
+//
+// The alphabet is that of mla.ops: b batch, s query tokens, t key tokens, h heads, n nope dim, r latent rank,
+// p rope dim, v value dim. Strides are in bytes; the last dimension of every tensor is contiguous.
+#pragma once
+
+#include <cstdint>
+
+namespace mla {
+
+enum class Type : int { f32 = 0, bf16 = 1, i8 = 2 };
+
+// Rows in pages: row `token` of a sequence lies at data + page * page_stride + (token % page_size) * row_stride.
+struct Rows {
+  const char* data;
+  int64_t page_stride;
+  int64_t row_stride;
+};
+
+// The latents of a batch. Without a table, page i is sequence i and holds all of it (a contiguous cache).
+struct Cache {
+  Rows c_kv;            // [r], of `type`
+  Rows k_rope;          // [p], bf16 (f32 where type is f32)
+  Rows scale;           // int8 only: one f32 per token, the factor of c_kv
+  Type type;            // f32, bf16 or i8
+  const int32_t* table; // [b, table_stride] pages of each sequence; -1 is a token that does not exist
+  int64_t table_stride; // in entries
+  int64_t page_size;    // tokens per page; 1 makes the table a list of single tokens (sparse attention)
+  int32_t r;
+  int32_t p;
+};
+
+// A tensor [b, s, h, width].
+struct Heads {
+  char* data;
+  Type type;
+  int64_t stride_b;
+  int64_t stride_s;
+  int64_t stride_h;
+};
+
+// A weight [h, rows, r].
+struct Weight {
+  const char* data;
+  Type type;
+  int64_t stride_h;
+  int64_t stride_row;
+};
+
+// What both kernels share. Query i of sequence j is its token lengths[j] - s + i.
+struct Attention {
+  int32_t b, s, h;
+  Cache cache;
+  const int32_t* lengths;  // [b] key tokens of each sequence
+  const uint8_t* key_mask; // [b, key_mask_stride] 1 where a key may be seen, or null
+  int64_t key_mask_stride;
+  const float* sinks;      // [h] one more logit per head, or null
+  float scale;             // factor on the scores
+  bool causal;             // no query sees a key after itself
+  float* lse;              // [b, s, h] natural log-sum-exp without the sink; -inf where no key is seen
+  int32_t threads;
+};
+
+// Absorbed: the queries already live in the latent space, and so does the output.
+struct Decode {
+  Attention attention;
+  Heads q_latent; // [b, s, h, r]
+  Heads q_rope;   // [b, s, h, p]
+  Heads out;      // [b, s, h, r]
+};
+
+// Expanded: keys and values are rebuilt tile by tile from the latents.
+struct Prefill {
+  Attention attention;
+  Heads q_nope; // [b, s, h, n]
+  Heads q_rope; // [b, s, h, p]
+  Weight w_uk;  // [h, n, r]
+  Weight w_uv;  // [h, v, r]
+  Heads out;    // [b, s, h, v]
+  int32_t n, v;
+};
+
+// One instruction set's kernels. `ceiling` runs `rounds` of the instruction that carries the products, on one
+// thread, out of registers, and returns the operations done (2 per multiply-add): the bound of the benchmarks.
+struct Kernels {
+  const char* name;
+  bool (*supported)();
+  void (*decode)(const Decode&);
+  void (*prefill)(const Prefill&);
+  double (*ceiling)(int64_t rounds);
+};
+
+extern const Kernels avx512_kernels;
+extern const Kernels avx2_kernels;
+extern const Kernels generic_kernels;
+
+} // namespace mla

@@ -1,0 +1,224 @@
+// Absorbed attention over the latent cache: every head reads the same rows.
+//
+// An item is a sequence and up to kRows of its query rows (token by token, head by head); its tiles of keys are
+// the work. All tiles of all items lie on one line, of which each thread takes an equal stretch, so that one
+// long sequence uses every core. An item that a stretch boundary cuts is finished from partial sums, in the
+// order of the keys: the result depends on the number of threads (by rounding), never on their timing.
+#pragma once
+
+#include <vector>
+
+#include "rows.h"
+#include "threads.h"
+
+namespace mla {
+namespace {
+
+constexpr int kRows = 128;
+
+struct Item {
+  int sequence, first, rows; // rows first.. of the s * h of this sequence
+  int64_t tokens;            // keys that any of them sees
+  int64_t before;            // tiles of all items before this one
+  int64_t tiles() const { return (tokens + kKeys - 1) / kKeys; }
+};
+
+template <class A, int wide_x, int narrow_x> class Decoder {
+public:
+  static void run(const Decode& call) { Decoder(call).run(); }
+
+private:
+  // The partial sums of one thread: at most its first and its last item are shared with others.
+  struct Piece {
+    int item = -1;
+    State state;
+  };
+  struct Scratch {
+    uint32_t *packed, *line;
+    float* factors;
+    int32_t *limits, *relative;
+    Tile<A> keys;
+    Columns<A> values;
+    Weights<A> weights;
+    State state;
+    Piece pieces[2];
+
+    void carve(Carver& carver, const Decoder& d) {
+      packed = carver.take<uint32_t>(static_cast<int64_t>(d.rows_) * d.units_);
+      line = carver.take<uint32_t>(d.units_ + 4 * A::lanes);
+      factors = carver.take<float>(d.rows_);
+      limits = carver.take<int32_t>(d.rows_);
+      relative = carver.take<int32_t>(2 * A::lanes);
+      keys.carve(carver, d.units_);
+      values.carve(carver, d.r_);
+      weights.carve(carver);
+      state.carve(carver, d.rows_, d.r_, narrow_x);
+      if (d.threads_ > 1)
+        for (Piece& piece : pieces) piece.state.carve(carver, d.rows_, d.r_, narrow_x);
+    }
+  };
+
+  explicit Decoder(const Decode& call) : call_(call), attention_(call.attention) {
+    const Cache& cache = attention_.cache;
+    r_ = cache.r;
+    units_ = units_of<A>(cache.r) + units_of<A>(cache.p);
+    const int all = attention_.s * attention_.h;
+    rows_ = static_cast<int>(up(least(all, kRows), A::lanes));
+    for (int sequence = 0; sequence < attention_.b; ++sequence)
+      for (int first = 0; first < all; first += kRows) {
+        const int rows = static_cast<int>(least(kRows, all - first));
+        const int64_t tokens = visible(attention_, sequence, (first + rows - 1) / attention_.h);
+        items_.push_back({sequence, first, rows, tokens, tiles_});
+        tiles_ += items_.back().tiles();
+      }
+    threads_ = static_cast<int>(most(1, least(attention_.threads, tiles_)));
+  }
+
+  void run() {
+    Carver count(nullptr);
+    for (int i = 0; i < threads_; ++i) Scratch().carve(count, *this);
+    Memory memory(count.used());
+    Carver carver(memory.data);
+    scratch_.resize(static_cast<size_t>(threads_));
+    for (Scratch& scratch : scratch_) scratch.carve(carver, *this);
+    team(threads_, [this](int i) { stretch(i); });
+    if (threads_ > 1) team(threads_, [this](int i) { merge(i); });
+  }
+
+  int64_t start(int thread) const { return tiles_ * thread / threads_; }
+
+  void stretch(int thread) {
+    Scratch& scratch = scratch_[static_cast<size_t>(thread)];
+    const int64_t from = start(thread), to = start(thread + 1);
+    for (int i = 0; i < static_cast<int>(items_.size()); ++i) {
+      const Item& item = items_[static_cast<size_t>(i)];
+      const int64_t first = most(from, item.before), last = least(to, item.before + item.tiles());
+      if (item.tiles() == 0 && thread == 0) { // nothing to see: no thread's stretch holds it
+        scratch.state.clear(up(item.rows, A::lanes));
+        write(item, scratch.state, 0, item.rows);
+      }
+      if (first >= last) continue;
+      const bool whole = last - first == item.tiles();
+      Piece& piece = scratch.pieces[first == from ? 0 : 1];
+      State& state = whole ? scratch.state : piece.state;
+      if (!whole) piece.item = i;
+      attend_tiles(item, first - item.before, last - item.before, state, scratch);
+      if (whole) write(item, state, 0, item.rows);
+    }
+  }
+
+  void attend_tiles(const Item& item, int64_t first, int64_t last, State& state, Scratch& scratch) {
+    const int padded = static_cast<int>(up(item.rows, A::lanes));
+    state.clear(padded);
+    pack_lanes<A>(
+        item.rows, units_, attention_.scale * kLog2E,
+        [&](int i) {
+          const int row = item.first + i, s = row / attention_.h, h = row % attention_.h;
+          return Parts{{head(call_.q_latent, item.sequence, s, h), call_.q_latent.type, r_, 1.0f},
+                      {head(call_.q_rope, item.sequence, s, h), call_.q_rope.type, attention_.cache.p, 1.0f}};
+        },
+        scratch.packed, scratch.factors, scratch.line);
+    for (int i = 0; i < padded; ++i)
+      scratch.limits[i] = static_cast<int32_t>(
+          visible(attention_, item.sequence, (item.first + static_cast<int>(least(i, item.rows - 1))) / attention_.h));
+    for (int64_t tile = first; tile < last; ++tile) attend_tile(item, tile, last, state, scratch);
+  }
+
+  void attend_tile(const Item& item, int64_t tile, int64_t last, State& state, Scratch& scratch) {
+    const Cache& cache = attention_.cache;
+    const int64_t from = tile * kKeys, count = least(kKeys, item.tokens - from);
+    const int tokens = static_cast<int>(up(count, narrow_x));
+    fill(attention_, item.sequence, from, static_cast<int>(count), tokens, scratch.keys,
+         [&](int i, const Cursor& cursor) {
+           scratch.keys.factors[i] =
+               pack_row<A>({latent(cache, cursor), rotary(cache, cursor)}, 1.0f, scratch.keys.row(i));
+         });
+    scratch.values.fill(scratch.keys, tokens, r_);
+    const int64_t next = from + kKeys;
+    const int64_t ahead = tile + 1 < last ? least(kKeys, item.tokens - next) : 0;
+    const int padded = static_cast<int>(up(item.rows, A::lanes));
+    for (int row = 0; row < padded; row += 2 * A::lanes) {
+      const int lanes = static_cast<int>(least(2 * A::lanes, padded - row));
+      // Rows are in the order of the tokens, so are their limits.
+      const int32_t *limits = scratch.limits + row, *relative = nullptr;
+      if (limits[lanes - 1] <= from) continue;
+      if (limits[0] < from + count) {
+        for (int i = 0; i < lanes; ++i)
+          scratch.relative[i] = static_cast<int32_t>(most(0, limits[i] - from));
+        relative = scratch.relative;
+      }
+      const auto before = [&](int t, int x) {
+        if (row == 0) prefetch(cache, item.sequence, next + t, least(x, ahead - t));
+      };
+      const auto step = [&](auto attend) {
+        attend(scratch.packed + static_cast<int64_t>(row) * units_, scratch.factors + row, units_, scratch.keys,
+               scratch.keys.factors, scratch.values, tokens, relative, row, state, scratch.weights, before);
+      };
+      if (lanes > A::lanes)
+        step(attend<A, wide_x, 2, decltype(before)>);
+      else
+        step(attend<A, narrow_x, 1, decltype(before)>);
+    }
+  }
+
+  void write(const Item& item, const State& state, int begin, int end) {
+    const int padded = static_cast<int>(up(item.rows, A::lanes));
+    for (int row = begin; row < end; row += 2 * A::lanes) {
+      const int lanes = static_cast<int>(least(2 * A::lanes, padded - row));
+      finish<A>(attention_, state, state.sums + static_cast<int64_t>(row) * state.width, row,
+                static_cast<int>(least(lanes, item.rows - row)), lanes, r_, call_.out.type, [&](int i) {
+                  const int all = item.first + i, s = all / attention_.h, h = all % attention_.h;
+                  return Place{head(call_.out, item.sequence, s, h), lse_of(attention_, item.sequence, s, h), h};
+                });
+    }
+  }
+
+  // Row tiles of all cut items, dealt out to the threads in turn.
+  void merge(int thread) {
+    int turn = 0;
+    for (int i = 0; i < static_cast<int>(items_.size()); ++i) {
+      std::vector<State*> parts;
+      for (Scratch& scratch : scratch_)
+        for (Piece& piece : scratch.pieces)
+          if (piece.item == i) parts.push_back(&piece.state);
+      if (parts.empty()) continue;
+      const Item& item = items_[static_cast<size_t>(i)];
+      const int padded = static_cast<int>(up(item.rows, A::lanes));
+      for (int row = 0; row < padded; row += 2 * A::lanes) {
+        if (turn++ % threads_ != thread) continue;
+        const int lanes = static_cast<int>(least(2 * A::lanes, padded - row));
+        for (size_t part = 1; part < parts.size(); ++part) add(*parts[part], *parts[0], row, lanes);
+        write(item, *parts[0], row, static_cast<int>(least(row + lanes, item.rows)));
+      }
+    }
+  }
+
+  static void add(const State& from, State& to, int row, int lanes) {
+    using V = typename A::V;
+    using F = typename A::F;
+    const auto load = [](const float* p) { return V::template load<F>(p); };
+    for (int at = 0; at < lanes; at += A::lanes) {
+      float *maximum = to.maximum + row + at, *total = to.total + row + at;
+      const F other = load(from.maximum + row + at), top = V::max(load(maximum), other);
+      const F finite = top == -kInfinity ? F{} : top;
+      const F mine = V::exp2(load(maximum) - finite), theirs = V::exp2(other - finite);
+      V::store(total, load(total) * mine + load(from.total + row + at) * theirs);
+      V::store(maximum, top);
+      const int64_t begin = static_cast<int64_t>(row) * to.width + at;
+      for (int d = 0; d < to.width; ++d) {
+        const int64_t place = begin + static_cast<int64_t>(d) * lanes;
+        V::store(to.sums + place, load(to.sums + place) * mine + load(from.sums + place) * theirs);
+      }
+    }
+  }
+
+  const Decode& call_;
+  const Attention& attention_;
+  int r_, units_, rows_, threads_;
+  int64_t tiles_ = 0;
+  std::vector<Item> items_;
+  std::vector<Scratch> scratch_;
+};
+
+} // namespace
+} // namespace mla

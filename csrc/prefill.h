@@ -1,0 +1,231 @@
+// Expanded attention: for one head at a time, a tile of keys and values is rebuilt from the latents, used by
+// every query of a chunk, and overwritten by the next.
+//
+// An item is a sequence, a head and a chunk of queries; items are independent of one another, so that threads
+// take them as they come, and the result depends on nothing but the inputs.
+#pragma once
+
+#include <atomic>
+
+#include "rows.h"
+#include "threads.h"
+
+namespace mla {
+namespace {
+
+constexpr int kQueries = 4096; // queries per item at most: what bounds the scratch memory
+
+template <class A, int wide_x, int narrow_x> class Prefiller {
+public:
+  static void run(const Prefill& call) { Prefiller(call).run(); }
+
+private:
+  // An up-projection of one head, its output channels in the lanes.
+  struct Projection {
+    uint32_t* packed;
+    float* factors;
+    int padded; // output channels
+    int units;  // of one row
+
+    void carve(Carver& carver, int channels, int row_units) {
+      padded = static_cast<int>(up(channels, A::lanes));
+      units = row_units;
+      packed = carver.take<uint32_t>(static_cast<int64_t>(padded) * units);
+      factors = carver.take<float>(padded);
+    }
+  };
+  struct Scratch {
+    uint32_t *packed, *line;
+    float *factors, *key_floats, *value_floats;
+    int32_t *limits, *relative;
+    Projection uk, uv;
+    Tile<A> latents, keys, values;
+    Columns<A> columns;
+    Weights<A> weights;
+    State state;
+    int key_line, value_line; // floats from token to token
+
+    void carve(Carver& carver, const Prefiller& p) {
+      const Prefill& call = p.call_;
+      const int r = call.attention.cache.r, width = call.attention.cache.p, slack = 4 * A::lanes;
+      uk.carve(carver, call.n, units_of<A>(r));
+      uv.carve(carver, call.v, units_of<A>(r));
+      key_line = uk.padded + width + slack;
+      value_line = uv.padded + slack;
+      packed = carver.take<uint32_t>(up(p.chunk_, A::lanes) * p.units_);
+      line = carver.take<uint32_t>(most(p.units_, units_of<A>(r)) + slack);
+      factors = carver.take<float>(up(p.chunk_, A::lanes));
+      limits = carver.take<int32_t>(up(p.chunk_, A::lanes));
+      relative = carver.take<int32_t>(2 * A::lanes);
+      key_floats = carver.take<float>(static_cast<int64_t>(kKeys) * key_line);
+      value_floats = carver.take<float>(static_cast<int64_t>(kKeys) * value_line);
+      latents.carve(carver, units_of<A>(r));
+      keys.carve(carver, p.units_);
+      values.carve(carver, units_of<A>(call.v));
+      columns.carve(carver, call.v);
+      weights.carve(carver);
+      state.carve(carver, up(p.chunk_, A::lanes), call.v, narrow_x);
+    }
+  };
+
+  explicit Prefiller(const Prefill& call) : call_(call), attention_(call.attention) {
+    units_ = units_of<A>(call.n) + units_of<A>(attention_.cache.p);
+    // As few chunks as give every thread an item: each chunk rebuilds the keys that it sees.
+    const int64_t heads = static_cast<int64_t>(attention_.b) * attention_.h;
+    const int64_t wanted = most((attention_.threads + heads - 1) / most(1, heads), 1);
+    const int64_t size = most((attention_.s + wanted - 1) / wanted, least(attention_.s, 4 * A::lanes));
+    chunk_ = static_cast<int>(most(1, least(size, kQueries)));
+    chunks_ = (attention_.s + chunk_ - 1) / chunk_;
+    items_ = heads * chunks_;
+    threads_ = static_cast<int>(most(1, least(attention_.threads, items_)));
+  }
+
+  void run() {
+    Carver count(nullptr);
+    for (int i = 0; i < threads_; ++i) Scratch().carve(count, *this);
+    Memory memory(count.used());
+    std::atomic<int64_t> next{0};
+    const int64_t each = count.used() / threads_;
+    team(threads_, [&](int i) {
+      Carver carver(memory.data + i * each);
+      Scratch scratch;
+      scratch.carve(carver, *this);
+      for (int64_t item = next++; item < items_; item = next++) attend_item(item, scratch);
+    });
+  }
+
+  void attend_item(int64_t item, Scratch& scratch) {
+    // The last chunk first: with a causal limit it is the longest.
+    const int heads = attention_.b * attention_.h;
+    const int first = static_cast<int>(chunks_ - 1 - item / heads) * chunk_;
+    const int sequence = static_cast<int>(item % heads) / attention_.h, h = static_cast<int>(item % heads) % attention_.h;
+    const int rows = static_cast<int>(least(chunk_, attention_.s - first));
+    const int padded = static_cast<int>(up(rows, A::lanes));
+    State& state = scratch.state;
+    state.clear(padded);
+    const int64_t tokens = visible(attention_, sequence, first + rows - 1);
+    if (tokens > 0) pack(sequence, h, first, rows, scratch);
+    for (int64_t from = 0; from < tokens; from += kKeys) {
+      const int count = static_cast<int>(least(kKeys, tokens - from));
+      const int filled = static_cast<int>(up(count, narrow_x));
+      expand(sequence, from, count, filled, scratch);
+      for (int row = 0; row < padded; row += 2 * A::lanes) {
+        const int lanes = static_cast<int>(least(2 * A::lanes, padded - row));
+        const int32_t *limits = scratch.limits + row, *relative = nullptr;
+        if (limits[lanes - 1] <= from) continue;
+        if (limits[0] < from + count) {
+          for (int i = 0; i < lanes; ++i)
+            scratch.relative[i] = static_cast<int32_t>(most(0, limits[i] - from));
+          relative = scratch.relative;
+        }
+        const auto before = [](int, int) {};
+        const auto step = [&](auto attend) {
+          attend(scratch.packed + static_cast<int64_t>(row) * units_, scratch.factors + row, units_, scratch.keys,
+                 scratch.values.factors, scratch.columns, filled, relative, row, state, scratch.weights, before);
+        };
+        if (lanes > A::lanes)
+          step(mla::attend<A, wide_x, 2, decltype(before)>);
+        else
+          step(mla::attend<A, narrow_x, 1, decltype(before)>);
+      }
+    }
+    for (int row = 0; row < rows; row += 2 * A::lanes) {
+      const int lanes = static_cast<int>(least(2 * A::lanes, padded - row));
+      finish<A>(attention_, state, state.sums + static_cast<int64_t>(row) * state.width, row,
+                static_cast<int>(least(lanes, rows - row)), lanes, call_.v, call_.out.type, [&](int i) {
+                  return Place{head(call_.out, sequence, first + i, h),
+                               lse_of(attention_, sequence, first + i, h), h};
+                });
+    }
+  }
+
+  // The queries of an item, its limits, and its head's two projections.
+  void pack(int sequence, int h, int first, int rows, Scratch& scratch) {
+    const int p = attention_.cache.p, r = attention_.cache.r;
+    pack_lanes<A>(
+        rows, units_, attention_.scale * kLog2E,
+        [&](int i) {
+          return Parts{{head(call_.q_nope, sequence, first + i, h), call_.q_nope.type, call_.n, 1.0f},
+                       {head(call_.q_rope, sequence, first + i, h), call_.q_rope.type, p, 1.0f}};
+        },
+        scratch.packed, scratch.factors, scratch.line);
+    for (int i = 0; i < up(rows, A::lanes); ++i)
+      scratch.limits[i] =
+          static_cast<int32_t>(visible(attention_, sequence, first + static_cast<int>(least(i, rows - 1))));
+    const auto project = [&](const Weight& w, int channels, Projection& to) {
+      pack_lanes<A>(
+          channels, units_of<A>(r), 1.0f,
+          [&](int i) {
+            return Parts{{w.data + h * w.stride_h + i * w.stride_row, w.type, r, 1.0f}, {nullptr, Type::f32, 0, 1.0f}};
+          },
+          to.packed, to.factors, scratch.line);
+    };
+    project(call_.w_uk, call_.n, scratch.uk);
+    project(call_.w_uv, call_.v, scratch.uv);
+  }
+
+  // The tile's latents -> its keys and values of the item's head.
+  void expand(int sequence, int64_t from, int count, int filled, Scratch& scratch) {
+    using Floats = Float32<A::lanes>;
+    const Cache& cache = attention_.cache;
+    const Part none = {nullptr, Type::f32, 0, 1.0f};
+    fill(attention_, sequence, from, count, filled, scratch.latents, [&](int i, const Cursor& cursor) {
+      scratch.latents.factors[i] = pack_row<A>({latent(cache, cursor), none}, 1.0f, scratch.latents.row(i));
+      float* to = scratch.key_floats + static_cast<int64_t>(i) * scratch.key_line + scratch.uk.padded;
+      mla::pack<Floats>(rotary(cache, cursor), 1.0f, reinterpret_cast<uint32_t*>(to));
+    });
+    multiply(scratch.uk, scratch.latents, filled, scratch.key_floats, scratch.key_line);
+    multiply(scratch.uv, scratch.latents, filled, scratch.value_floats, scratch.value_line);
+    for (int t = 0; t < filled; ++t) {
+      if (scratch.latents.biases[t] != 0.0f) {
+        scratch.keys.erase(t);
+        scratch.values.erase(t);
+        continue;
+      }
+      const float* key = scratch.key_floats + static_cast<int64_t>(t) * scratch.key_line;
+      const float* value = scratch.value_floats + static_cast<int64_t>(t) * scratch.value_line;
+      scratch.keys.biases[t] = 0.0f;
+      scratch.keys.factors[t] = pack_row<A>({floats(key, call_.n), floats(key + scratch.uk.padded, cache.p)}, 1.0f,
+                                            scratch.keys.row(t));
+      scratch.values.factors[t] = pack_row<A>({floats(value, call_.v), none}, 1.0f, scratch.values.row(t));
+    }
+    scratch.columns.fill(scratch.values, filled, call_.v);
+  }
+
+  static Part floats(const float* data, int count) {
+    return {reinterpret_cast<const char*>(data), Type::f32, count, 1.0f};
+  }
+
+  // to[token][channel] = latents of the token . row of the channel.
+  static void multiply(const Projection& w, const Tile<A>& latents, int tokens, float* to, int64_t line) {
+    for (int channel = 0; channel < w.padded; channel += 2 * A::lanes) {
+      if (w.padded - channel >= 2 * A::lanes)
+        multiply_tile<wide_x, 2>(w, latents, tokens, to, line, channel);
+      else
+        multiply_tile<narrow_x, 1>(w, latents, tokens, to, line, channel);
+    }
+  }
+
+  template <int X, int G>
+  static void multiply_tile(const Projection& w, const Tile<A>& latents, int tokens, float* to, int64_t line,
+                            int channel) {
+    using V = typename A::V;
+    using F = typename A::F;
+    F factors[G];
+    for (int g = 0; g < G; ++g) factors[g] = V::template load<F>(w.factors + channel + g * A::lanes);
+    for (int t = 0; t < tokens; t += X)
+      product<A, X, G>(w.packed + static_cast<int64_t>(channel) * w.units, w.units, latents.rows + t * latents.stride,
+                       latents.stride, 1, [&](int x, int g, F value) MLA_INLINE_LAMBDA {
+                         if constexpr (A::scaled) value = value * (factors[g] * latents.factors[t + x]);
+                         V::store(to + (t + x) * line + channel + g * A::lanes, value);
+                       });
+  }
+
+  const Prefill& call_;
+  const Attention& attention_;
+  int units_, chunk_, threads_;
+  int64_t chunks_, items_;
+};
+
+} // namespace
+} // namespace mla

@@ -1,0 +1,154 @@
+// From the caller's memory to tiles, and from sums back to it.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "tile.h"
+
+namespace mla {
+namespace {
+
+// The scratch memory of one call.
+struct Memory {
+  explicit Memory(int64_t bytes)
+      : data(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(up(bytes, 64))))) {
+    if (!data) throw std::bad_alloc();
+  }
+  ~Memory() { std::free(data); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  char* data;
+};
+
+// Where the result of one query row goes.
+struct Place {
+  char* out;
+  float* lse;
+  int h;
+};
+
+// Finds the rows of consecutive tokens of one sequence, looking a page up only once.
+class Cursor {
+public:
+  Cursor(const Cache& cache, int sequence, int64_t token) : cache_(cache), sequence_(sequence) {
+    page_ = token / cache.page_size;
+    offset_ = token % cache.page_size;
+    turn();
+  }
+  bool exists() const { return id_ >= 0; }
+  const char* at(const Rows& rows) const { return rows.data + id_ * rows.page_stride + offset_ * rows.row_stride; }
+  void next() {
+    if (++offset_ == cache_.page_size) {
+      offset_ = 0;
+      ++page_;
+      stale_ = true;
+    }
+  }
+  // To be called before a row is read: the entry after the last token may not be there to look at.
+  void turn() {
+    id_ = cache_.table ? cache_.table[sequence_ * cache_.table_stride + page_] : sequence_;
+    stale_ = false;
+  }
+  bool stale() const { return stale_; }
+
+private:
+  const Cache& cache_;
+  int64_t sequence_, page_, offset_, id_;
+  bool stale_;
+};
+
+inline Part latent(const Cache& cache, const Cursor& cursor) {
+  float factor = 1.0f;
+  if (cache.type == Type::i8) std::memcpy(&factor, cursor.at(cache.scale), 4);
+  return {cursor.at(cache.c_kv), cache.type, cache.r, factor};
+}
+
+inline Part rotary(const Cache& cache, const Cursor& cursor) {
+  return {cursor.at(cache.k_rope), cache.type == Type::f32 ? Type::f32 : Type::bf16, cache.p, 1.0f};
+}
+
+// Tokens first..first+count-1 of a sequence as a tile of `tokens` rows; those beyond, and those that are masked
+// or do not exist, are empty. row(i, cursor) packs one that does.
+template <class A, class Row>
+void fill(const Attention& call, int sequence, int64_t first, int count, int tokens, Tile<A>& tile, Row&& row) {
+  const uint8_t* mask = call.key_mask ? call.key_mask + sequence * call.key_mask_stride + first : nullptr;
+  Cursor cursor(call.cache, sequence, first);
+  for (int i = 0; i < count; ++i, cursor.next()) {
+    if (cursor.stale()) cursor.turn();
+    if (!cursor.exists() || (mask && !mask[i])) {
+      tile.erase(i);
+    } else {
+      tile.biases[i] = 0.0f;
+      row(i, cursor);
+    }
+  }
+  for (int i = count; i < tokens; ++i) tile.erase(i);
+}
+
+// Brings rows that the next tile will need into the second-level cache.
+inline void prefetch(const Cache& cache, int sequence, int64_t first, int64_t count) {
+  if (count <= 0) return;
+  Cursor cursor(cache, sequence, first);
+  const int64_t latent_bytes = cache.r * (cache.type == Type::f32 ? 4 : cache.type == Type::bf16 ? 2 : 1);
+  const int64_t rotary_bytes = cache.p * (cache.type == Type::f32 ? 4 : 2);
+  for (int64_t i = 0; i < count; ++i, cursor.next()) {
+    if (cursor.stale()) cursor.turn();
+    if (!cursor.exists()) continue;
+    const char* p = cursor.at(cache.c_kv);
+    for (int64_t at = 0; at < latent_bytes; at += 64) __builtin_prefetch(p + at, 0, 2);
+    p = cursor.at(cache.k_rope);
+    for (int64_t at = 0; at < rotary_bytes; at += 64) __builtin_prefetch(p + at, 0, 2);
+  }
+}
+
+inline char* head(const Heads& x, int b, int s, int h) {
+  return x.data + b * x.stride_b + s * x.stride_s + h * x.stride_h;
+}
+
+inline float* lse_of(const Attention& call, int b, int s, int h) {
+  return call.lse + (static_cast<int64_t>(b) * call.s + s) * call.h + h;
+}
+
+// How many keys query i of a sequence sees.
+inline int64_t visible(const Attention& call, int sequence, int i) {
+  const int64_t length = call.lengths[sequence];
+  return call.causal ? most(0, length - call.s + i + 1) : length;
+}
+
+// One row tile's sums [width][lanes of the tile] -> rows of the output and their lse. where(row) says
+// where a row goes.
+template <class A, class Where>
+void finish(const Attention& call, const State& state, const float* sums, int64_t first, int rows, int lanes,
+            int width, Type type, Where&& where) {
+  float factors[2 * A::lanes];
+  char* out[2 * A::lanes];
+  for (int i = 0; i < rows; ++i) {
+    const float total = state.total[first + i];
+    // A total of zero: no key was seen. NaN is neither.
+    const bool empty = total == 0.0f;
+    const float lse = empty ? -kInfinity : (state.maximum[first + i] + __builtin_log2f(total)) * kLn2;
+    const Place place = where(static_cast<int>(first) + i);
+    *place.lse = lse;
+    factors[i] = empty ? 0.0f : 1.0f / total;
+    // exp(lse) / (exp(lse) + exp(sink)): the share of the softmax that the sink leaves to the keys.
+    if (call.sinks && !empty) factors[i] /= 1.0f + __builtin_expf(call.sinks[place.h] - lse);
+    out[i] = place.out;
+  }
+  for (int d = 0; d < width; d += 16) {
+    const int count = static_cast<int>(least(16, width - d));
+    for (int i = 0; i < rows; ++i) {
+      const float* from = sums + static_cast<int64_t>(d) * lanes + i;
+      if (type == Type::f32) {
+        float* to = reinterpret_cast<float*>(out[i]) + d;
+        for (int x = 0; x < count; ++x) to[x] = from[x * lanes] * factors[i];
+      } else {
+        uint16_t* to = reinterpret_cast<uint16_t*>(out[i]) + d;
+        for (int x = 0; x < count; ++x) to[x] = to_bf16(from[x * lanes] * factors[i]);
+      }
+    }
+  }
+}
+
+} // namespace
+} // namespace mla

@@ -1,0 +1,94 @@
+// Vectors of the compiler, for everything that every instruction set does alike.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define MLA_INLINE inline __attribute__((always_inline))
+#define MLA_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace mla {
+namespace { // each instruction set compiles its own copy: nothing here may be merged across them
+
+// GCC drops the attribute where the size depends on a parameter, hence once for every size.
+template <int lanes> struct Vectors;
+#define MLA_VECTORS(lanes)                                                                                     \
+  template <> struct Vectors<lanes> {                                                                          \
+    typedef float F __attribute__((vector_size(lanes * 4)));                                                   \
+    typedef int32_t I __attribute__((vector_size(lanes * 4)));                                                 \
+    typedef uint32_t U __attribute__((vector_size(lanes * 4)));                                                \
+    typedef uint16_t H __attribute__((vector_size(lanes * 2)));                                                \
+    typedef int8_t B __attribute__((vector_size(lanes)));                                                      \
+  };
+MLA_VECTORS(4)
+MLA_VECTORS(8)
+MLA_VECTORS(16)
+#undef MLA_VECTORS
+
+template <int lanes> struct Vec {
+  using F = typename Vectors<lanes>::F;
+  using I = typename Vectors<lanes>::I;
+  using U = typename Vectors<lanes>::U;
+  using H = typename Vectors<lanes>::H;
+  using B = typename Vectors<lanes>::B;
+
+  template <class V> static MLA_INLINE V load(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  template <class V> static MLA_INLINE void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+  template <class To, class From> static MLA_INLINE To as(From v) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &v, sizeof to);
+    return to;
+  }
+  static MLA_INLINE F all(float x) { return F{} + x; }
+  static MLA_INLINE U all(uint32_t x) { return U{} + x; }
+  static MLA_INLINE F max(F a, F b) { return a > b ? a : b; }
+  static MLA_INLINE F min(F a, F b) { return a < b ? a : b; }
+  static MLA_INLINE bool any(I mask) {
+    int32_t found = 0;
+    for (int i = 0; i < lanes; ++i) found |= mask[i];
+    return found != 0;
+  }
+  static MLA_INLINE float sum(F v) {
+    float total = 0;
+    for (int i = 0; i < lanes; ++i) total += v[i];
+    return total;
+  }
+
+  // The nearest integer to |x| < 2^22, in the low bits of the result: adding 1.5 * 2^23 leaves it there.
+  static MLA_INLINE U nearest(F x) { return as<U>(x + 12582912.0f); }
+
+  // 2^x for x up to 127; 0 below the smallest normal number, so that -inf gives 0; NaN stays NaN.
+  static MLA_INLINE F exp2(F x) {
+    const F bounded = x < -126.0f ? all(-126.0f) : x;
+    const F shifted = bounded + 12582912.0f;
+    const F f = bounded - (shifted - 12582912.0f); // -0.5 to 0.5
+    // Minimax polynomial of 2^f on that interval, relative error 1e-7.
+    F y = all(1.3276419e-3f);
+    y = y * f + 9.6755242e-3f;
+    y = y * f + 5.5507131e-2f;
+    y = y * f + 2.4022120e-1f;
+    y = y * f + 6.9314694e-1f;
+    y = y * f + 1.0000001f;
+    const F power = as<F>((as<U>(shifted) + 127u) << 23);
+    return x < -126.0f ? F{} : y * power;
+  }
+};
+
+MLA_INLINE uint16_t to_bf16(float x) { // nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+MLA_INLINE int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+MLA_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+MLA_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+} // namespace
+} // namespace mla
