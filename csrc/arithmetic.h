@@ -1,14 +1,17 @@
 // Arithmetics: how numbers are held in the operands of a product, and the one instruction that multiplies them.
 //
-// A product runs over 32-bit units: one float, two bf16, or two int16. Rows (heads, queries or output channels)
-// lie in the lanes of vectors; the other side is broadcast unit by unit. An arithmetic gives
+// A product runs over 32-bit units: one float, two bf16 or int16, or four int8. Rows (heads, queries or output
+// channels) lie in the lanes of vectors; the other side is broadcast unit by unit. An arithmetic gives
 //
 //   lanes, per_unit      rows per vector; numbers per unit
 //   scaled               whether a packed row has a factor of its own (integers do)
 //   Sum, dot, value      the accumulator, one step of the product, and the accumulator as floats
 //   squares, pack        a row of numbers: its sum of squares, and its units, each number times a factor
+//   collect, limit       of a row's probabilities in one tile, what may reach `limit` (integers)
 //   weights              `per_unit` vectors of probabilities as one vector of units
-//   interleave           units of `per_unit` consecutive rows, transposed: one unit per column
+//   transpose            `per_unit` rows of units -> one unit per column, `lanes` units of each row at a time
+//   Rest                 the arithmetic of the second part of a row, where that is another one; else void
+//   pack_key, pack_query where Rest is not void: a whole row, for either side
 #pragma once
 
 #include "attention.h"
@@ -67,6 +70,18 @@ template <int numbers, int bytes, class Step> MLA_INLINE void walk(const char* r
   }
 }
 
+// A run of numbers in memory that becomes one part of a packed row.
+struct Part {
+  const char* data;
+  Type type;
+  int count;
+  float factor;
+};
+
+struct Parts {
+  Part a, b;
+};
+
 // Floats as they are: the arithmetic that every machine has, and that of fp32 caches.
 template <int lanes_> struct Float32 {
   static constexpr int lanes = lanes_, per_unit = 1;
@@ -91,6 +106,7 @@ template <int lanes_> struct Float32 {
                           [&](const char* p, int i) { V::store(units + i, R::one(p) * factor); });
   }
   static MLA_INLINE Unit weights(const F* p) { return p[0]; }
+  using Rest = void;
 };
 
 } // namespace

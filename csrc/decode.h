@@ -25,7 +25,11 @@ struct Item {
 
 template <class A, int wide_x, int narrow_x> class Decoder {
 public:
-  static void run(const Decode& call) { Decoder(call).run(); }
+  // Serves the sequences whose length lies in `lengths`.
+  static void run(const Decode& call, Lengths lengths) {
+    Decoder decoder(call, lengths);
+    if (!decoder.items_.empty()) decoder.run();
+  }
 
 private:
   // The partial sums of one thread: at most its first and its last item are shared with others.
@@ -58,19 +62,21 @@ private:
     }
   };
 
-  explicit Decoder(const Decode& call) : call_(call), attention_(call.attention) {
+  Decoder(const Decode& call, Lengths lengths) : call_(call), attention_(call.attention) {
     const Cache& cache = attention_.cache;
     r_ = cache.r;
-    units_ = units_of<A>(cache.r) + units_of<A>(cache.p);
+    units_ = units_of<A>(cache.r, cache.p);
     const int all = attention_.s * attention_.h;
     rows_ = static_cast<int>(up(least(all, kRows), A::lanes));
-    for (int sequence = 0; sequence < attention_.b; ++sequence)
+    for (int sequence = 0; sequence < attention_.b; ++sequence) {
+      if (!lengths.hold(attention_.lengths[sequence])) continue;
       for (int first = 0; first < all; first += kRows) {
         const int rows = static_cast<int>(least(kRows, all - first));
         const int64_t tokens = visible(attention_, sequence, (first + rows - 1) / attention_.h);
         items_.push_back({sequence, first, rows, tokens, tiles_});
         tiles_ += items_.back().tiles();
       }
+    }
     threads_ = static_cast<int>(most(1, least(attention_.threads, tiles_)));
   }
 
@@ -130,8 +136,7 @@ private:
     const int tokens = static_cast<int>(up(count, narrow_x));
     fill(attention_, item.sequence, from, static_cast<int>(count), tokens, scratch.keys,
          [&](int i, const Cursor& cursor) {
-           scratch.keys.factors[i] =
-               pack_row<A>({latent(cache, cursor), rotary(cache, cursor)}, 1.0f, scratch.keys.row(i));
+           scratch.keys.put(i, {latent(cache, cursor), rotary(cache, cursor)});
          });
     scratch.values.fill(scratch.keys, tokens, r_);
     const int64_t next = from + kKeys;
@@ -151,7 +156,8 @@ private:
         if (row == 0) prefetch(cache, item.sequence, next + t, least(x, ahead - t));
       };
       const auto step = [&](auto attend) {
-        attend(scratch.packed + static_cast<int64_t>(row) * units_, scratch.factors + row, units_, scratch.keys,
+        attend(scratch.packed + static_cast<int64_t>(row) * units_, scratch.factors + row, units_of<A>(r_), units_,
+               scratch.keys,
                scratch.keys.factors, scratch.values, tokens, relative, row, state, scratch.weights, before);
       };
       if (lanes > A::lanes)

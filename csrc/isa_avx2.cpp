@@ -31,14 +31,21 @@ struct Int16 {
 
   template <Type type> static float squares(const char* row, int count) {
     using R = Read<lanes, type>;
-    F a{}, b{};
-    walk<2 * lanes, R::bytes>(row, count, [&](const char* p, int) {
+    F a{}, b{}, c{}, d{}; // as many as hide the latency of an addition
+    const auto add = [](const char* p, F& x, F& y) {
       F even, odd;
       R::pair(p, even, odd);
-      a += even * even;
-      b += odd * odd;
-    });
-    return V::sum(a + b);
+      x += even * even;
+      y += odd * odd;
+    };
+    const int whole = count / (4 * lanes) * (4 * lanes);
+    for (int i = 0; i < whole; i += 4 * lanes) {
+      add(row + i * R::bytes, a, b);
+      add(row + (i + 2 * lanes) * R::bytes, c, d);
+    }
+    walk<2 * lanes, R::bytes>(row + whole * R::bytes, count - whole,
+                              [&](const char* p, int) { add(p, a, b); });
+    return V::sum((a + b) + (c + d));
   }
   template <Type type> static void pack(const char* row, int count, float factor, uint32_t* units) {
     using R = Read<lanes, type>;
@@ -49,18 +56,22 @@ struct Int16 {
     });
   }
   static MLA_INLINE Unit weights(const F* p) { return join(p[0], p[1]); }
-  // Two rows of units (number pairs) -> for each column, the pair of both rows' numbers, in order.
-  static MLA_INLINE void interleave(Unit row0, Unit row1, Unit& first, Unit& second) {
-    const __m256i low = _mm256_unpacklo_epi16(V::as<__m256i>(row0), V::as<__m256i>(row1));
-    const __m256i high = _mm256_unpackhi_epi16(V::as<__m256i>(row0), V::as<__m256i>(row1));
-    first = V::as<Unit>(_mm256_permute2x128_si256(low, high, 0x20));
-    second = V::as<Unit>(_mm256_permute2x128_si256(low, high, 0x31));
+  // The probabilities of a row and tile add up to 32767, so that no sum of products overflows.
+  static constexpr float limit = 32767.0f;
+  static MLA_INLINE F collect(F so_far, F p) { return so_far + p; }
+  static MLA_INLINE void transpose(const uint32_t* rows, int64_t stride, uint32_t* to) {
+    const __m256i row0 = V::load<__m256i>(rows), row1 = V::load<__m256i>(rows + stride);
+    const __m256i low = _mm256_unpacklo_epi16(row0, row1), high = _mm256_unpackhi_epi16(row0, row1);
+    V::store(to, _mm256_permute2x128_si256(low, high, 0x20));
+    V::store(to + lanes, _mm256_permute2x128_si256(low, high, 0x31));
   }
+  using Rest = void;
 };
 
 struct Isa {
   using Half = Int16;
   using Full = Float32<8>;
+  using Byte = Int16;
   // Vectors of rows by broadcast units held in registers at a time: 12 sums of 16 registers.
   static constexpr int wide_x = 6, narrow_x = 12;
 };

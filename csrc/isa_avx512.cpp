@@ -1,4 +1,4 @@
-// AVX-512 with BF16 and VNNI: bf16 pairs multiply as they lie in the cache.
+// AVX-512 with BF16 and VNNI: bf16 pairs and int8 quads multiply as they lie in the cache.
 #ifdef MLA_EMULATE_AVX512 // the same source on a machine without AVX-512, for tests
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
@@ -43,18 +43,105 @@ struct Bf16 {
     });
   }
   static MLA_INLINE Unit weights(const F* p) { return join(p[0], p[1]); }
-  static MLA_INLINE void interleave(Unit row0, Unit row1, Unit& first, Unit& second) {
+  static MLA_INLINE void transpose(const uint32_t* rows, int64_t stride, uint32_t* to) {
+    const Unit row0 = V::load<Unit>(rows), row1 = V::load<Unit>(rows + stride);
     const Unit even = (row0 & 0xffffu) | (row1 << 16), odd = (row0 >> 16) | (row1 & 0xffff0000u);
     const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i high = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
-    first = V::as<Unit>(_mm512_permutex2var_epi32(V::as<__m512i>(even), low, V::as<__m512i>(odd)));
-    second = V::as<Unit>(_mm512_permutex2var_epi32(V::as<__m512i>(even), high, V::as<__m512i>(odd)));
+    V::store(to, _mm512_permutex2var_epi32(V::as<__m512i>(even), low, V::as<__m512i>(odd)));
+    V::store(to + lanes, _mm512_permutex2var_epi32(V::as<__m512i>(even), high, V::as<__m512i>(odd)));
+  }
+  using Rest = void;
+};
+
+// Quads of int8 for int8 latents, beside rotary keys in bf16. The instruction takes one side unsigned: queries are
+// stored as q + 128, and 128 times the sum of its numbers is taken from every key's score again.
+struct Int8 {
+  static constexpr int lanes = 16, per_unit = 4;
+  static constexpr bool scaled = true;
+  using V = Vec<lanes>;
+  using F = V::F;
+  using Unit = V::U;
+  using Sum = V::I;
+  using Rest = Bf16;
+
+  static MLA_INLINE Unit spread(const uint32_t* a) { return V::all(*a); }
+  static MLA_INLINE Sum dot(Sum sum, Unit b, Unit a) {
+    return V::as<Sum>(_mm512_dpbusd_epi32(V::as<__m512i>(sum), V::as<__m512i>(b), V::as<__m512i>(a)));
+  }
+  static MLA_INLINE F value(Sum sum) { return __builtin_convertvector(sum, F); }
+
+  // The cache's own bytes; returns their factor, and in `offset` what their scores have too much.
+  static float pack_key(const Parts& parts, uint32_t* units, float& offset) {
+    const int count = parts.a.count;
+    const __m512i ones = _mm512_set1_epi8(1);
+    __m512i sum = _mm512_setzero_si512();
+    walk<64, 1>(parts.a.data, count, [&](const char* p, int i) {
+      const __m512i bytes = V::load<__m512i>(p);
+      sum = _mm512_dpbusd_epi32(sum, ones, bytes);
+      V::store(units + i / 4, bytes);
+    });
+    offset = 128.0f * V::sum(value(V::as<Sum>(sum)));
+    pack_rest(parts.b, 1.0f, units + (count + 3) / 4);
+    return parts.a.factor;
+  }
+  static float pack_query(const Parts& parts, float gain, uint32_t* units) {
+    return parts.a.type == Type::f32 ? pack_query_of<Type::f32>(parts, gain, units)
+                                     : pack_query_of<Type::bf16>(parts, gain, units);
+  }
+  template <Type type> static float pack_query_of(const Parts& parts, float gain, uint32_t* units) {
+    using R = Read<lanes, type>;
+    const int count = parts.a.count;
+    F tops = {};
+    walk<lanes, R::bytes>(parts.a.data, count, [&](const char* p, int) {
+      const F x = R::one(p);
+      tops = V::max(tops, V::max(x, -x)) + 0.0f * x; // NaN and infinity stay
+    });
+    float top = tops[0];
+    for (int i = 1; i < lanes; ++i) top = top > tops[i] ? top : tops[i];
+    for (int i = 0; i < lanes; ++i) top += 0.0f * tops[i];
+    const float inner = top > 0 ? 127.0f / top : 0.0f;
+    walk<lanes, R::bytes>(parts.a.data, count, [&](const char* p, int i) {
+      const Unit numbers = V::nearest(R::one(p) * inner) + 128u;
+      V::store(reinterpret_cast<uint8_t*>(units) + i, __builtin_convertvector(numbers, V::B));
+    });
+    pack_rest(parts.b, gain, units + (count + 3) / 4);
+    return top / 127.0f * gain;
+  }
+  static void pack_rest(const Part& part, float factor, uint32_t* units) {
+    if (part.type == Type::f32)
+      Bf16::pack<Type::f32>(part.data, part.count, factor, units);
+    else
+      Bf16::pack<Type::bf16>(part.data, part.count, factor, units);
+  }
+
+  // The largest probability of a row and tile becomes 255.
+  static constexpr float limit = 255.0f;
+  static MLA_INLINE F collect(F so_far, F p) { return V::max(so_far, p); }
+  static MLA_INLINE Unit weights(const F* p) {
+    return (V::nearest(p[0]) & 0xffu) | ((V::nearest(p[1]) & 0xffu) << 8) | ((V::nearest(p[2]) & 0xffu) << 16) |
+           (V::nearest(p[3]) << 24);
+  }
+  static MLA_INLINE void transpose(const uint32_t* rows, int64_t stride, uint32_t* to) {
+    const auto row = [&](int i) { return V::load<__m512i>(rows + i * stride); };
+    const __m512i low01 = _mm512_unpacklo_epi8(row(0), row(1)), high01 = _mm512_unpackhi_epi8(row(0), row(1));
+    const __m512i low23 = _mm512_unpacklo_epi8(row(2), row(3)), high23 = _mm512_unpackhi_epi8(row(2), row(3));
+    // Quads 0-3, 4-7, 8-11 and 12-15 of every 16 bytes; then their 16-byte parts in order.
+    const __m512i a = _mm512_unpacklo_epi16(low01, low23), b = _mm512_unpackhi_epi16(low01, low23);
+    const __m512i c = _mm512_unpacklo_epi16(high01, high23), d = _mm512_unpackhi_epi16(high01, high23);
+    const __m512i ab0 = _mm512_shuffle_i32x4(a, b, 0x44), cd0 = _mm512_shuffle_i32x4(c, d, 0x44);
+    const __m512i ab1 = _mm512_shuffle_i32x4(a, b, 0xee), cd1 = _mm512_shuffle_i32x4(c, d, 0xee);
+    V::store(to, _mm512_shuffle_i32x4(ab0, cd0, 0x88));
+    V::store(to + lanes, _mm512_shuffle_i32x4(ab0, cd0, 0xdd));
+    V::store(to + 2 * lanes, _mm512_shuffle_i32x4(ab1, cd1, 0x88));
+    V::store(to + 3 * lanes, _mm512_shuffle_i32x4(ab1, cd1, 0xdd));
   }
 };
 
 struct Isa {
   using Half = Bf16;
   using Full = Float32<16>;
+  using Byte = Int8;
   static constexpr int wide_x = 12, narrow_x = 24;
 };
 

@@ -7,7 +7,8 @@ namespace {
 struct Isa {
   using Half = Float32<4>;
   using Full = Float32<4>;
-  static constexpr int wide_x = 4, narrow_x = 8;
+  using Byte = Float32<4>;
+  static constexpr int wide_x = 3, narrow_x = 6;
 };
 
 bool supported() { return true; }

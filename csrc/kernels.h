@@ -8,21 +8,28 @@
 namespace mla {
 namespace {
 
-template <class A> using Decode_ = Decoder<A, Isa::wide_x, Isa::narrow_x>;
-template <class A> using Prefill_ = Prefiller<A, Isa::wide_x, Isa::narrow_x>;
+// Sequences of up to so many keys are computed in fp32 whatever the cache holds: they cost nothing, and where few
+// scores are summed, the rounding of each is seen.
+constexpr int64_t kFew = 64;
+constexpr Lengths kShort = {0, kFew + 1}, kLong = {kFew + 1, INT64_MAX}, kAny = {0, INT64_MAX};
 
 void decode(const Decode& call) {
-  if (call.attention.cache.type == Type::f32)
-    Decode_<Isa::Full>::run(call);
+  using Full = Decoder<Isa::Full, Isa::wide_x, Isa::narrow_x>;
+  if (call.attention.cache.type == Type::f32) return Full::run(call, kAny);
+  Full::run(call, kShort);
+  if (call.attention.cache.type == Type::i8)
+    Decoder<Isa::Byte, Isa::wide_x, Isa::narrow_x>::run(call, kLong);
   else
-    Decode_<Isa::Half>::run(call);
+    Decoder<Isa::Half, Isa::wide_x, Isa::narrow_x>::run(call, kLong);
 }
 
+// Keys and values expanded from int8 latents are no longer multiples of anything: they are multiplied as those of
+// bf16 latents are.
 void prefill(const Prefill& call) {
-  if (call.attention.cache.type == Type::f32)
-    Prefill_<Isa::Full>::run(call);
-  else
-    Prefill_<Isa::Half>::run(call);
+  using Full = Prefiller<Isa::Full, Isa::wide_x, Isa::narrow_x>;
+  if (call.attention.cache.type == Type::f32) return Full::run(call, kAny);
+  Full::run(call, kShort);
+  Prefiller<Isa::Half, Isa::wide_x, Isa::narrow_x>::run(call, kLong);
 }
 
 #if defined(MLA_EMULATE_AVX512) // its vectors are wider than any register here

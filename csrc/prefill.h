@@ -6,6 +6,7 @@
 #pragma once
 
 #include <atomic>
+#include <vector>
 
 #include "rows.h"
 #include "threads.h"
@@ -17,7 +18,11 @@ constexpr int kQueries = 4096; // queries per item at most: what bounds the scra
 
 template <class A, int wide_x, int narrow_x> class Prefiller {
 public:
-  static void run(const Prefill& call) { Prefiller(call).run(); }
+  // Serves the sequences whose length lies in `lengths`.
+  static void run(const Prefill& call, Lengths lengths) {
+    Prefiller prefiller(call, lengths);
+    if (!prefiller.sequences_.empty()) prefiller.run();
+  }
 
 private:
   // An up-projection of one head, its output channels in the lanes.
@@ -68,10 +73,12 @@ private:
     }
   };
 
-  explicit Prefiller(const Prefill& call) : call_(call), attention_(call.attention) {
-    units_ = units_of<A>(call.n) + units_of<A>(attention_.cache.p);
+  Prefiller(const Prefill& call, Lengths lengths) : call_(call), attention_(call.attention) {
+    for (int sequence = 0; sequence < attention_.b; ++sequence)
+      if (lengths.hold(attention_.lengths[sequence])) sequences_.push_back(sequence);
+    units_ = units_of<A>(call.n, attention_.cache.p);
     // As few chunks as give every thread an item: each chunk rebuilds the keys that it sees.
-    const int64_t heads = static_cast<int64_t>(attention_.b) * attention_.h;
+    const int64_t heads = static_cast<int64_t>(sequences_.size()) * attention_.h;
     const int64_t wanted = most((attention_.threads + heads - 1) / most(1, heads), 1);
     const int64_t size = most((attention_.s + wanted - 1) / wanted, least(attention_.s, 4 * A::lanes));
     chunk_ = static_cast<int>(most(1, least(size, kQueries)));
@@ -96,9 +103,10 @@ private:
 
   void attend_item(int64_t item, Scratch& scratch) {
     // The last chunk first: with a causal limit it is the longest.
-    const int heads = attention_.b * attention_.h;
+    const int64_t heads = static_cast<int64_t>(sequences_.size()) * attention_.h;
     const int first = static_cast<int>(chunks_ - 1 - item / heads) * chunk_;
-    const int sequence = static_cast<int>(item % heads) / attention_.h, h = static_cast<int>(item % heads) % attention_.h;
+    const int sequence = sequences_[static_cast<size_t>(item % heads / attention_.h)];
+    const int h = static_cast<int>(item % attention_.h);
     const int rows = static_cast<int>(least(chunk_, attention_.s - first));
     const int padded = static_cast<int>(up(rows, A::lanes));
     State& state = scratch.state;
@@ -120,7 +128,8 @@ private:
         }
         const auto before = [](int, int) {};
         const auto step = [&](auto attend) {
-          attend(scratch.packed + static_cast<int64_t>(row) * units_, scratch.factors + row, units_, scratch.keys,
+          attend(scratch.packed + static_cast<int64_t>(row) * units_, scratch.factors + row, units_of<A>(call_.n), units_,
+                 scratch.keys,
                  scratch.values.factors, scratch.columns, filled, relative, row, state, scratch.weights, before);
         };
         if (lanes > A::lanes)
@@ -170,7 +179,7 @@ private:
     const Cache& cache = attention_.cache;
     const Part none = {nullptr, Type::f32, 0, 1.0f};
     fill(attention_, sequence, from, count, filled, scratch.latents, [&](int i, const Cursor& cursor) {
-      scratch.latents.factors[i] = pack_row<A>({latent(cache, cursor), none}, 1.0f, scratch.latents.row(i));
+      scratch.latents.put(i, {latent(cache, cursor), none});
       float* to = scratch.key_floats + static_cast<int64_t>(i) * scratch.key_line + scratch.uk.padded;
       mla::pack<Floats>(rotary(cache, cursor), 1.0f, reinterpret_cast<uint32_t*>(to));
     });
@@ -184,10 +193,8 @@ private:
       }
       const float* key = scratch.key_floats + static_cast<int64_t>(t) * scratch.key_line;
       const float* value = scratch.value_floats + static_cast<int64_t>(t) * scratch.value_line;
-      scratch.keys.biases[t] = 0.0f;
-      scratch.keys.factors[t] = pack_row<A>({floats(key, call_.n), floats(key + scratch.uk.padded, cache.p)}, 1.0f,
-                                            scratch.keys.row(t));
-      scratch.values.factors[t] = pack_row<A>({floats(value, call_.v), none}, 1.0f, scratch.values.row(t));
+      scratch.keys.put(t, {floats(key, call_.n), floats(key + scratch.uk.padded, cache.p)});
+      scratch.values.put(t, {floats(value, call_.v), none});
     }
     scratch.columns.fill(scratch.values, filled, call_.v);
   }
@@ -225,6 +232,7 @@ private:
   const Attention& attention_;
   int units_, chunk_, threads_;
   int64_t chunks_, items_;
+  std::vector<int> sequences_;
 };
 
 } // namespace

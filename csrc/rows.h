@@ -21,6 +21,12 @@ struct Memory {
   char* data;
 };
 
+// Lengths of sequences from `first` up to, not including, `last`.
+struct Lengths {
+  int64_t first, last;
+  bool hold(int64_t length) const { return first <= length && length < last; }
+};
+
 // Where the result of one query row goes.
 struct Place {
   char* out;
@@ -79,7 +85,6 @@ void fill(const Attention& call, int sequence, int64_t first, int count, int tok
     if (!cursor.exists() || (mask && !mask[i])) {
       tile.erase(i);
     } else {
-      tile.biases[i] = 0.0f;
       row(i, cursor);
     }
   }

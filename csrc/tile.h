@@ -5,6 +5,8 @@
 // is vertical and nothing is ever summed across a vector.
 #pragma once
 
+#include <type_traits>
+
 #include "arithmetic.h"
 
 namespace mla {
@@ -34,18 +36,6 @@ private:
 // A stride that is an odd multiple of 16 bytes: walking along it does not fall into few sets of a cache.
 inline int64_t odd_stride(int64_t units) { return up(units, 4) | 4; }
 
-// A run of numbers in memory that becomes one part of a packed row.
-struct Part {
-  const char* data;
-  Type type;
-  int count;
-  float factor;
-};
-
-struct Parts {
-  Part a, b;
-};
-
 template <class A> float squares(const Part& part) {
   switch (part.type) {
   case Type::f32: return A::template squares<Type::f32>(part.data, part.count);
@@ -65,7 +55,17 @@ template <class A> void pack(const Part& part, float factor, uint32_t* units) {
 
 template <class A> constexpr int units_of(int count) { return (count + A::per_unit - 1) / A::per_unit; }
 
-// One row of two parts as units, the second part from its own unit on. Writes whole vectors: up to 2 * lanes
+template <class A> constexpr bool kMixed = !std::is_void_v<typename A::Rest>;
+
+// Units of a row of two parts, the second from its own unit on.
+template <class A> constexpr int units_of(int a, int b) {
+  if constexpr (kMixed<A>)
+    return units_of<A>(a) + units_of<typename A::Rest>(b);
+  else
+    return units_of<A>(a) + units_of<A>(b);
+}
+
+// One row of two parts as units of one arithmetic. Writes whole vectors: up to 2 * lanes
 // units beyond the row. Returns the factor of the row; `gain` multiplies every number.
 template <class A> float pack_row(const Parts& parts, float gain, uint32_t* units) {
   const Part &a = parts.a, &b = parts.b;
@@ -90,8 +90,10 @@ void pack_lanes(int count, int units, float gain, Row&& row, uint32_t* packed, f
     const int width = static_cast<int>(least(2 * A::lanes, padded - first));
     uint32_t* lane = packed + static_cast<int64_t>(first) * units + (i - first);
     if (i < count) {
-      const Parts parts = row(i);
-      factors[i] = pack_row<A>(parts, gain, line);
+      if constexpr (kMixed<A>)
+        factors[i] = A::pack_query(row(i), gain, line);
+      else
+        factors[i] = pack_row<A>(row(i), gain, line);
       for (int u = 0; u < units; ++u) lane[static_cast<int64_t>(u) * width] = line[u];
     } else {
       factors[i] = 0.0f;
@@ -100,20 +102,57 @@ void pack_lanes(int count, int units, float gain, Row&& row, uint32_t* packed, f
   }
 }
 
+// A stride of one unit, which the compiler sees.
+struct One {};
+
+// The X units that one step of a product broadcasts: a[x * across]. With a stride that is not known, every third
+// is the base of an address with an index of once or twice the stride; left alone, the compiler keeps a register
+// for each and runs out of them.
+template <int X, class Across> class Broadcasts {
+public:
+  MLA_INLINE Broadcasts(const uint32_t* a, Across across) : across_(across) {
+    for (int i = 0; i < X / 3; ++i) {
+      base_[i] = a + 3 * i * across;
+      asm("" : "+r"(base_[i]));
+    }
+  }
+  MLA_INLINE const uint32_t* operator[](int x) const { return base_[x / 3] + x % 3 * across_; }
+  MLA_INLINE void step(int64_t along) {
+#pragma GCC unroll 8
+    for (int i = 0; i < X / 3; ++i) base_[i] += along;
+  }
+
+private:
+  static_assert(X % 3 == 0);
+  const uint32_t* base_[X / 3];
+  Across across_;
+};
+
+template <int X> class Broadcasts<X, One> {
+public:
+  MLA_INLINE Broadcasts(const uint32_t* a, One) : a_(a) {}
+  MLA_INLINE const uint32_t* operator[](int x) const { return a_ + x; }
+  MLA_INLINE void step(int64_t along) { a_ += along; }
+
+private:
+  const uint32_t* a_;
+};
+
 // sums[x][g] = sum over k of packed[k][g] . spread(a[x * across + k * along]), then done(x, g, sum).
 template <class A, int X, int G, class Across, class Done>
 MLA_INLINE void product(const uint32_t* packed, int length, const uint32_t* a, Across across, int64_t along,
                         Done&& done) {
   using V = typename A::V;
   typename A::Sum sums[X][G] = {};
+  Broadcasts<X, Across> from(a, across);
 #pragma GCC unroll 2
-  for (int k = 0; k < length; ++k, packed += G * A::lanes, a += along) {
+  for (int k = 0; k < length; ++k, packed += G * A::lanes, from.step(along)) {
     typename A::Unit rows[G];
 #pragma GCC unroll 2
     for (int g = 0; g < G; ++g) rows[g] = V::template load<typename A::Unit>(packed + g * A::lanes);
 #pragma GCC unroll 24
     for (int x = 0; x < X; ++x) {
-      const typename A::Unit one = A::spread(a + x * across);
+      const typename A::Unit one = A::spread(from[x]);
 #pragma GCC unroll 2
       for (int g = 0; g < G; ++g) sums[x][g] = A::dot(sums[x][g], rows[g], one);
     }
@@ -124,28 +163,32 @@ MLA_INLINE void product(const uint32_t* packed, int length, const uint32_t* a, A
     for (int g = 0; g < G; ++g) done(x, g, A::value(sums[x][g]));
 }
 
-struct One { // a stride of one unit that the compiler sees
-  constexpr operator int64_t() const { return 1; }
-};
-MLA_INLINE constexpr int64_t operator*(int x, One) { return x; }
-
 // A tile of keys (or values) of `A`: rows of units, and what belongs to each of them.
 template <class A> struct Tile {
   int64_t stride;   // units from row to row
   uint32_t* rows;   // [kKeys][stride]
   float* factors;   // [kKeys]
   float* biases;    // [kKeys] 0, or -inf for a key that nobody sees
+  float* offsets;   // [kKeys] what is to be taken from the products of a mixed row
 
   void carve(Carver& carver, int units) {
     stride = odd_stride(units);
     rows = carver.take<uint32_t>(kKeys * stride + 4 * A::lanes + 32);
     factors = carver.take<float>(kKeys);
     biases = carver.take<float>(kKeys);
+    offsets = carver.take<float>(kKeys);
   }
   uint32_t* row(int i) { return rows + i * stride; }
+  void put(int i, const Parts& parts) {
+    biases[i] = 0.0f;
+    if constexpr (kMixed<A>)
+      factors[i] = A::pack_key(parts, row(i), offsets[i]);
+    else
+      factors[i] = pack_row<A>(parts, 1.0f, row(i));
+  }
   void erase(int i) {
     std::memset(row(i), 0, static_cast<size_t>(stride) * 4);
-    factors[i] = 0.0f;
+    factors[i] = offsets[i] = 0.0f;
     biases[i] = -kInfinity;
   }
 };
@@ -157,28 +200,20 @@ template <class A> struct Columns {
 
   void carve(Carver& carver, int width) {
     if constexpr (A::per_unit > 1) {
-      stride = odd_stride(up(width, 2 * A::lanes) + 24);
+      stride = odd_stride(up(width, A::per_unit * A::lanes) + 24);
       units = carver.take<uint32_t>(kKeys / A::per_unit * stride);
     }
   }
   // `tokens` a multiple of per_unit.
   void fill(Tile<A>& tile, int tokens, int width) {
-    using V = typename A::V;
-    using Unit = typename A::Unit;
     if constexpr (A::per_unit == 1) {
       units = tile.rows;
       stride = tile.stride;
     } else {
-      for (int t = 0; t < tokens; t += 2) {
-        const uint32_t *row0 = tile.row(t), *row1 = tile.row(t + 1);
-        uint32_t* to = units + t / 2 * stride;
-        for (int u = 0; 2 * u < width; u += A::lanes) {
-          Unit first, second;
-          A::interleave(V::template load<Unit>(row0 + u), V::template load<Unit>(row1 + u), first, second);
-          V::store(to + 2 * u, first);
-          V::store(to + 2 * u + A::lanes, second);
-        }
-      }
+      constexpr int numbers = A::per_unit * A::lanes;
+      for (int t = 0; t < tokens; t += A::per_unit)
+        for (int d = 0; d < width; d += numbers)
+          A::transpose(tile.row(t) + d / A::per_unit, tile.stride, units + t / A::per_unit * stride + d);
     }
   }
 };
@@ -215,21 +250,31 @@ template <class A> struct Weights {
   }
 };
 
-// The scores of `tokens` keys (a multiple of X): scores[t][row] in powers of two.
+// The scores of `tokens` keys (a multiple of X): scores[t][row] in powers of two. `first` units of a row belong to
+// its first part.
 template <class A, int X, int G, class Before>
-void score(const uint32_t* packed, const float* row_factors, int units, const Tile<A>& keys, int tokens,
+void score(const uint32_t* packed, const float* row_factors, int first, int units, const Tile<A>& keys, int tokens,
            float* scores, const Before& before) {
   using V = typename A::V;
   using F = typename A::F;
   F factors[G];
   for (int g = 0; g < G; ++g) factors[g] = V::template load<F>(row_factors + g * A::lanes);
+  const int length = kMixed<A> ? first : units;
   for (int t = 0; t < tokens; t += X) {
     before(t, X);
-    product<A, X, G>(packed, units, keys.rows + t * keys.stride, keys.stride, 1,
-                     [&](int x, int g, F value) MLA_INLINE_LAMBDA {
-                       if constexpr (A::scaled) value = value * (factors[g] * keys.factors[t + x]);
-                       V::store(scores + ((t + x) * G + g) * A::lanes, value + keys.biases[t + x]);
-                     });
+    const uint32_t* rows = keys.rows + t * keys.stride;
+    float* to = scores + t * G * A::lanes;
+    product<A, X, G>(packed, length, rows, keys.stride, 1, [&](int x, int g, F value) MLA_INLINE_LAMBDA {
+      if constexpr (kMixed<A>) value = value - keys.offsets[t + x];
+      if constexpr (A::scaled) value = value * (factors[g] * keys.factors[t + x]);
+      V::store(to + (x * G + g) * A::lanes, value + keys.biases[t + x]);
+    });
+    if constexpr (kMixed<A>)
+      product<typename A::Rest, X, G>(packed + first * G * A::lanes, units - first, rows + first, keys.stride, 1,
+                                      [&](int x, int g, F value) MLA_INLINE_LAMBDA {
+                                        float* at = to + (x * G + g) * A::lanes;
+                                        V::store(at, V::template load<F>(at) + value);
+                                      });
   }
 }
 
@@ -277,16 +322,16 @@ void soften(int tokens, const float* value_factors, const int32_t* limits, int64
       total += e;
       if constexpr (A::scaled) {
         e *= value_factors[t];
-        weighted += e;
+        weighted = A::collect(weighted, e);
       }
       V::store(scores + t * G * lanes, e);
     }
     V::store(state.total + row + g * lanes, total);
-    // Integers: the probabilities of a row and tile add up to 32767, so that no sum of products overflows.
     F inner = V::all(1.0f);
     if constexpr (A::scaled) {
-      inner = weighted > 0.0f ? kLength / weighted : F{};
-      V::store(weights.factors + g * lanes, weighted / kLength);
+      // Below the smallest normal number its inverse would be infinite.
+      inner = weighted > 1e-37f ? A::limit / weighted : F{};
+      V::store(weights.factors + g * lanes, weighted / A::limit);
     }
     for (int t = 0; t < tokens; t += A::per_unit) {
       F p[A::per_unit];
@@ -315,11 +360,11 @@ void weigh(int tokens, const Columns<A>& columns, int width, float* sums, const 
 
 // One row tile against one tile of keys.
 template <class A, int X, int G, class Before>
-void attend(const uint32_t* packed, const float* row_factors, int units, const Tile<A>& keys,
+void attend(const uint32_t* packed, const float* row_factors, int first, int units, const Tile<A>& keys,
             const float* value_factors, const Columns<A>& values, int tokens, const int32_t* limits, int64_t row,
             State& state, Weights<A>& weights, const Before& before) {
   float* sums = state.sums + row * state.width;
-  score<A, X, G>(packed, row_factors, units, keys, tokens, weights.scores, before);
+  score<A, X, G>(packed, row_factors, first, units, keys, tokens, weights.scores, before);
   soften<A, G>(tokens, value_factors, limits, row, state, sums, weights);
   weigh<A, X, G>(tokens, values, state.width, sums, weights);
 }

@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig
 
-from mla.config import CACHE_FORMATS, MLAConfig, RopeConfig
+from mla.config import MLAConfig, RopeConfig
 from mla.errors import MLAError
 from mla.families import FAMILIES as ROWS
+from mla.formats import CACHE_FORMATS
 from tests.families import FAMILY_NAMES, VARIANTS, Variant, make_config, token_ids
 
 CASES = [Variant(name, "base", {}) for name in FAMILY_NAMES] + VARIANTS
@@ -299,7 +300,7 @@ def test_bad_configurations(change: dict[str, Any], message: str) -> None:
 
 def test_bad_arguments() -> None:
     config = MLAConfig.from_dict(DEEPSEEK_V3)
-    with pytest.raises(MLAError, match="cache format: expected one of fp32, fp16, bf16, got 'int3'"):
+    with pytest.raises(MLAError, match="cache format: expected one of fp32, fp16, bf16, int8, got 'int3'"):
         config.cache_bytes_per_token("int3")
     with pytest.raises(MLAError, match="layer: expected an index below 61, got 61"):
         config.at_layer(61)
@@ -307,7 +308,7 @@ def test_bad_arguments() -> None:
         RopeConfig(layout="sideways")
     with pytest.raises(MLAError, match="got dict"):
         MLAConfig.from_transformers({})
-    assert set(CACHE_FORMATS) == {"fp32", "fp16", "bf16"}
+    assert set(CACHE_FORMATS) == {"fp32", "fp16", "bf16", "int8"}
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ LEVELS = {
     "config": 0,
     "errors": 0,
     "families": 0,
+    "formats": 0,
     "ops": 1,
     "cache": 2,
     "nn": 3,
@@ -25,7 +26,7 @@ LEVELS = {
     "cli": 6,
     "__main__": 7,
 }
-WITHOUT_TORCH = {"config", "errors", "families", "plan"}
+WITHOUT_TORCH = {"config", "errors", "families", "formats", "plan"}
 
 
 def place(path: Path) -> str:

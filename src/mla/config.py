@@ -12,9 +12,7 @@ from typing import Any
 
 from mla.errors import MLAError
 from mla.families import LAYER_KINDS, Family, find_family, text_part
-
-#: Bytes of one cached number.
-CACHE_FORMATS: Mapping[str, int] = MappingProxyType({"fp32": 4, "fp16": 2, "bf16": 2})
+from mla.formats import cache_format as format_of
 
 LAYOUTS = ("interleaved", "half", "none")
 #: RoPE type -> the parameters it cannot do without.
@@ -214,18 +212,17 @@ class MLAConfig:
 
     def latent_bytes_per_token(self, cache_format: str = "bf16") -> int:
         """Bytes of latents one more token costs, over all layers that hold latents."""
-        number = bytes_per_number(cache_format)
-        return sum(self.at_layer(layer).latent_dim for layer in self.mla_layers) * number
+        return sum(self._row_bytes(layer, cache_format) for layer in self.mla_layers)
 
     def indexer_bytes_per_token(self, cache_format: str = "bf16") -> int:
         """Bytes of sparse-indexer keys one more token costs, over all layers that hold them."""
-        return len(self.indexer_layers) * self.indexer_width * bytes_per_number(cache_format)
+        return len(self.indexer_layers) * self._index_bytes(cache_format)
 
     def cache_bytes_per_token(self, cache_format: str = "bf16") -> int:
         """Bytes one more token costs in all layers: latents and indexer keys.
 
-        ``cache_format`` is one of :data:`CACHE_FORMATS`. Layers with a sliding window stop growing once it is
-        full: see :meth:`cache_bytes`.
+        ``cache_format`` is one of ``mla.formats.CACHE_FORMATS``. Layers with a sliding window stop growing
+        once it is full: see :meth:`cache_bytes`.
         """
         return self.latent_bytes_per_token(cache_format) + self.indexer_bytes_per_token(cache_format)
 
@@ -233,21 +230,27 @@ class MLAConfig:
         """Bytes one more token costs in one layer; by default in the first that holds latents."""
         if layer is None:
             layer = self.mla_layers[0]
-        numbers = self.at_layer(layer).latent_dim if layer in self.mla_layers else 0
-        numbers += self.indexer_width if layer in self.indexer_layers else 0
-        return numbers * bytes_per_number(cache_format)
+        latents = self._row_bytes(layer, cache_format) if layer in self.mla_layers else 0
+        return latents + (self._index_bytes(cache_format) if layer in self.indexer_layers else 0)
 
     def cache_bytes(self, tokens: int, cache_format: str = "bf16") -> int:
         """Bytes of the cache of one sequence of ``tokens`` tokens.
 
         A layer with a window of w tokens keeps the last w - 1: the next query brings its own.
         """
-        numbers = tokens * len(self.indexer_layers) * self.indexer_width
+        size = tokens * self.indexer_bytes_per_token(cache_format)
         for layer in self.mla_layers:
-            own = self.at_layer(layer)
-            kept = tokens if own.sliding_window is None else min(tokens, own.sliding_window - 1)
-            numbers += kept * own.latent_dim
-        return numbers * bytes_per_number(cache_format)
+            window = self.at_layer(layer).sliding_window
+            kept = tokens if window is None else min(tokens, window - 1)
+            size += kept * self._row_bytes(layer, cache_format)
+        return size
+
+    def _row_bytes(self, layer: int, cache_format: str) -> int:
+        own = self.at_layer(layer)
+        return format_of(cache_format).row_bytes(own.kv_lora_rank, own.qk_rope_head_dim)
+
+    def _index_bytes(self, cache_format: str) -> int:
+        return int(self.indexer_width * format_of(cache_format).index)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> MLAConfig:
@@ -274,13 +277,6 @@ class MLAConfig:
         if not isinstance(config, dict):
             raise MLAError(f"{path}: expected a JSON object, got {type(config).__name__}")
         return cls.from_dict(config)
-
-
-def bytes_per_number(cache_format: str) -> int:
-    """Bytes of one number in a cache format; raises MLAError with the known formats."""
-    if cache_format not in CACHE_FORMATS:
-        raise MLAError(f"cache format: expected one of {', '.join(CACHE_FORMATS)}, got {cache_format!r}")
-    return CACHE_FORMATS[cache_format]
 
 
 def _expect_int(name: str, value: object, *, least: int) -> None:

@@ -9,9 +9,21 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionL
 from mla.cache import LatentCache
 from mla.cache.contiguous import IndexedLatentLayer, LatentLayer
 from mla.config import MLAConfig
+from mla.integrations.transformers import absorb
 from tests.families import FAMILY_NAMES, build, make_config, token_ids
 
 R, P = 24, 6
+TINY = {
+    "model_type": "deepseek_v3",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "kv_lora_rank": R,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": P,
+    "v_head_dim": 8,
+}
 
 
 def latents(s, b=2, seed=0, dtype=torch.float32):
@@ -42,8 +54,8 @@ def test_update_returns_everything_in_order(capacity):
         assert torch.equal(got_k, k_rope[:, :, :start])
         assert cache.get_seq_length(1) == start
         poison(cache)
-    assert torch.equal(cache.layers[1].c_kv, c_kv[:, 0])
-    assert torch.equal(cache.layers[1].k_rope, k_rope[:, 0])
+    assert torch.equal(cache.layers[1].latents.c_kv, c_kv[:, 0])
+    assert torch.equal(cache.layers[1].latents.k_rope, k_rope[:, 0])
 
 
 def test_known_capacity_allocates_once_and_exactly():
@@ -52,7 +64,7 @@ def test_known_capacity_allocates_once_and_exactly():
     addresses = set()
     for i in range(40):
         cache.update(c_kv[:, :, i : i + 1], k_rope[:, :, i : i + 1], 0)
-        addresses.add(cache.layers[0].c_kv.data_ptr())
+        addresses.add(cache.layers[0].latents.c_kv.data_ptr())
     assert len(addresses) == 1
     assert cache.nbytes == 2 * 40 * (R + P) * 4
 
@@ -75,6 +87,32 @@ def test_paper_dimensions_take_1152_bytes_per_token_and_layer():
     cache = LatentCache(capacity=4096)
     cache.update(torch.zeros(1, 1, 4096, 512, dtype=torch.bfloat16), torch.zeros(1, 1, 4096, 64), 0)
     assert cache.nbytes / 4096 == 1152
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_per_token"), [("fp32", 120), ("fp16", 60), ("bf16", 60), ("int8", 40)]
+)
+def test_formats(name, bytes_per_token):
+    """What is stored is the rounded latent, whatever order it came in, and its bytes are those of the format."""
+    cache = LatentCache(format=name)
+    c_kv, k_rope = latents(50)
+    for start, end in [(0, 7), (7, 8), (8, 50)]:
+        cache.update(c_kv[:, :, start:end], k_rope[:, :, start:end], 0)
+    held = cache.layers[0].latents
+    got_c, got_k = held.numbers(torch.float32)
+    step = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8, "int8": 1 / 254}[name]
+    largest = c_kv[:, 0].abs().amax(-1, keepdim=True)
+    assert ((got_c - c_kv[:, 0]).abs() <= step * largest * 1.001).all()
+    assert ((got_k - k_rope[:, 0]).abs() <= min(step, 2**-8) * k_rope[:, 0].abs()).all()
+    assert MLAConfig.from_dict(TINY).cache_bytes_per_token_and_layer(name) == bytes_per_token
+    exact = LatentCache(format=name, capacity=50)
+    exact.update(c_kv, k_rope, 0)
+    assert exact.nbytes == 2 * 50 * bytes_per_token
+    assert torch.equal(exact.layers[0].keys, cache.layers[0].keys)
+    cache.crop(-30)
+    cache.update(c_kv[:, :, 20:], k_rope[:, :, 20:], 0)
+    cache.batch_repeat_interleave(2)
+    assert torch.equal(cache.layers[0].keys, exact.layers[0].keys.repeat_interleave(2, 0))
 
 
 def test_crop_is_exact():
@@ -109,10 +147,10 @@ def test_beams():
     c_kv, k_rope = latents(4, b=3)
     cache.update(c_kv, k_rope, 0)
     cache.batch_repeat_interleave(2)
-    assert torch.equal(cache.layers[0].c_kv, c_kv[:, 0].repeat_interleave(2, 0))
+    assert torch.equal(cache.layers[0].latents.c_kv, c_kv[:, 0].repeat_interleave(2, 0))
     order = torch.tensor([5, 0, 0, 3, 2, 1])
     cache.reorder_cache(order)
-    assert torch.equal(cache.layers[0].k_rope, k_rope[:, 0].repeat_interleave(2, 0)[order])
+    assert torch.equal(cache.layers[0].latents.k_rope, k_rope[:, 0].repeat_interleave(2, 0)[order])
     cache.batch_select_indices(torch.tensor([1]))
     got_c, _ = cache.update(*latents(1, b=1), 0)
     assert torch.equal(got_c[0, 0, :4], c_kv[0, 0])
@@ -152,6 +190,11 @@ def test_layers_of_each_family(name):
     indexed = [i for i, layer in enumerate(cache.layers) if isinstance(layer, IndexedLatentLayer)]
     assert {i for i in indexed if cache.layers[i].is_indexer_initialized} == set(config.indexer_layers)
     assert cache.nbytes == 2 * config.cache_bytes(20, "fp32")
+    # Windows of Transformers keep the model's dtype.
+    if not sliding:
+        small = LatentCache(make_config(name).get_text_config(decoder=True), capacity=20, format="int8")
+        absorb(model)(ids, past_key_values=small)
+        assert small.nbytes == 2 * config.cache_bytes(20, "int8")
     if name in ("kimi_linear", "bailing_hybrid", "glm5_next"):
         assert any(isinstance(layer, LinearAttentionLayer) for layer in cache.layers)
 
@@ -160,6 +203,10 @@ def test_layers_of_each_family(name):
     ("call", "message"),
     [
         (lambda: LatentCache(capacity=0), "capacity: expected at least 1"),
+        (
+            lambda: LatentCache(format="int4"),
+            "cache format: expected one of fp32, fp16, bf16, int8, got 'int4'",
+        ),
         (
             lambda: LatentCache().update(torch.zeros(1, 2, 3, R), torch.zeros(1, 2, 3, P), 0),
             "holds latents only",

@@ -33,6 +33,20 @@ def test_generate_json(mla, mla_folder):
     assert answer["cache_bytes"] == answer["cache_bytes_per_token"] * (answer["prompt_tokens"] + 5)
 
 
+@pytest.mark.parametrize(("name", "bytes_per_layer"), [("bf16", 80), ("int8", 52)])
+def test_generate_on_a_narrower_cache(mla, mla_folder, name, bytes_per_layer):
+    run = mla("generate", mla_folder, "Hi", "--json", "--max-new-tokens", 5, "--cache-format", name)
+    assert json.loads(run.out)["cache_bytes_per_token"] == 3 * bytes_per_layer
+
+
+def test_an_unknown_cache_format_is_refused(mla, mla_folder, tmp_path):
+    (tmp_path / "text").write_text("Once upon a time. " * 20)
+    for verb, *rest in (["generate", "Hi"], ["eval", "--text", tmp_path / "text", "--window", 32]):
+        run = mla(verb, mla_folder, *rest, "--cache-format", "int3")
+        assert run.status == 2
+        assert "cache format: expected one of fp32, fp16, bf16, int8, got 'int3'" in run.err
+
+
 def test_generate_draws_by_seed(mla, mla_folder):
     options = ("--max-new-tokens", 20, "--temperature", 1.5)
     texts = [mla("generate", mla_folder, "Hi", *options, "--seed", seed).out for seed in (1, 1, 2)]

@@ -54,8 +54,8 @@ def test_the_cache_holds_latents_only(rope):
     run_in_chunks(module, random(2, 8, SIZES["hidden_size"]), [5, 1, 1, 1], cache)
     config = module.config
     assert cache.nbytes == 2 * 50 * 4 * (config.kv_lora_rank + config.qk_rope_head_dim)
-    assert cache.layers[0].c_kv.shape == (2, 8, config.kv_lora_rank)
-    assert cache.layers[0].k_rope.shape == (2, 8, config.qk_rope_head_dim)
+    assert cache.layers[0].latents.c_kv.shape == (2, 8, config.kv_lora_rank)
+    assert cache.layers[0].latents.k_rope.shape == (2, 8, config.qk_rope_head_dim)
 
 
 @torch.no_grad()
@@ -266,7 +266,7 @@ def test_gradients_flow_through_the_tokens_of_the_call():
         module(x[:, :4], cache=cache)
     new = x[:, 4:].clone().requires_grad_()
     out = module(new, cache=cache)
-    assert not cache.layers[0].c_kv.requires_grad
+    assert not cache.layers[0].latents.c_kv.requires_grad
     with torch.no_grad():
         module(x[:, :2], cache=cache)  # writes beside the rows of the graph
     out.square().sum().backward()
@@ -283,7 +283,7 @@ def test_token_by_token_without_no_grad_holds_no_graph():
     cache = LatentCache()
     got = run_in_chunks(module, x, [1] * 5, cache)
     torch.testing.assert_close(got, module(x), **CLOSE)
-    assert cache.layers[0].c_kv.grad_fn is None
+    assert cache.layers[0].latents.c_kv.grad_fn is None
     got.sum().backward()
 
 
@@ -306,7 +306,7 @@ def test_half_precision_module(q_lora_rank):
     cache = LatentCache()
     got = torch.cat([half(y, cache=cache) for y in x.to(torch.bfloat16).split([4, 1, 1], dim=1)], dim=1)
     assert got.dtype == torch.bfloat16
-    assert cache.layers[0].c_kv.dtype == torch.bfloat16
+    assert cache.layers[0].latents.c_kv.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), want, atol=3e-2, rtol=3e-2)
     got.float().sum().backward()
     assert half.kv_b_proj.weight.grad.isfinite().all()
@@ -321,7 +321,7 @@ def test_autocast(recompute_kv, path):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = torch.cat([module(y, cache=cache, path=path) for y in x.split([4, 2], dim=1)], dim=1)
     assert got.dtype == torch.bfloat16
-    assert cache.layers[0].c_kv.dtype == cache.layers[0].k_rope.dtype == torch.bfloat16
+    assert cache.layers[0].latents.c_kv.dtype == cache.layers[0].latents.k_rope.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), module(x), atol=3e-2, rtol=3e-2)
     got.float().sum().backward()
     assert module.kv_b_proj.weight.grad.dtype == torch.float32

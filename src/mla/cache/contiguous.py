@@ -14,6 +14,11 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
+from mla.formats import cache_format
+from mla.ops import latent
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 class LatentCache(DynamicCache):
     """The cache of an MLA model: r + p numbers per token and layer, and nothing else.
@@ -28,17 +33,29 @@ class LatentCache(DynamicCache):
             taken. With None the first write allocates what it needs. A full cache grows by 1% (at least 16
             tokens): it never holds much more than it uses, and a token is copied a hundred times less often
             than attention reads it.
+        format: "fp32", "fp16", "bf16" or "int8" (``ops.latent``: int8 latents with a scale per token, rotary
+            keys in bf16), whatever the model computes in; None stores latents as they come. Only absorbed
+            models and ``MultiheadLatentAttention`` read a format that is not the model's own.
 
     Raises:
-        ValueError: ``capacity`` below 1, or (at a write) tensors that are not latents.
+        ValueError: ``capacity`` below 1, an unknown format, or (at a write) tensors that are not latents.
     """
 
     layers: list[Any]
 
-    def __init__(self, config: PreTrainedConfig | None = None, *, capacity: int | None = None) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig | None = None,
+        *,
+        capacity: int | None = None,
+        format: str | None = None,  # noqa: A002 - the field's word
+    ) -> None:
         if capacity is not None and capacity < 1:
             raise ValueError(f"capacity: expected at least 1 token, got {capacity}")
+        if format is not None:
+            cache_format(format)
         self.capacity = capacity
+        self.format = format
         if config is None:
             Cache.__init__(self, layers=[])
         else:
@@ -48,9 +65,9 @@ class LatentCache(DynamicCache):
     def _latent_twin(self, layer: Any) -> Any:
         # Exact types: a subclass of them stores something else besides, and keeps its own layer.
         if type(layer) is DynamicLayer:
-            return LatentLayer(self.capacity)
+            return LatentLayer(self.capacity, self.format)
         if type(layer) is DynamicIndexedLayer:
-            return IndexedLatentLayer(self.capacity)
+            return IndexedLatentLayer(self.capacity, self.format)
         return layer
 
     def update(
@@ -58,7 +75,7 @@ class LatentCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Append latents [b, 1, s, r] and rotary keys [b, 1, s, p]; returns all of the layer's."""
         while len(self.layers) <= layer_idx:
-            self.layers.append(LatentLayer(self.capacity))
+            self.layers.append(LatentLayer(self.capacity, self.format))
         held: tuple[Tensor, Tensor] = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         return held
 
@@ -78,26 +95,29 @@ class LatentCache(DynamicCache):
 
 
 class LatentLayer(CacheLayerMixin):
-    """One layer's latents. Rows lie in one buffer [b, capacity, r + p]; ``keys`` and ``values`` are views."""
+    """One layer's latents, one row per token in one buffer [b, capacity, width].
+
+    ``keys`` and ``values``, which Transformers hands on to attention, are views: latents [b, 1, t, r] and
+    rotary keys [b, 1, t, p]; in the int8 format ``keys`` are the whole rows, [b, 1, t, bytes].
+    """
 
     is_compileable = False
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, capacity: int | None = None) -> None:
+    def __init__(self, capacity: int | None = None, format: str | None = None) -> None:  # noqa: A002
         super().__init__()
+        self.format = format
         self._rows = _Rows(capacity)
-        self._rank = 0
+        self._rank = self._rope = 0
 
     @property
-    def c_kv(self) -> Tensor:
-        """[b, t, r] the latents held, a view of the buffer."""
-        return self._rows.held()[..., : self._rank]
-
-    @property
-    def k_rope(self) -> Tensor:
-        """[b, t, p] the rotary keys held, a view of the buffer."""
-        return self._rows.held()[..., self._rank :]
+    def latents(self) -> latent.Latents:
+        """What is held, as views of the buffer."""
+        rows = self._rows.held()
+        if self.format == "int8":
+            return latent.split_rows(rows, self._rank, self._rope)
+        return latent.Latents(rows[..., : self._rank], rows[..., self._rank :])
 
     @property
     def nbytes(self) -> int:
@@ -106,14 +126,14 @@ class LatentLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing is known before the first latents: they fix r, p, batch, dtype and device."""
-        self._rank = key_states.shape[-1]
+        self._rank, self._rope = key_states.shape[-1], value_states.shape[-1]
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append latents [b, 1, s, r] and rotary keys [b, 1, s, p]; returns all held, as views."""
+        """Append latents [b, 1, s, r] and rotary keys [b, 1, s, p]; returns ``keys`` and ``values``."""
         if key_states.ndim != 4 or key_states.shape[1] != 1 or value_states.shape[:3] != key_states.shape[:3]:
             raise ValueError(
                 "expected latents [b, 1, s, r] and rotary keys [b, 1, s, p], got "
@@ -121,12 +141,24 @@ class LatentLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        b, _, length, _ = key_states.shape
-        slot = self._rows.reserve(b, length, self._rank + value_states.shape[-1], like=key_states)
-        slot[..., : self._rank] = key_states[:, 0]
-        slot[..., self._rank :] = value_states[:, 0]
+        c_kv, k_rope = key_states[:, 0], value_states[:, 0]
+        b, s, r = c_kv.shape
+        p = k_rope.shape[-1]
+        if self.format == "int8":
+            slot = self._rows.reserve(b, s, latent.row_bytes(r, p), torch.uint8, c_kv.device)
+            new = latent.split_rows(slot, r, p)
+            assert new.scale is not None
+            new.c_kv[:], new.scale[:] = latent.quantise(c_kv)
+            new.k_rope[:] = k_rope
+        else:
+            slot = self._rows.reserve(b, s, r + p, self._dtype_of(c_kv), c_kv.device)
+            slot[..., :r] = c_kv
+            slot[..., r:] = k_rope
         self._publish()
         return self.keys, self.values
+
+    def _dtype_of(self, states: Tensor) -> torch.dtype:
+        return _DTYPES.get(self.format or "", states.dtype)
 
     def get_seq_length(self) -> int:
         """Tokens held."""
@@ -192,14 +224,16 @@ class LatentLayer(CacheLayerMixin):
     def _publish(self) -> None:
         # Transformers reads these two attributes of a layer; they follow the buffer.
         if self.is_initialized:
-            self.keys, self.values = self.c_kv.unsqueeze(1), self.k_rope.unsqueeze(1)
+            held = self.latents
+            keys = self._rows.held() if self.format == "int8" else held.c_kv
+            self.keys, self.values = keys.unsqueeze(1), held.k_rope.unsqueeze(1)
 
 
 class IndexedLatentLayer(LatentLayer):
     """A latent layer beside whose rows a sparse indexer (DeepSeek-V3.2, GLM-5) keeps its own keys."""
 
-    def __init__(self, capacity: int | None = None) -> None:
-        super().__init__(capacity)
+    def __init__(self, capacity: int | None = None, format: str | None = None) -> None:  # noqa: A002
+        super().__init__(capacity, format)
         self._indexer = _Rows(capacity)
 
     @property
@@ -215,7 +249,10 @@ class IndexedLatentLayer(LatentLayer):
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
         """Append indexer keys [b, s, index head dim]; returns all held."""
         b, s, width = indexer_key_states.shape
-        self._indexer.reserve(b, s, width, like=indexer_key_states)[:] = indexer_key_states
+        # Not in int8: the few largest of their scores choose the keys, and those lie close together.
+        dtype = torch.bfloat16 if self.format == "int8" else self._dtype_of(indexer_key_states)
+        slot = self._indexer.reserve(b, s, width, dtype, indexer_key_states.device)
+        slot[:] = indexer_key_states
         return self._indexer.held()
 
     def _all_buffers(self) -> list["_Rows"]:
@@ -243,21 +280,22 @@ class _Rows:
             raise RuntimeError("this cache layer has not been written yet")
         return self._buffer[:, : self.length]
 
-    def reserve(self, b: int, s: int, width: int, like: Tensor) -> Tensor:
+    def reserve(self, b: int, s: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Room for s more rows of every sequence, [b, s, width], to be filled by the caller."""
         if self._buffer is not None and (b, width) != (self._buffer.shape[0], self._buffer.shape[2]):
             if self.length == 0:
                 self._buffer = None  # reset for another batch
-                return self.reserve(b, s, width, like)
+                return self.reserve(b, s, width, dtype, device)
             raise ValueError(
                 f"expected rows of batch {self._buffer.shape[0]} and width {self._buffer.shape[2]}, "
                 f"got batch {b} and width {width}"
             )
         start, end = self.length, self.length + s
         if self._buffer is None:
-            self._buffer = like.new_empty(b, max(self.capacity or 0, end), width)
+            size = (b, max(self.capacity or 0, end), width)
+            self._buffer = torch.empty(size, dtype=dtype, device=device)
         elif end > self._buffer.shape[1]:
-            grown = like.new_empty(b, end + max(16, end // 128), width)
+            grown = self._buffer.new_empty(b, end + max(16, end // 128), width)
             grown[:, :start] = self.held()
             self._buffer = grown
         self.length = end

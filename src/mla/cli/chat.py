@@ -18,6 +18,7 @@ def chat(
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
     max_model_len: Annotated[int | None, typer.Option(help="Limit on the conversation, in tokens.")] = None,
     dtype: console.Dtype = "auto",
+    cache_format: console.CacheFormat = "auto",
     device: console.Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
 ) -> None:
@@ -27,7 +28,13 @@ def chat(
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     start = [] if system is None else [{"role": "system", "content": system}]
     with console.quiet_libraries():
-        session = Session(model, dtype=console.check_dtype(dtype), device=device, max_model_len=max_model_len)
+        session = Session(
+            model,
+            dtype=console.check_dtype(dtype),
+            device=device,
+            max_model_len=max_model_len,
+            cache_format=cache_format,
+        )
         messages = list(start)
         while True:
             try:

@@ -25,6 +25,13 @@ Dtype = Annotated[
         "has no bf16 arithmetic and the memory allows."
     ),
 ]
+CacheFormat = Annotated[
+    str,
+    typer.Option(
+        help="auto, fp32, fp16, bf16 or int8: how the cache stores latents. auto takes bf16 for a bf16 "
+        "checkpoint, else what the model computes in."
+    ),
+]
 Device = Annotated[str, typer.Option(help="Any torch device: cpu, cuda, mps ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text for people.")]
 

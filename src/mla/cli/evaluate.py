@@ -18,6 +18,10 @@ def evaluate(
     max_tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens of the text.")] = None,
     stock: Annotated[bool, typer.Option("--stock", help="Run an MLA model as Transformers does.")] = False,
     dtype: console.Dtype = "auto",
+    cache_format: Annotated[
+        str | None,
+        typer.Option(help="Run over a latent cache in fp32, fp16, bf16 or int8; by default without one."),
+    ] = None,
     device: console.Device = "cpu",
     as_json: console.Json = False,
 ) -> None:
@@ -37,12 +41,16 @@ def evaluate(
         opened = load_model(model, dtype=checked, device=device)
         if latent_attentions(opened) and not stock:
             absorb(opened)
+        elif cache_format is not None:
+            raise MLAError("--cache-format: expected an MLA model without --stock; nothing else reads it")
         limit = opened.config.get_text_config(decoder=True).max_position_embeddings
         if window > limit:
             raise MLAError(f"--window: the model takes {limit} tokens, got {window}")
         reference = None if against is None else load_model(against, dtype=checked, device=device)
         with console.progress("measuring") as advance:
-            result = measure(opened, windows, against=reference, on_progress=advance)
+            result = measure(
+                opened, windows, against=reference, cache_format=cache_format, on_progress=advance
+            )
     if as_json:
         console.print_json(result)
         return

@@ -18,6 +18,7 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt; no chat template.")] = False,
     max_model_len: Annotated[int | None, typer.Option(help="Limit on prompt plus answer, in tokens.")] = None,
     dtype: console.Dtype = "auto",
+    cache_format: console.CacheFormat = "auto",
     device: console.Device = "cpu",
     as_json: console.Json = False,
 ) -> None:
@@ -27,7 +28,13 @@ def generate(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     with console.quiet_libraries():
-        session = Session(model, dtype=console.check_dtype(dtype), device=device, max_model_len=max_model_len)
+        session = Session(
+            model,
+            dtype=console.check_dtype(dtype),
+            device=device,
+            max_model_len=max_model_len,
+            cache_format=cache_format,
+        )
         ids = session.encode([{"role": "user", "content": text}], raw=raw)
         stream = None if as_json else lambda piece: print(piece, end="", flush=True)
         answer = session.answer(ids, sampling, on_text=stream)

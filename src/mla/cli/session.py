@@ -14,8 +14,8 @@ from mla.cache import LatentCache
 from mla.config import MLAConfig
 from mla.errors import MLAError
 from mla.integrations.loading import (
-    CACHE_FORMAT,
     DtypeName,
+    choose_cache_format,
     load_config,
     load_model,
     load_tokenizer,
@@ -63,20 +63,31 @@ class Session:
         source: folder, .gguf file or Hub id of an MLA model.
         dtype, device: as for ``load_model``.
         max_model_len: limit on prompt plus answer; None takes the model's own.
+        cache_format: as for ``choose_cache_format``.
 
     Raises:
         MLAError: the model cannot be opened or is not MLA.
     """
 
     def __init__(
-        self, source: str, *, dtype: DtypeName, device: str, max_model_len: int | None = None
+        self,
+        source: str,
+        *,
+        dtype: DtypeName,
+        device: str,
+        max_model_len: int | None = None,
+        cache_format: str = "auto",
     ) -> None:
         self.config = MLAConfig.from_transformers(load_config(source))  # refuse before loading weights
         longest = self.config.max_position_embeddings
         if max_model_len is not None and not 1 <= max_model_len <= longest:
             raise MLAError(f"--max-model-len: expected 1 to {longest}, got {max_model_len}")
         self.limit = max_model_len or longest
+        # An unknown name is refused before the weights are read.
+        self.cache_format = choose_cache_format(cache_format, source, torch.float32)
         self.model = absorb(load_model(source, dtype=dtype, device=device))
+        computed = self.model.get_input_embeddings().weight.dtype
+        self.cache_format = choose_cache_format(cache_format, source, computed)
         self.tokenizer = load_tokenizer(source)
         self._cache: LatentCache | None = None
         self._cached_ids: list[int] = []
@@ -155,11 +166,11 @@ class Session:
         if self._cache is not None and common and self._cache.is_croppable:
             self._cache.crop(common - self._cache.get_seq_length())
             return self._cache
-        dtype = self.model.get_input_embeddings().weight.dtype
-        needed = self.config.cache_bytes(wanted, CACHE_FORMAT.get(dtype, "fp32"))
+        needed = self.config.cache_bytes(wanted, self.cache_format)
         if self.model.device.type == "cpu":
             require_memory(needed, f"a cache of {wanted} tokens")
-        self._cache = LatentCache(self.model.config.get_text_config(decoder=True), capacity=wanted)
+        config = self.model.config.get_text_config(decoder=True)
+        self._cache = LatentCache(config, capacity=wanted, format=self.cache_format)
         return self._cache
 
 

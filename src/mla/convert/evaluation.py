@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mla import formats
+from mla.cache import LatentCache
 from mla.errors import MLAError
 
 
@@ -62,6 +64,7 @@ def evaluate(
     windows: Tensor,
     *,
     against: Any | None = None,
+    cache_format: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Measure ``model`` on windows of token ids [w, length], one window at a time.
@@ -70,16 +73,20 @@ def evaluate(
         model: a causal language model of Transformers.
         windows: int64 [w, length]; both models must use the same vocabulary.
         against: the reference (teacher); adds KL and agreement.
+        cache_format: run an absorbed ``model`` over a ``LatentCache`` of this format: every token meets the
+            others' latents as they are stored.
         on_progress: called with (windows done, windows in all).
 
     Raises:
         MLAError: token ids or vocabularies that do not fit.
     """
     _check_vocabulary(model, against, windows)
+    if cache_format is not None:
+        formats.cache_format(cache_format)
     nll_sum = torch.zeros(windows.shape[1] - 1, dtype=torch.float64)
     kl_sum = agreed = 0.0
     for done, window in enumerate(windows):
-        log_probs = _log_probs(model, window)
+        log_probs = _log_probs(model, window, cache_format)
         targets = window[1:, None].to(log_probs.device)
         nll_sum -= log_probs.gather(1, targets)[:, 0].double().cpu()
         if against is not None:
@@ -101,9 +108,13 @@ def evaluate(
     )
 
 
-def _log_probs(model: Any, window: Tensor) -> Tensor:
+def _log_probs(model: Any, window: Tensor, cache_format: str | None = None) -> Tensor:
     """[length - 1, vocabulary] in fp32: the prediction of every token but the first."""
-    logits = model(window[None].to(model.device), use_cache=False).logits[0, :-1]
+    options: dict[str, Any] = {"use_cache": False}
+    if cache_format is not None:
+        config = model.config.get_text_config(decoder=True)
+        options = {"past_key_values": LatentCache(config, capacity=len(window), format=cache_format)}
+    logits = model(window[None].to(model.device), **options).logits[0, :-1]
     result: Tensor = logits.float().log_softmax(-1)
     return result
 

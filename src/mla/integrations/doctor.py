@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mla.cache import LatentCache
 from mla.config import MLAConfig
-from mla.integrations.loading import CACHE_FORMAT
+from mla.integrations.loading import DTYPE_FORMATS
 from mla.integrations.transformers import absorb, latent_attentions, restore
 
 # Relative error of a layer's output that rounding alone explains, by the dtype of the weights. Half-precision
@@ -106,7 +106,7 @@ def diagnose(model: Any, ids: Tensor, *, on_progress: Callable[[int, int], None]
     modules = latent_attentions(model)
     scale = (config.softmax_scale, float(next(iter(modules.values())).scaling))
     dtype = next(iter(modules.values())).kv_b_proj.weight.dtype
-    expected_bytes = config.cache_bytes(t, CACHE_FORMAT[dtype]) / t
+    expected_bytes = config.cache_bytes(t, DTYPE_FORMATS[dtype]) / t
     tolerance = TOLERANCE[dtype]
     problems = [f"{name} differs by {error:.1e}" for name, error in errors.items() if not error <= tolerance]
     if not logit_error <= tolerance:

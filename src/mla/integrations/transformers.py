@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from mla.cache import LatentCache
 from mla.errors import MLAError
 from mla.ops.attention import Path, plan_for, prefill
+from mla.ops.latent import Latents, split_rows
 
 IMPLEMENTATION = "mla_absorbed"
 
@@ -155,7 +156,10 @@ def _attention(
     h, s, p = query.shape[1], query.shape[2], value.shape[-1]
     n = query.shape[-1] - p
     w_uk, w_uv = up_projections(module.kv_b_proj.weight, h, n)
-    c_kv, k_rope = key.squeeze(1), value.squeeze(1)
+    if key.dtype == torch.uint8:  # rows of an int8 LatentCache
+        held = split_rows(key.squeeze(1), w_uk.shape[-1], p)
+    else:
+        held = Latents(key.squeeze(1), value.squeeze(1))
     causal = attention_mask is None and s > 1 and (module.is_causal if is_causal is None else is_causal)
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         # The lowest finite number means "hidden" in additive masks; a query that sees nothing gives zero,
@@ -163,40 +167,42 @@ def _attention(
         lowest = torch.finfo(attention_mask.dtype).min
         attention_mask = attention_mask.masked_fill(attention_mask <= lowest, -torch.inf)
     if indices is not None:
-        c_kv, k_rope, attention_mask = _only_indexed(indices, c_kv, k_rope, attention_mask)
+        held, attention_mask = _only_indexed(indices, held, attention_mask)
     query = query.transpose(1, 2)
     q_nope, q_rope = query[..., :n], query[..., n:]
     out, _ = prefill(
         q_nope,
         q_rope,
-        c_kv,
-        k_rope,
+        held.c_kv,
+        held.k_rope,
         w_uk,
         w_uv,
         scale=scaling,
         causal=bool(causal),
         mask=attention_mask,
         sinks=s_aux,
+        latent_scale=held.scale,
         dropout=dropout,
-        plan=plan_for(q_nope, c_kv, k_rope, w_uv, causal=bool(causal), path=module._mla_path),
+        plan=plan_for(q_nope, held.c_kv, held.k_rope, w_uv, causal=bool(causal), path=module._mla_path),
     )
     return out, None
 
 
-def _only_indexed(
-    indices: Tensor, c_kv: Tensor, k_rope: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _only_indexed(indices: Tensor, held: Latents, mask: Tensor | None) -> tuple[Latents, Tensor | None]:
     """Restrict attention to the keys that a sparse indexer chose, ``indices`` [b, s, k]; -1 is no key."""
     b, s, _ = indices.shape
-    t = c_kv.shape[1]
+    t = held.c_kv.shape[1]
     indices = indices.long()
     exists = (indices >= 0) & (indices < t)
     indices = indices.clamp(0, max(t - 1, 0))
     if s == 1:
         # One query: gather its few keys and read nothing else of the cache.
         rows = indices[:, 0, :, None]
-        c_kv = c_kv.gather(1, rows.expand(-1, -1, c_kv.shape[2]))
-        k_rope = k_rope.gather(1, rows.expand(-1, -1, k_rope.shape[2]))
+        held = Latents(
+            held.c_kv.gather(1, rows.expand(-1, -1, held.c_kv.shape[2])),
+            held.k_rope.gather(1, rows.expand(-1, -1, held.k_rope.shape[2])),
+            None if held.scale is None else held.scale.gather(1, indices[:, 0]),
+        )
         chosen = exists[:, None]
         if mask is not None:
             mask = mask.expand(b, -1, -1, -1).gather(3, indices[:, None].expand(-1, mask.shape[1], -1, -1))
@@ -205,10 +211,10 @@ def _only_indexed(
         counts = torch.zeros(b, s, t, dtype=torch.int32, device=indices.device)
         chosen = counts.scatter_add_(2, indices, exists.int()).bool()[:, None]
     if mask is None:
-        return c_kv, k_rope, chosen
+        return held, chosen
     if mask.dtype == torch.bool:
-        return c_kv, k_rope, mask & chosen
-    return c_kv, k_rope, mask.masked_fill(~chosen, -torch.inf)
+        return held, mask & chosen
+    return held, mask.masked_fill(~chosen, -torch.inf)
 
 
 def _other_attention(

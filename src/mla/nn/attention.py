@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from mla.cache import LatentCache
 from mla.config import MLAConfig
 from mla.ops import attention as ops
+from mla.ops.latent import Latents
 from mla.ops.rope import apply_rope, rope_table
 
 PathChoice = ops.Path | Literal["auto"]
@@ -220,16 +221,15 @@ class MultiheadLatentAttention(nn.Module):
         rotation = self._rotation(query_positions, q.device)
         if source is None:
             assert cache is not None  # _source has seen to that
-            layer = cache.layers[self.layer_idx]
-            c_kv, k_rope = layer.c_kv, layer.k_rope
+            held = cache.layers[self.layer_idx].latents
         else:
             same = key_positions is query_positions
             key_rotation = rotation if same else self._rotation(key_positions, q.device)
-            c_kv, k_rope = self._latents(source, key_rotation)
+            held = Latents(*self._latents(source, key_rotation))
             if cache is not None:
-                needs_grad = torch.is_grad_enabled() and (q.requires_grad or c_kv.requires_grad)
-                c_kv, k_rope = self._store(cache, c_kv, k_rope, cached, needs_grad)
-        out = self._attend(q, rotation, c_kv, k_rope, mask, causal, plan)
+                needs_grad = torch.is_grad_enabled() and (q.requires_grad or held.c_kv.requires_grad)
+                held = self._store(cache, held, cached, needs_grad)
+        out = self._attend(q, rotation, held, mask, causal, plan)
         projected: Tensor = self.o_proj(out.flatten(2))
         return projected
 
@@ -333,35 +333,33 @@ class MultiheadLatentAttention(nn.Module):
             device=device,
         )
 
-    def _store(
-        self, cache: LatentCache, c_kv: Tensor, k_rope: Tensor, cached: int, needs_grad: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Append to the cache; returns c_kv [b, t, r] and k_rope [b, t, p] of all tokens."""
-        keys, values = cache.update(c_kv.detach()[:, None], k_rope.detach()[:, None], self.layer_idx)
+    def _store(self, cache: LatentCache, new: Latents, cached: int, needs_grad: bool) -> Latents:
+        """Append to the cache; returns the latents of all tokens."""
+        cache.update(new.c_kv.detach()[:, None], new.k_rope.detach()[:, None], self.layer_idx)
+        held: Latents = cache.layers[self.layer_idx].latents
         if not needs_grad:
-            return keys[:, 0], values[:, 0]
+            return held
         if cached == 0:
-            return c_kv, k_rope
+            return new
         # Not the cache's own rows: the next token is written beside them, which autograd takes for a change
         # of what it saved.
-        return (
-            torch.cat([keys[:, 0, :cached].to(c_kv.dtype), c_kv], dim=1),
-            torch.cat([values[:, 0, :cached].to(k_rope.dtype), k_rope], dim=1),
+        c_kv, k_rope = held.numbers(new.c_kv.dtype)
+        return Latents(
+            torch.cat([c_kv[:, :cached], new.c_kv], dim=1), torch.cat([k_rope[:, :cached], new.k_rope], dim=1)
         )
 
     def _attend(
         self,
         q: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
-        c_kv: Tensor,
-        k_rope: Tensor,
+        held: Latents,
         mask: Tensor | None,
         causal: bool,
         plan: ops.Plan,
     ) -> Tensor:
         """[b, s, h, v] of the queries q [b, s, h, n + p], not yet rotated."""
         b, s, h, _ = q.shape
-        t = c_kv.shape[1]
+        t = held.c_kv.shape[1]
         n, v = self.config.qk_nope_head_dim, self.config.v_head_dim
         w_kv = self.kv_b_proj.weight.view(h, n + v, -1)
         dropout = self.attention_dropout if self.training else 0.0
@@ -382,6 +380,7 @@ class MultiheadLatentAttention(nn.Module):
                 scale=self.config.softmax_scale,
                 causal=causal,
                 mask=mask,
+                latent_scale=held.scale,
                 dropout=dropout,
                 plan=plan,
             )
@@ -390,7 +389,7 @@ class MultiheadLatentAttention(nn.Module):
         # Autocast would round the scores to half precision; the op knows where it may.
         with _no_autocast(q.device.type):
             if not (self.recompute_kv and torch.is_grad_enabled()):
-                return attend(q, c_kv, k_rope, w_kv, mask)
+                return attend(q, held.c_kv, held.k_rope, w_kv, mask)
             width = min(h, max(1, _SCORES_AT_ONCE // max(b * s * t, 1)))
             parts = []
             for start in range(0, h, width):
@@ -398,8 +397,8 @@ class MultiheadLatentAttention(nn.Module):
                 part: Tensor = checkpoint(
                     attend,
                     q[:, :, heads],
-                    c_kv,
-                    k_rope,
+                    held.c_kv,
+                    held.k_rope,
                     w_kv[heads],
                     mask if mask is None or mask.shape[1] == 1 else mask[:, heads],
                     use_reentrant=False,

@@ -6,35 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from mla.config import CACHE_FORMATS
 from mla.errors import MLAError
+from mla.formats import CACHE_FORMATS, CacheFormat
 from mla.plan.formulas import Figure, Values
 from mla.plan.hardware import Hardware
 from mla.plan.shape import Shape
 from mla.plan.steps import SHEET
 
-
-@dataclass(frozen=True)
-class CacheFormat:
-    """Bytes of a stored number, of one of the rotary key, of an indexer key's, and of a vector's scale."""
-
-    number: float
-    rope: float
-    index: float
-    scale: float
-
-
-def _cache_formats() -> dict[str, CacheFormat]:
-    formats = {name: CacheFormat(b, b, b, 0) for name, b in CACHE_FORMATS.items()}
-    # One fp32 scale per stored vector; the rotary key, sensitive to rounding, stays in bf16.
-    formats.setdefault("int8", CacheFormat(1, 2, 2, 4))
-    # FlashMLA's layout: four fp32 scales for a latent of 512, here one per vector of any length.
-    formats.setdefault("fp8", CacheFormat(1, 2, 1, 16))
-    return formats
-
-
-#: Formats of ``--cache-format``; those of mla.config and the quantised ones.
-FORMATS: Mapping[str, CacheFormat] = MappingProxyType(_cache_formats())
+#: Formats of ``--cache-format``: those of the cache, and FlashMLA's fp8 layout, four fp32 scales for a latent
+#: of 512, here one per latent of any length.
+FORMATS: Mapping[str, CacheFormat] = MappingProxyType({**CACHE_FORMATS, "fp8": CacheFormat(1, 2, 1, 16)})
 #: Bytes of one weight; int4 with a 16-bit scale for every 32 weights.
 WEIGHT_BYTES: Mapping[str, float] = MappingProxyType(
     {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "int4": 0.5625}

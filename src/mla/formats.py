@@ -1,0 +1,41 @@
+"""How a latent cache stores its numbers: the formats by name, and their bytes. Level 0: no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from mla.errors import MLAError
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """Bytes of a number of the latent, of one of the rotary key, of one of an indexer's key, and what a token
+    needs besides (a scale)."""
+
+    number: float
+    rope: float
+    index: float
+    scale: float
+
+    def row_bytes(self, r: int, p: int) -> int:
+        """Bytes of one token in one layer, a latent of r numbers and a rotary key of p; rows start at
+        multiples of their largest number."""
+        size = int(r * self.number + p * self.rope + self.scale)
+        return -(-size // 4) * 4 if self.scale else size
+
+
+def _plain(size: int) -> CacheFormat:
+    return CacheFormat(size, size, size, 0)
+
+
+#: The formats that :class:`mla.LatentCache` holds; docs/cache-format.md describes int8.
+CACHE_FORMATS: Mapping[str, CacheFormat] = MappingProxyType(
+    {"fp32": _plain(4), "fp16": _plain(2), "bf16": _plain(2), "int8": CacheFormat(1, 2, 2, 4)}
+)
+
+
+def cache_format(name: str) -> CacheFormat:
+    """A format by name; raises MLAError with the known ones."""
+    if name not in CACHE_FORMATS:
+        raise MLAError(f"cache format: expected one of {', '.join(CACHE_FORMATS)}, got {name!r}")
+    return CACHE_FORMATS[name]
