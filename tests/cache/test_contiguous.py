@@ -93,7 +93,7 @@ def test_paper_dimensions_take_1152_bytes_per_token_and_layer():
     ("name", "bytes_per_token"), [("fp32", 120), ("fp16", 60), ("bf16", 60), ("int8", 40)]
 )
 def test_formats(name, bytes_per_token):
-    """What is stored is the rounded latent, whatever order it came in, and its bytes are those of the format."""
+    """What is stored is the rounded latent, in whatever order it came, in the bytes of the format."""
     cache = LatentCache(format=name)
     c_kv, k_rope = latents(50)
     for start, end in [(0, 7), (7, 8), (8, 50)]:
