@@ -72,10 +72,10 @@ template <int numbers, int bytes, class Step> MLA_INLINE void walk(const char* r
 
 // A run of numbers in memory that becomes one part of a packed row.
 struct Part {
-  const char* data;
-  Type type;
-  int count;
-  float factor;
+  const char* data = nullptr;
+  Type type = Type::f32;
+  int count = 0;
+  float factor = 1.0f;
 };
 
 struct Parts {
@@ -99,8 +99,8 @@ template <int lanes_> struct Float32 {
   static MLA_INLINE Sum dot(Sum sum, Unit b, Unit a) { return sum + b * a; }
   static MLA_INLINE F value(Sum sum) { return sum; }
 
-  template <Type type> static float squares(const char*, int) { return 0; }
-  template <Type type> static void pack(const char* row, int count, float factor, uint32_t* units) {
+  template <Type type> static MLA_INLINE float squares(const char*, int) { return 0; }
+  template <Type type> static MLA_INLINE void pack(const char* row, int count, float factor, uint32_t* units) {
     using R = Read<lanes, type>;
     walk<lanes, R::bytes>(row, count,
                           [&](const char* p, int i) { V::store(units + i, R::one(p) * factor); });

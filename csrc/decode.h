@@ -135,9 +135,7 @@ private:
     const int64_t from = tile * kKeys, count = least(kKeys, item.tokens - from);
     const int tokens = static_cast<int>(up(count, narrow_x));
     fill(attention_, item.sequence, from, static_cast<int>(count), tokens, scratch.keys,
-         [&](int i, const Cursor& cursor) {
-           scratch.keys.put(i, {latent(cache, cursor), rotary(cache, cursor)});
-         });
+         [&](int, const Cursor& cursor) { return Parts{latent(cache, cursor), rotary(cache, cursor)}; });
     scratch.values.fill(scratch.keys, tokens, r_);
     const int64_t next = from + kKeys;
     const int64_t ahead = tile + 1 < last ? least(kKeys, item.tokens - next) : 0;

@@ -29,7 +29,7 @@ struct Int16 {
     return V::as<Unit>(_mm256_blend_epi16(low, high, 0xaa));
   }
 
-  template <Type type> static float squares(const char* row, int count) {
+  template <Type type> static MLA_INLINE float squares(const char* row, int count) {
     using R = Read<lanes, type>;
     F a{}, b{}, c{}, d{}; // as many as hide the latency of an addition
     const auto add = [](const char* p, F& x, F& y) {
@@ -47,7 +47,7 @@ struct Int16 {
                               [&](const char* p, int) { add(p, a, b); });
     return V::sum((a + b) + (c + d));
   }
-  template <Type type> static void pack(const char* row, int count, float factor, uint32_t* units) {
+  template <Type type> static MLA_INLINE void pack(const char* row, int count, float factor, uint32_t* units) {
     using R = Read<lanes, type>;
     walk<2 * lanes, R::bytes>(row, count, [&](const char* p, int i) {
       F even, odd;

@@ -29,8 +29,8 @@ struct Bf16 {
     return ((V::as<Unit>(even) + 0x8000u) >> 16) | ((V::as<Unit>(odd) + 0x8000u) & 0xffff0000u);
   }
 
-  template <Type type> static float squares(const char*, int) { return 0; }
-  template <Type type> static void pack(const char* row, int count, float factor, uint32_t* units) {
+  template <Type type> static MLA_INLINE float squares(const char*, int) { return 0; }
+  template <Type type> static MLA_INLINE void pack(const char* row, int count, float factor, uint32_t* units) {
     using R = Read<lanes, type>;
     walk<2 * lanes, R::bytes>(row, count, [&](const char* p, int i) {
       if (type == Type::bf16 && factor == 1.0f) { // the cache's own numbers

@@ -179,23 +179,23 @@ private:
     const Cache& cache = attention_.cache;
     const Part none = {nullptr, Type::f32, 0, 1.0f};
     fill(attention_, sequence, from, count, filled, scratch.latents, [&](int i, const Cursor& cursor) {
-      scratch.latents.put(i, {latent(cache, cursor), none});
       float* to = scratch.key_floats + static_cast<int64_t>(i) * scratch.key_line + scratch.uk.padded;
       mla::pack<Floats>(rotary(cache, cursor), 1.0f, reinterpret_cast<uint32_t*>(to));
+      return Parts{latent(cache, cursor), none};
     });
     multiply(scratch.uk, scratch.latents, filled, scratch.key_floats, scratch.key_line);
     multiply(scratch.uv, scratch.latents, filled, scratch.value_floats, scratch.value_line);
+    Parts keys[kKeys], values[kKeys];
     for (int t = 0; t < filled; ++t) {
-      if (scratch.latents.biases[t] != 0.0f) {
-        scratch.keys.erase(t);
-        scratch.values.erase(t);
-        continue;
-      }
+      keys[t] = values[t] = {};
+      if (scratch.latents.biases[t] != 0.0f) continue;
       const float* key = scratch.key_floats + static_cast<int64_t>(t) * scratch.key_line;
       const float* value = scratch.value_floats + static_cast<int64_t>(t) * scratch.value_line;
-      scratch.keys.put(t, {floats(key, call_.n), floats(key + scratch.uk.padded, cache.p)});
-      scratch.values.put(t, {floats(value, call_.v), none});
+      keys[t] = {floats(key, call_.n), floats(key + scratch.uk.padded, cache.p)};
+      values[t] = {floats(value, call_.v), none};
     }
+    scratch.keys.pack(keys, filled);
+    scratch.values.pack(values, filled);
     scratch.columns.fill(scratch.values, filled, call_.v);
   }
 

@@ -75,20 +75,18 @@ inline Part rotary(const Cache& cache, const Cursor& cursor) {
 }
 
 // Tokens first..first+count-1 of a sequence as a tile of `tokens` rows; those beyond, and those that are masked
-// or do not exist, are empty. row(i, cursor) packs one that does.
+// or do not exist, are empty. row(i, cursor) says where the parts of one that does lie.
 template <class A, class Row>
 void fill(const Attention& call, int sequence, int64_t first, int count, int tokens, Tile<A>& tile, Row&& row) {
   const uint8_t* mask = call.key_mask ? call.key_mask + sequence * call.key_mask_stride + first : nullptr;
   Cursor cursor(call.cache, sequence, first);
+  Parts parts[kKeys];
   for (int i = 0; i < count; ++i, cursor.next()) {
     if (cursor.stale()) cursor.turn();
-    if (!cursor.exists() || (mask && !mask[i])) {
-      tile.erase(i);
-    } else {
-      row(i, cursor);
-    }
+    parts[i] = cursor.exists() && (!mask || mask[i]) ? row(i, cursor) : Parts{};
   }
-  for (int i = count; i < tokens; ++i) tile.erase(i);
+  for (int i = count; i < tokens; ++i) parts[i] = {};
+  tile.pack(parts, tokens);
 }
 
 // Brings rows that the next tile will need into the second-level cache.

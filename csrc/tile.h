@@ -65,8 +65,7 @@ template <class A> constexpr int units_of(int a, int b) {
     return units_of<A>(a) + units_of<A>(b);
 }
 
-// One row of two parts as units of one arithmetic. Writes whole vectors: up to 2 * lanes
-// units beyond the row. Returns the factor of the row; `gain` multiplies every number.
+// One row of two parts as units of one arithmetic. Writes whole vectors: up to 2 * lanes units beyond the row. Returns the factor of the row; `gain` multiplies every number.
 template <class A> float pack_row(const Parts& parts, float gain, uint32_t* units) {
   const Part &a = parts.a, &b = parts.b;
   float inner = gain, outer = 1.0f;
@@ -179,13 +178,52 @@ template <class A> struct Tile {
     offsets = carver.take<float>(kKeys);
   }
   uint32_t* row(int i) { return rows + i * stride; }
-  void put(int i, const Parts& parts) {
-    biases[i] = 0.0f;
-    if constexpr (kMixed<A>)
-      factors[i] = A::pack_key(parts, row(i), offsets[i]);
+  // Rows 0..count-1 from memory, all of the same types; a row without data is one that nobody sees.
+  void pack(const Parts* parts, int count) {
+    int some = 0;
+    while (some < count && !parts[some].a.data) ++some;
+    const Type type = some < count ? parts[some].a.type : Type::f32;
+    if (type == Type::f32)
+      pack_as<Type::f32, Type::f32>(parts, count);
+    else if (type == Type::bf16)
+      pack_as<Type::bf16, Type::bf16>(parts, count);
     else
-      factors[i] = pack_row<A>(parts, 1.0f, row(i));
+      pack_as<Type::i8, Type::bf16>(parts, count);
   }
+
+  template <Type a, Type b> void pack_as(const Parts* parts, int count) {
+    float inner[kKeys];
+    if constexpr (A::scaled && !kMixed<A>) {
+      // Step by step over all rows: within one, each step would wait for the one before.
+      for (int i = 0; i < count; ++i) {
+        const Parts& x = parts[i];
+        inner[i] = !x.a.data ? 0.0f
+                             : x.a.factor * x.a.factor * A::template squares<a>(x.a.data, x.a.count) +
+                                   x.b.factor * x.b.factor * A::template squares<b>(x.b.data, x.b.count);
+      }
+      for (int i = 0; i < count; ++i) {
+        const float length = __builtin_sqrtf(inner[i]);
+        factors[i] = length * (1.0f / kLength); // NaN where the row holds one
+        inner[i] = length > 0 ? kLength / length : 0.0f;
+      }
+    }
+    for (int i = 0; i < count; ++i) {
+      const Parts& x = parts[i];
+      if (!x.a.data) {
+        erase(i);
+        continue;
+      }
+      biases[i] = 0.0f;
+      if constexpr (kMixed<A>) {
+        factors[i] = A::pack_key(x, row(i), offsets[i]);
+      } else {
+        if constexpr (!A::scaled) factors[i] = inner[i] = 1.0f;
+        A::template pack<a>(x.a.data, x.a.count, x.a.factor * inner[i], row(i));
+        A::template pack<b>(x.b.data, x.b.count, x.b.factor * inner[i], row(i) + units_of<A>(x.a.count));
+      }
+    }
+  }
+
   void erase(int i) {
     std::memset(row(i), 0, static_cast<size_t>(stride) * 4);
     factors[i] = offsets[i] = 0.0f;
