@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test browser lint format clean
+.PHONY: setup demo test fuzz emulate sanitize browser lint format clean
 
 setup: $(VENV)/.installed
 
@@ -21,6 +21,36 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -m "not browser"
 
+# Ten thousand random calls of each kernel operator; other ones every time.
+fuzz: setup
+	MLA_FUZZ=10000 $(BIN)/python -m pytest -q --hypothesis-show-statistics tests/ops/test_native_random.py
+
+# The kernels built in another way, each into an environment of its own, which borrows the packages of .venv but
+# not its editable install: that comes before every path. The tests of the kernels then run there.
+VARIANTS := build/emulate build/sanitize
+KERNEL_TESTS := $(wildcard tests/ops/test_native*.py)
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+
+# The AVX-512 kernels, on SIMDe (apt-get install libsimde-dev): on any x86-64 machine with AVX2.
+emulate: build/emulate/.installed
+	MLA_ISA=avx512 build/emulate/bin/python -m pytest -q $(KERNEL_TESTS)
+
+# Every instruction set under the address and undefined behaviour sanitizers, the emulated AVX-512 among them.
+# Python itself leaks by design; the runtimes must be there before anything that they watch.
+sanitize: build/sanitize/.installed
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  build/sanitize/bin/python -m pytest -q $(KERNEL_TESTS)
+
+build/emulate/.installed: OPTIONS := -C cmake.define.MLA_EMULATE_AVX512=ON
+build/sanitize/.installed: OPTIONS := -C cmake.define.MLA_EMULATE_AVX512=ON -C cmake.define.MLA_SANITIZE=address,undefined -C install.strip=false
+$(VARIANTS:%=%/.installed): $(VENV)/.installed CMakeLists.txt $(wildcard csrc/*) $(shell find src -name "*.py")
+	$(BIN)/python -m venv --without-pip $(@D)
+	$(BIN)/python -c '$(SITE)' > "$$($(@D)/bin/python -c '$(SITE)')/borrowed.pth"
+	$(BIN)/python -m pip --python $(@D)/bin/python install --quiet --no-deps --force-reinstall \
+	  -C build-dir=$(@D)/tree $(OPTIONS) .
+	touch $@
+
 # Needs a Chromium on the PATH; apart from `test`, which sets up everything it needs by itself.
 browser: setup
 	$(BIN)/python -m pytest -m browser
@@ -28,12 +58,14 @@ browser: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_house.py
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp
 
 clean:
-	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VARIANTS) .demo .pytest_cache .mypy_cache .ruff_cache

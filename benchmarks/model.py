@@ -36,7 +36,7 @@ PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
 def build(layers: int, heads: int, context: int, dtype: torch.dtype) -> DeepseekV3ForCausalLM:
     config = DeepseekV3Config(
         vocab_size=1024,
-        hidden_size=2048,
+        hidden_size=1024,
         intermediate_size=2048,
         num_hidden_layers=layers,
         num_attention_heads=heads,

@@ -4,14 +4,15 @@
 // channels) lie in the lanes of vectors; the other side is broadcast unit by unit. An arithmetic gives
 //
 //   lanes, per_unit      rows per vector; numbers per unit
-//   scaled               whether a packed row has a factor of its own (integers do)
 //   Sum, dot, value      the accumulator, one step of the product, and the accumulator as floats
 //   squares, pack        a row of numbers: its sum of squares, and its units, each number times a factor
-//   collect, limit       of a row's probabilities in one tile, what may reach `limit` (integers)
 //   weights              `per_unit` vectors of probabilities as one vector of units
 //   transpose            `per_unit` rows of units -> one unit per column, `lanes` units of each row at a time
-//   Rest                 the arithmetic of the second part of a row, where that is another one; else void
-//   pack_key, pack_query where Rest is not void: a whole row, for either side
+//   Rest                 void, or (integers) the arithmetic of the second part of a row; then each part of a row
+//                        has a factor of its own, and there are
+//   pack_key, pack_query a whole row, for either side, with its factors
+//   shifted              whether keys have an offset
+//   collect, limit       of a row's probabilities in one tile, what may reach `limit`
 #pragma once
 
 #include "attention.h"
@@ -29,10 +30,8 @@ template <int lanes, Type type> struct Read {
   static MLA_INLINE F one(const char* p) {
     if constexpr (type == Type::f32) return V::template load<F>(p);
     if constexpr (type == Type::bf16)
-      return V::template as<F>(
-          __builtin_convertvector(V::template load<typename V::H>(p), typename V::U) << 16);
-    if constexpr (type == Type::i8)
-      return __builtin_convertvector(V::template load<typename V::B>(p), F);
+      return V::template as<F>(__builtin_convertvector(V::template load<typename V::H>(p), typename V::U) << 16);
+    if constexpr (type == Type::i8) return __builtin_convertvector(V::template load<typename V::B>(p), F);
   }
 
   // 2 * lanes numbers, those at even places apart from those at odd ones.
@@ -82,10 +81,40 @@ struct Parts {
   Part a, b;
 };
 
+// What the integers of a packed row are to be multiplied by, and what they have too much.
+struct Factors {
+  float first, rest, offset;
+};
+
+template <class A> constexpr int units_of(int count) { return (count + A::per_unit - 1) / A::per_unit; }
+
+template <class A> float squares(const Part& part) {
+  switch (part.type) {
+  case Type::f32:
+    return A::template squares<Type::f32>(part.data, part.count);
+  case Type::bf16:
+    return A::template squares<Type::bf16>(part.data, part.count);
+  default:
+    return A::template squares<Type::i8>(part.data, part.count);
+  }
+}
+
+// Writes whole vectors: up to 2 * lanes units beyond the part.
+template <class A> void pack(const Part& part, float factor, uint32_t* units) {
+  factor *= part.factor;
+  switch (part.type) {
+  case Type::f32:
+    return A::template pack<Type::f32>(part.data, part.count, factor, units);
+  case Type::bf16:
+    return A::template pack<Type::bf16>(part.data, part.count, factor, units);
+  default:
+    return A::template pack<Type::i8>(part.data, part.count, factor, units);
+  }
+}
+
 // Floats as they are: the arithmetic that every machine has, and that of fp32 caches.
 template <int lanes_> struct Float32 {
   static constexpr int lanes = lanes_, per_unit = 1;
-  static constexpr bool scaled = false;
   using V = Vec<lanes>;
   using F = typename V::F;
   using Unit = F;
@@ -99,11 +128,9 @@ template <int lanes_> struct Float32 {
   static MLA_INLINE Sum dot(Sum sum, Unit b, Unit a) { return sum + b * a; }
   static MLA_INLINE F value(Sum sum) { return sum; }
 
-  template <Type type> static MLA_INLINE float squares(const char*, int) { return 0; }
   template <Type type> static MLA_INLINE void pack(const char* row, int count, float factor, uint32_t* units) {
     using R = Read<lanes, type>;
-    walk<lanes, R::bytes>(row, count,
-                          [&](const char* p, int i) { V::store(units + i, R::one(p) * factor); });
+    walk<lanes, R::bytes>(row, count, [&](const char* p, int i) { V::store(units + i, R::one(p) * factor); });
   }
   static MLA_INLINE Unit weights(const F* p) { return p[0]; }
   using Rest = void;

@@ -54,10 +54,10 @@ struct Attention {
   const int32_t* lengths;  // [b] key tokens of each sequence
   const uint8_t* key_mask; // [b, key_mask_stride] 1 where a key may be seen, or null
   int64_t key_mask_stride;
-  const float* sinks;      // [h] one more logit per head, or null
-  float scale;             // factor on the scores
-  bool causal;             // no query sees a key after itself
-  float* lse;              // [b, s, h] natural log-sum-exp without the sink; -inf where no key is seen
+  const float* sinks; // [h] one more logit per head, or null
+  float scale;        // factor on the scores
+  bool causal;        // no query sees a key after itself
+  float* lse;         // [b, s, h] natural log-sum-exp without the sink; -inf where no key is seen
   int32_t threads;
 };
 

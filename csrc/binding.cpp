@@ -19,7 +19,8 @@ namespace {
 
 using RowsTuple = std::tuple<int64_t, int64_t, int64_t>;
 // c_kv, k_rope, scale, type, table, table_stride, table_width, pages, page_size, r, p
-using CacheTuple = std::tuple<RowsTuple, RowsTuple, RowsTuple, int, int64_t, int64_t, int64_t, int64_t, int64_t, int, int>;
+using CacheTuple =
+    std::tuple<RowsTuple, RowsTuple, RowsTuple, int, int64_t, int64_t, int64_t, int64_t, int64_t, int, int>;
 // b, s, h, lengths, key_mask, key_mask_stride, sinks, lse
 using SizesTuple = std::tuple<int, int, int, int64_t, int64_t, int64_t, int64_t, int64_t>;
 using HeadsTuple = std::tuple<int64_t, int, int64_t, int64_t, int64_t>;
@@ -30,7 +31,8 @@ template <class T> T* pointer(int64_t address) { return reinterpret_cast<T*>(add
 Rows rows(const RowsTuple& t) { return {pointer<const char>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)}; }
 
 Heads heads(const HeadsTuple& t) {
-  return {pointer<char>(std::get<0>(t)), static_cast<Type>(std::get<1>(t)), std::get<2>(t), std::get<3>(t), std::get<4>(t)};
+  return {pointer<char>(std::get<0>(t)), static_cast<Type>(std::get<1>(t)), std::get<2>(t), std::get<3>(t),
+          std::get<4>(t)};
 }
 
 Weight weight(const WeightTuple& t) {
@@ -64,8 +66,15 @@ Attention attention(const CacheTuple& c, const SizesTuple& t, float scale, bool 
   call.sinks = pointer<const float>(std::get<6>(t));
   call.lse = pointer<float>(std::get<7>(t));
   call.scale = scale, call.causal = causal, call.threads = threads;
-  call.cache = {rows(std::get<0>(c)), rows(std::get<1>(c)), rows(std::get<2>(c)), static_cast<Type>(std::get<3>(c)),
-                pointer<const int32_t>(std::get<4>(c)), std::get<5>(c), std::get<8>(c), std::get<9>(c), std::get<10>(c)};
+  call.cache = {rows(std::get<0>(c)),
+                rows(std::get<1>(c)),
+                rows(std::get<2>(c)),
+                static_cast<Type>(std::get<3>(c)),
+                pointer<const int32_t>(std::get<4>(c)),
+                std::get<5>(c),
+                std::get<8>(c),
+                std::get<9>(c),
+                std::get<10>(c)};
   check(call, std::get<6>(c), std::get<7>(c));
   return call;
 }
@@ -97,9 +106,9 @@ NB_MODULE(_kernels, m) {
     nb::gil_scoped_release release;
     named(isa).decode({attention(cache, sizes, scale, causal, threads), heads(q_latent), heads(q_rope), heads(out)});
   });
-  m.def("prefill", [](const std::string& isa, const CacheTuple& cache, const SizesTuple& sizes, float scale, bool causal,
-                      int threads, const HeadsTuple& q_nope, const HeadsTuple& q_rope, const WeightTuple& w_uk,
-                      const WeightTuple& w_uv, const HeadsTuple& out, int n, int v) {
+  m.def("prefill", [](const std::string& isa, const CacheTuple& cache, const SizesTuple& sizes, float scale,
+                      bool causal, int threads, const HeadsTuple& q_nope, const HeadsTuple& q_rope,
+                      const WeightTuple& w_uk, const WeightTuple& w_uv, const HeadsTuple& out, int n, int v) {
     nb::gil_scoped_release release;
     named(isa).prefill({attention(cache, sizes, scale, causal, threads), heads(q_nope), heads(q_rope), weight(w_uk),
                         weight(w_uv), heads(out), n, v});

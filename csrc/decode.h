@@ -38,8 +38,7 @@ private:
     State state;
   };
   struct Scratch {
-    uint32_t *packed, *line;
-    float* factors;
+    Lanes<A> queries;
     int32_t *limits, *relative;
     Tile<A> keys;
     Columns<A> values;
@@ -48,9 +47,7 @@ private:
     Piece pieces[2];
 
     void carve(Carver& carver, const Decoder& d) {
-      packed = carver.take<uint32_t>(static_cast<int64_t>(d.rows_) * d.units_);
-      line = carver.take<uint32_t>(d.units_ + 4 * A::lanes);
-      factors = carver.take<float>(d.rows_);
+      queries.carve(carver, d.rows_, d.units_);
       limits = carver.take<int32_t>(d.rows_);
       relative = carver.take<int32_t>(2 * A::lanes);
       keys.carve(carver, d.units_);
@@ -116,14 +113,11 @@ private:
   void attend_tiles(const Item& item, int64_t first, int64_t last, State& state, Scratch& scratch) {
     const int padded = static_cast<int>(up(item.rows, A::lanes));
     state.clear(padded);
-    pack_lanes<A>(
-        item.rows, units_, attention_.scale * kLog2E,
-        [&](int i) {
-          const int row = item.first + i, s = row / attention_.h, h = row % attention_.h;
-          return Parts{{head(call_.q_latent, item.sequence, s, h), call_.q_latent.type, r_, 1.0f},
-                      {head(call_.q_rope, item.sequence, s, h), call_.q_rope.type, attention_.cache.p, 1.0f}};
-        },
-        scratch.packed, scratch.factors, scratch.line);
+    scratch.queries.pack(item.rows, attention_.scale * kLog2E, [&](int i) {
+      const int row = item.first + i, s = row / attention_.h, h = row % attention_.h;
+      return Parts{{head(call_.q_latent, item.sequence, s, h), call_.q_latent.type, r_, 1.0f},
+                   {head(call_.q_rope, item.sequence, s, h), call_.q_rope.type, attention_.cache.p, 1.0f}};
+    });
     for (int i = 0; i < padded; ++i)
       scratch.limits[i] = static_cast<int32_t>(
           visible(attention_, item.sequence, (item.first + static_cast<int>(least(i, item.rows - 1))) / attention_.h));
@@ -146,17 +140,15 @@ private:
       const int32_t *limits = scratch.limits + row, *relative = nullptr;
       if (limits[lanes - 1] <= from) continue;
       if (limits[0] < from + count) {
-        for (int i = 0; i < lanes; ++i)
-          scratch.relative[i] = static_cast<int32_t>(most(0, limits[i] - from));
+        for (int i = 0; i < lanes; ++i) scratch.relative[i] = static_cast<int32_t>(most(0, limits[i] - from));
         relative = scratch.relative;
       }
       const auto before = [&](int t, int x) {
         if (row == 0) prefetch(cache, item.sequence, next + t, least(x, ahead - t));
       };
       const auto step = [&](auto attend) {
-        attend(scratch.packed + static_cast<int64_t>(row) * units_, scratch.factors + row, units_of<A>(r_), units_,
-               scratch.keys,
-               scratch.keys.factors, scratch.values, tokens, relative, row, state, scratch.weights, before);
+        attend(scratch.queries, row, units_of<A>(r_), scratch.keys, scratch.keys.factors, scratch.values, tokens,
+               relative, state, scratch.weights, before);
       };
       if (lanes > A::lanes)
         step(attend<A, wide_x, 2, decltype(before)>);

@@ -7,12 +7,12 @@ namespace mla {
 namespace {
 
 // Pairs of int16, summed exactly in int32: twice the products per instruction of fp32 on machines without bf16
-// dot products. A packed row is scaled to the length 32767; then, by Cauchy and Schwarz, no partial sum of a
-// product of two rows exceeds 2^30, and each row carries a rounding error of 0.29 sqrt(width) / 32767 of its
-// length, 2e-4 at a width of 576: a fifth of what bf16 itself rounds away.
+// dot products. A part of a row is scaled to the length 32767; then, by Cauchy and Schwarz, no partial sum of a
+// product of two parts exceeds 2^30, and each carries a rounding error of 0.29 sqrt(width) / 32767 of its length,
+// 2e-4 at a width of 512: a fifth of what bf16 itself rounds away.
 struct Int16 {
   static constexpr int lanes = 8, per_unit = 2;
-  static constexpr bool scaled = true;
+  static constexpr bool shifted = false;
   using V = Vec<lanes>;
   using F = V::F;
   using U = V::U;
@@ -43,8 +43,7 @@ struct Int16 {
       add(row + i * R::bytes, a, b);
       add(row + (i + 2 * lanes) * R::bytes, c, d);
     }
-    walk<2 * lanes, R::bytes>(row + whole * R::bytes, count - whole,
-                              [&](const char* p, int) { add(p, a, b); });
+    walk<2 * lanes, R::bytes>(row + whole * R::bytes, count - whole, [&](const char* p, int) { add(p, a, b); });
     return V::sum((a + b) + (c + d));
   }
   template <Type type> static MLA_INLINE void pack(const char* row, int count, float factor, uint32_t* units) {
@@ -65,7 +64,18 @@ struct Int16 {
     V::store(to, _mm256_permute2x128_si256(low, high, 0x20));
     V::store(to + lanes, _mm256_permute2x128_si256(low, high, 0x31));
   }
-  using Rest = void;
+
+  using Rest = Int16;
+  static Factors pack_key(const Parts& parts, uint32_t* units) {
+    return {pack_part(parts.a, units), pack_part(parts.b, units + units_of<Int16>(parts.a.count)), 0.0f};
+  }
+  static Factors pack_query(const Parts& parts, uint32_t* units) { return pack_key(parts, units); }
+  static float pack_part(Part part, uint32_t* units) {
+    const float length = __builtin_sqrtf(mla::squares<Int16>(part)), factor = part.factor;
+    part.factor = 1.0f;
+    mla::pack<Int16>(part, length > 0 ? limit / length : 0.0f, units);
+    return length * (factor / limit); // NaN where the part holds one
+  }
 };
 
 struct Isa {

@@ -13,7 +13,6 @@ namespace {
 
 struct Bf16 {
   static constexpr int lanes = 16, per_unit = 2;
-  static constexpr bool scaled = false;
   using V = Vec<lanes>;
   using F = V::F;
   using Unit = V::U;
@@ -29,7 +28,6 @@ struct Bf16 {
     return ((V::as<Unit>(even) + 0x8000u) >> 16) | ((V::as<Unit>(odd) + 0x8000u) & 0xffff0000u);
   }
 
-  template <Type type> static MLA_INLINE float squares(const char*, int) { return 0; }
   template <Type type> static MLA_INLINE void pack(const char* row, int count, float factor, uint32_t* units) {
     using R = Read<lanes, type>;
     walk<2 * lanes, R::bytes>(row, count, [&](const char* p, int i) {
@@ -58,7 +56,7 @@ struct Bf16 {
 // stored as q + 128, and 128 times the sum of its numbers is taken from every key's score again.
 struct Int8 {
   static constexpr int lanes = 16, per_unit = 4;
-  static constexpr bool scaled = true;
+  static constexpr bool shifted = true;
   using V = Vec<lanes>;
   using F = V::F;
   using Unit = V::U;
@@ -71,8 +69,8 @@ struct Int8 {
   }
   static MLA_INLINE F value(Sum sum) { return __builtin_convertvector(sum, F); }
 
-  // The cache's own bytes; returns their factor, and in `offset` what their scores have too much.
-  static float pack_key(const Parts& parts, uint32_t* units, float& offset) {
+  // The cache's own bytes.
+  static Factors pack_key(const Parts& parts, uint32_t* units) {
     const int count = parts.a.count;
     const __m512i ones = _mm512_set1_epi8(1);
     __m512i sum = _mm512_setzero_si512();
@@ -81,38 +79,31 @@ struct Int8 {
       sum = _mm512_dpbusd_epi32(sum, ones, bytes);
       V::store(units + i / 4, bytes);
     });
-    offset = 128.0f * V::sum(value(V::as<Sum>(sum)));
-    pack_rest(parts.b, 1.0f, units + (count + 3) / 4);
-    return parts.a.factor;
+    mla::pack<Bf16>(parts.b, 1.0f, units + units_of<Int8>(count));
+    return {parts.a.factor, 1.0f, 128.0f * V::sum(value(V::as<Sum>(sum)))};
   }
-  static float pack_query(const Parts& parts, float gain, uint32_t* units) {
-    return parts.a.type == Type::f32 ? pack_query_of<Type::f32>(parts, gain, units)
-                                     : pack_query_of<Type::bf16>(parts, gain, units);
+  static Factors pack_query(const Parts& parts, uint32_t* units) {
+    return parts.a.type == Type::f32 ? pack_query_of<Type::f32>(parts, units) : pack_query_of<Type::bf16>(parts, units);
   }
-  template <Type type> static float pack_query_of(const Parts& parts, float gain, uint32_t* units) {
+  template <Type type> static Factors pack_query_of(const Parts& parts, uint32_t* units) {
     using R = Read<lanes, type>;
     const int count = parts.a.count;
-    F tops = {};
+    F tops = {}, poison = {}; // a maximum forgets NaN
     walk<lanes, R::bytes>(parts.a.data, count, [&](const char* p, int) {
       const F x = R::one(p);
-      tops = V::max(tops, V::max(x, -x)) + 0.0f * x; // NaN and infinity stay
+      tops = V::max(tops, V::max(x, -x));
+      poison += 0.0f * x;
     });
-    float top = tops[0];
-    for (int i = 1; i < lanes; ++i) top = top > tops[i] ? top : tops[i];
-    for (int i = 0; i < lanes; ++i) top += 0.0f * tops[i];
+    float top = 0;
+    for (int i = 0; i < lanes; ++i) top = top > tops[i] ? top : tops[i];
+    top += V::sum(poison);
     const float inner = top > 0 ? 127.0f / top : 0.0f;
     walk<lanes, R::bytes>(parts.a.data, count, [&](const char* p, int i) {
       const Unit numbers = V::nearest(R::one(p) * inner) + 128u;
       V::store(reinterpret_cast<uint8_t*>(units) + i, __builtin_convertvector(numbers, V::B));
     });
-    pack_rest(parts.b, gain, units + (count + 3) / 4);
-    return top / 127.0f * gain;
-  }
-  static void pack_rest(const Part& part, float factor, uint32_t* units) {
-    if (part.type == Type::f32)
-      Bf16::pack<Type::f32>(part.data, part.count, factor, units);
-    else
-      Bf16::pack<Type::bf16>(part.data, part.count, factor, units);
+    mla::pack<Bf16>(parts.b, 1.0f, units + units_of<Int8>(count));
+    return {top / 127.0f, 1.0f, 0.0f};
   }
 
   // The largest probability of a row and tile becomes 255.

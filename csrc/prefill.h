@@ -25,41 +25,27 @@ public:
   }
 
 private:
-  // An up-projection of one head, its output channels in the lanes.
-  struct Projection {
-    uint32_t* packed;
-    float* factors;
-    int padded; // output channels
-    int units;  // of one row
-
-    void carve(Carver& carver, int channels, int row_units) {
-      padded = static_cast<int>(up(channels, A::lanes));
-      units = row_units;
-      packed = carver.take<uint32_t>(static_cast<int64_t>(padded) * units);
-      factors = carver.take<float>(padded);
-    }
-  };
   struct Scratch {
-    uint32_t *packed, *line;
-    float *factors, *key_floats, *value_floats;
+    Lanes<A> queries, uk, uv; // the latter two: an up-projection of one head, its output channels in the lanes
+    float *key_floats, *value_floats;
     int32_t *limits, *relative;
-    Projection uk, uv;
     Tile<A> latents, keys, values;
     Columns<A> columns;
     Weights<A> weights;
     State state;
-    int key_line, value_line; // floats from token to token
+    int key_channels, value_channels; // n and v in whole vectors
+    int key_line, value_line;         // floats from token to token
 
     void carve(Carver& carver, const Prefiller& p) {
       const Prefill& call = p.call_;
       const int r = call.attention.cache.r, width = call.attention.cache.p, slack = 4 * A::lanes;
       uk.carve(carver, call.n, units_of<A>(r));
       uv.carve(carver, call.v, units_of<A>(r));
-      key_line = uk.padded + width + slack;
-      value_line = uv.padded + slack;
-      packed = carver.take<uint32_t>(up(p.chunk_, A::lanes) * p.units_);
-      line = carver.take<uint32_t>(most(p.units_, units_of<A>(r)) + slack);
-      factors = carver.take<float>(up(p.chunk_, A::lanes));
+      key_channels = static_cast<int>(up(call.n, A::lanes));
+      value_channels = static_cast<int>(up(call.v, A::lanes));
+      key_line = key_channels + width + slack;
+      value_line = value_channels + slack;
+      queries.carve(carver, p.chunk_, p.units_);
       limits = carver.take<int32_t>(up(p.chunk_, A::lanes));
       relative = carver.take<int32_t>(2 * A::lanes);
       key_floats = carver.take<float>(static_cast<int64_t>(kKeys) * key_line);
@@ -122,15 +108,13 @@ private:
         const int32_t *limits = scratch.limits + row, *relative = nullptr;
         if (limits[lanes - 1] <= from) continue;
         if (limits[0] < from + count) {
-          for (int i = 0; i < lanes; ++i)
-            scratch.relative[i] = static_cast<int32_t>(most(0, limits[i] - from));
+          for (int i = 0; i < lanes; ++i) scratch.relative[i] = static_cast<int32_t>(most(0, limits[i] - from));
           relative = scratch.relative;
         }
         const auto before = [](int, int) {};
         const auto step = [&](auto attend) {
-          attend(scratch.packed + static_cast<int64_t>(row) * units_, scratch.factors + row, units_of<A>(call_.n), units_,
-                 scratch.keys,
-                 scratch.values.factors, scratch.columns, filled, relative, row, state, scratch.weights, before);
+          attend(scratch.queries, row, units_of<A>(call_.n), scratch.keys, scratch.values.factors, scratch.columns,
+                 filled, relative, state, scratch.weights, before);
         };
         if (lanes > A::lanes)
           step(mla::attend<A, wide_x, 2, decltype(before)>);
@@ -142,8 +126,7 @@ private:
       const int lanes = static_cast<int>(least(2 * A::lanes, padded - row));
       finish<A>(attention_, state, state.sums + static_cast<int64_t>(row) * state.width, row,
                 static_cast<int>(least(lanes, rows - row)), lanes, call_.v, call_.out.type, [&](int i) {
-                  return Place{head(call_.out, sequence, first + i, h),
-                               lse_of(attention_, sequence, first + i, h), h};
+                  return Place{head(call_.out, sequence, first + i, h), lse_of(attention_, sequence, first + i, h), h};
                 });
     }
   }
@@ -151,23 +134,16 @@ private:
   // The queries of an item, its limits, and its head's two projections.
   void pack(int sequence, int h, int first, int rows, Scratch& scratch) {
     const int p = attention_.cache.p, r = attention_.cache.r;
-    pack_lanes<A>(
-        rows, units_, attention_.scale * kLog2E,
-        [&](int i) {
-          return Parts{{head(call_.q_nope, sequence, first + i, h), call_.q_nope.type, call_.n, 1.0f},
-                       {head(call_.q_rope, sequence, first + i, h), call_.q_rope.type, p, 1.0f}};
-        },
-        scratch.packed, scratch.factors, scratch.line);
+    scratch.queries.pack(rows, attention_.scale * kLog2E, [&](int i) {
+      return Parts{{head(call_.q_nope, sequence, first + i, h), call_.q_nope.type, call_.n, 1.0f},
+                   {head(call_.q_rope, sequence, first + i, h), call_.q_rope.type, p, 1.0f}};
+    });
     for (int i = 0; i < up(rows, A::lanes); ++i)
       scratch.limits[i] =
           static_cast<int32_t>(visible(attention_, sequence, first + static_cast<int>(least(i, rows - 1))));
-    const auto project = [&](const Weight& w, int channels, Projection& to) {
-      pack_lanes<A>(
-          channels, units_of<A>(r), 1.0f,
-          [&](int i) {
-            return Parts{{w.data + h * w.stride_h + i * w.stride_row, w.type, r, 1.0f}, {nullptr, Type::f32, 0, 1.0f}};
-          },
-          to.packed, to.factors, scratch.line);
+    const auto project = [&](const Weight& w, int channels, Lanes<A>& to) {
+      to.pack(channels, 1.0f,
+              [&](int i) { return Parts{{w.data + h * w.stride_h + i * w.stride_row, w.type, r, 1.0f}, {}}; });
     };
     project(call_.w_uk, call_.n, scratch.uk);
     project(call_.w_uv, call_.v, scratch.uv);
@@ -177,22 +153,21 @@ private:
   void expand(int sequence, int64_t from, int count, int filled, Scratch& scratch) {
     using Floats = Float32<A::lanes>;
     const Cache& cache = attention_.cache;
-    const Part none = {nullptr, Type::f32, 0, 1.0f};
     fill(attention_, sequence, from, count, filled, scratch.latents, [&](int i, const Cursor& cursor) {
-      float* to = scratch.key_floats + static_cast<int64_t>(i) * scratch.key_line + scratch.uk.padded;
+      float* to = scratch.key_floats + static_cast<int64_t>(i) * scratch.key_line + scratch.key_channels;
       mla::pack<Floats>(rotary(cache, cursor), 1.0f, reinterpret_cast<uint32_t*>(to));
-      return Parts{latent(cache, cursor), none};
+      return Parts{latent(cache, cursor), {}};
     });
-    multiply(scratch.uk, scratch.latents, filled, scratch.key_floats, scratch.key_line);
-    multiply(scratch.uv, scratch.latents, filled, scratch.value_floats, scratch.value_line);
+    multiply(scratch.uk, scratch.key_channels, scratch.latents, filled, scratch.key_floats, scratch.key_line);
+    multiply(scratch.uv, scratch.value_channels, scratch.latents, filled, scratch.value_floats, scratch.value_line);
     Parts keys[kKeys], values[kKeys];
     for (int t = 0; t < filled; ++t) {
       keys[t] = values[t] = {};
       if (scratch.latents.biases[t] != 0.0f) continue;
       const float* key = scratch.key_floats + static_cast<int64_t>(t) * scratch.key_line;
       const float* value = scratch.value_floats + static_cast<int64_t>(t) * scratch.value_line;
-      keys[t] = {floats(key, call_.n), floats(key + scratch.uk.padded, cache.p)};
-      values[t] = {floats(value, call_.v), none};
+      keys[t] = {floats(key, call_.n), floats(key + scratch.key_channels, cache.p)};
+      values[t] = {floats(value, call_.v), {}};
     }
     scratch.keys.pack(keys, filled);
     scratch.values.pack(values, filled);
@@ -204,26 +179,25 @@ private:
   }
 
   // to[token][channel] = latents of the token . row of the channel.
-  static void multiply(const Projection& w, const Tile<A>& latents, int tokens, float* to, int64_t line) {
-    for (int channel = 0; channel < w.padded; channel += 2 * A::lanes) {
-      if (w.padded - channel >= 2 * A::lanes)
+  static void multiply(const Lanes<A>& w, int channels, const Tile<A>& latents, int tokens, float* to, int64_t line) {
+    for (int channel = 0; channel < channels; channel += 2 * A::lanes) {
+      if (channels - channel >= 2 * A::lanes)
         multiply_tile<wide_x, 2>(w, latents, tokens, to, line, channel);
       else
         multiply_tile<narrow_x, 1>(w, latents, tokens, to, line, channel);
     }
   }
 
-  template <int X, int G>
-  static void multiply_tile(const Projection& w, const Tile<A>& latents, int tokens, float* to, int64_t line,
-                            int channel) {
+  template <int X, int G> static void multiply_tile(const Lanes<A>& w, const Tile<A>& latents, int tokens, float* to,
+                                                    int64_t line, int channel) {
     using V = typename A::V;
     using F = typename A::F;
     F factors[G];
     for (int g = 0; g < G; ++g) factors[g] = V::template load<F>(w.factors + channel + g * A::lanes);
     for (int t = 0; t < tokens; t += X)
-      product<A, X, G>(w.packed + static_cast<int64_t>(channel) * w.units, w.units, latents.rows + t * latents.stride,
-                       latents.stride, 1, [&](int x, int g, F value) MLA_INLINE_LAMBDA {
-                         if constexpr (A::scaled) value = value * (factors[g] * latents.factors[t + x]);
+      product<A, X, G>(w.tile(channel), w.units, latents.rows + t * latents.stride, latents.stride, 1,
+                       [&](int x, int g, F value) MLA_INLINE_LAMBDA {
+                         if constexpr (kSplit<A>) value = value * (factors[g] * latents.factors[t + x]);
                          V::store(to + (t + x) * line + channel + g * A::lanes, value);
                        });
   }

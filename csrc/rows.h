@@ -121,9 +121,8 @@ inline int64_t visible(const Attention& call, int sequence, int i) {
 
 // One row tile's sums [width][lanes of the tile] -> rows of the output and their lse. where(row) says
 // where a row goes.
-template <class A, class Where>
-void finish(const Attention& call, const State& state, const float* sums, int64_t first, int rows, int lanes,
-            int width, Type type, Where&& where) {
+template <class A, class Where> void finish(const Attention& call, const State& state, const float* sums, int64_t first,
+                                            int rows, int lanes, int width, Type type, Where&& where) {
   float factors[2 * A::lanes];
   char* out[2 * A::lanes];
   for (int i = 0; i < rows; ++i) {

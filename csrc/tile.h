@@ -15,7 +15,6 @@ namespace {
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
 constexpr int kKeys = 120; // keys per tile: a multiple of every wide_x and narrow_x
-constexpr float kLength = 32767.0f;
 
 // Hands out aligned pieces of one allocation; with no memory behind it, it only counts.
 class Carver {
@@ -36,70 +35,58 @@ private:
 // A stride that is an odd multiple of 16 bytes: walking along it does not fall into few sets of a cache.
 inline int64_t odd_stride(int64_t units) { return up(units, 4) | 4; }
 
-template <class A> float squares(const Part& part) {
-  switch (part.type) {
-  case Type::f32: return A::template squares<Type::f32>(part.data, part.count);
-  case Type::bf16: return A::template squares<Type::bf16>(part.data, part.count);
-  default: return A::template squares<Type::i8>(part.data, part.count);
-  }
-}
-
-template <class A> void pack(const Part& part, float factor, uint32_t* units) {
-  factor *= part.factor;
-  switch (part.type) {
-  case Type::f32: return A::template pack<Type::f32>(part.data, part.count, factor, units);
-  case Type::bf16: return A::template pack<Type::bf16>(part.data, part.count, factor, units);
-  default: return A::template pack<Type::i8>(part.data, part.count, factor, units);
-  }
-}
-
-template <class A> constexpr int units_of(int count) { return (count + A::per_unit - 1) / A::per_unit; }
-
-template <class A> constexpr bool kMixed = !std::is_void_v<typename A::Rest>;
+template <class A> constexpr bool kSplit = !std::is_void_v<typename A::Rest>;
 
 // Units of a row of two parts, the second from its own unit on.
 template <class A> constexpr int units_of(int a, int b) {
-  if constexpr (kMixed<A>)
+  if constexpr (kSplit<A>)
     return units_of<A>(a) + units_of<typename A::Rest>(b);
   else
     return units_of<A>(a) + units_of<A>(b);
 }
 
-// One row of two parts as units of one arithmetic. Writes whole vectors: up to 2 * lanes units beyond the row. Returns the factor of the row; `gain` multiplies every number.
-template <class A> float pack_row(const Parts& parts, float gain, uint32_t* units) {
-  const Part &a = parts.a, &b = parts.b;
-  float inner = gain, outer = 1.0f;
-  if constexpr (A::scaled) {
-    const float length = __builtin_sqrtf(a.factor * a.factor * squares<A>(a) + b.factor * b.factor * squares<A>(b));
-    inner = length > 0 ? kLength / length : 0.0f;
-    outer = length * (gain / kLength); // NaN where the row holds one
-  }
-  pack<A>(a, inner, units);
-  pack<A>(b, inner, units + units_of<A>(a.count));
-  return outer;
-}
+// Rows of queries or of output channels, in lanes.
+template <class A> struct Lanes {
+  uint32_t* packed; // row tile by row tile: [unit][row of the tile]
+  float* factors;   // [rows] of the first part
+  float* rests;     // [rows] of the second part
+  uint32_t* line;   // room for one row
+  int units;        // of a row
 
-// `count` rows -> [unit][row of the tile] for each row tile in turn, with their factors. Lanes beyond `count`
-// are zero. row(i) gives the two parts of row i; `line` is room for one row of units.
-template <class A, class Row>
-void pack_lanes(int count, int units, float gain, Row&& row, uint32_t* packed, float* factors, uint32_t* line) {
-  const int padded = static_cast<int>(up(count, A::lanes));
-  for (int i = 0; i < padded; ++i) {
-    const int first = i / (2 * A::lanes) * 2 * A::lanes;
-    const int width = static_cast<int>(least(2 * A::lanes, padded - first));
-    uint32_t* lane = packed + static_cast<int64_t>(first) * units + (i - first);
-    if (i < count) {
-      if constexpr (kMixed<A>)
-        factors[i] = A::pack_query(row(i), gain, line);
-      else
-        factors[i] = pack_row<A>(row(i), gain, line);
+  void carve(Carver& carver, int64_t rows, int row_units) {
+    units = row_units;
+    packed = carver.take<uint32_t>(up(rows, A::lanes) * units);
+    factors = carver.take<float>(up(rows, A::lanes));
+    rests = carver.take<float>(up(rows, A::lanes));
+    line = carver.take<uint32_t>(units + 4 * A::lanes);
+  }
+  const uint32_t* tile(int row) const { return packed + static_cast<int64_t>(row) * units; }
+
+  // row(i) gives the parts of row i; lanes beyond `count` are zero. `gain` multiplies every number.
+  template <class Row> void pack(int count, float gain, Row&& row) {
+    const int padded = static_cast<int>(up(count, A::lanes));
+    for (int i = 0; i < padded; ++i) {
+      const int first = i / (2 * A::lanes) * 2 * A::lanes;
+      const int width = static_cast<int>(least(2 * A::lanes, padded - first));
+      uint32_t* lane = packed + static_cast<int64_t>(first) * units + (i - first);
+      factors[i] = rests[i] = 0.0f;
+      if (i >= count) {
+        for (int u = 0; u < units; ++u) lane[static_cast<int64_t>(u) * width] = 0;
+        continue;
+      }
+      const Parts parts = row(i);
+      if constexpr (kSplit<A>) {
+        const Factors own = A::pack_query(parts, line);
+        factors[i] = own.first * gain;
+        rests[i] = own.rest * gain;
+      } else {
+        mla::pack<A>(parts.a, gain, line);
+        mla::pack<A>(parts.b, gain, line + units_of<A>(parts.a.count));
+      }
       for (int u = 0; u < units; ++u) lane[static_cast<int64_t>(u) * width] = line[u];
-    } else {
-      factors[i] = 0.0f;
-      for (int u = 0; u < units; ++u) lane[static_cast<int64_t>(u) * width] = 0;
     }
   }
-}
+};
 
 // A stride of one unit, which the compiler sees.
 struct One {};
@@ -138,9 +125,8 @@ private:
 };
 
 // sums[x][g] = sum over k of packed[k][g] . spread(a[x * across + k * along]), then done(x, g, sum).
-template <class A, int X, int G, class Across, class Done>
-MLA_INLINE void product(const uint32_t* packed, int length, const uint32_t* a, Across across, int64_t along,
-                        Done&& done) {
+template <class A, int X, int G, class Across, class Done> MLA_INLINE void
+product(const uint32_t* packed, int length, const uint32_t* a, Across across, int64_t along, Done&& done) {
   using V = typename A::V;
   typename A::Sum sums[X][G] = {};
   Broadcasts<X, Across> from(a, across);
@@ -164,69 +150,44 @@ MLA_INLINE void product(const uint32_t* packed, int length, const uint32_t* a, A
 
 // A tile of keys (or values) of `A`: rows of units, and what belongs to each of them.
 template <class A> struct Tile {
-  int64_t stride;   // units from row to row
-  uint32_t* rows;   // [kKeys][stride]
-  float* factors;   // [kKeys]
-  float* biases;    // [kKeys] 0, or -inf for a key that nobody sees
-  float* offsets;   // [kKeys] what is to be taken from the products of a mixed row
+  int64_t stride; // units from row to row
+  uint32_t* rows; // [kKeys][stride]
+  float* factors; // [kKeys] of the first part
+  float* rests;   // [kKeys] of the second part
+  float* offsets; // [kKeys] what is to be taken from products with the first part
+  float* biases;  // [kKeys] 0, or -inf for a key that nobody sees
 
   void carve(Carver& carver, int units) {
     stride = odd_stride(units);
     rows = carver.take<uint32_t>(kKeys * stride + 4 * A::lanes + 32);
     factors = carver.take<float>(kKeys);
-    biases = carver.take<float>(kKeys);
+    rests = carver.take<float>(kKeys);
     offsets = carver.take<float>(kKeys);
+    biases = carver.take<float>(kKeys);
   }
   uint32_t* row(int i) { return rows + i * stride; }
-  // Rows 0..count-1 from memory, all of the same types; a row without data is one that nobody sees.
+  // Rows 0..count-1 from memory; one without data is one that nobody sees.
   void pack(const Parts* parts, int count) {
-    int some = 0;
-    while (some < count && !parts[some].a.data) ++some;
-    const Type type = some < count ? parts[some].a.type : Type::f32;
-    if (type == Type::f32)
-      pack_as<Type::f32, Type::f32>(parts, count);
-    else if (type == Type::bf16)
-      pack_as<Type::bf16, Type::bf16>(parts, count);
-    else
-      pack_as<Type::i8, Type::bf16>(parts, count);
-  }
-
-  template <Type a, Type b> void pack_as(const Parts* parts, int count) {
-    float inner[kKeys];
-    if constexpr (A::scaled && !kMixed<A>) {
-      // Step by step over all rows: within one, each step would wait for the one before.
-      for (int i = 0; i < count; ++i) {
-        const Parts& x = parts[i];
-        inner[i] = !x.a.data ? 0.0f
-                             : x.a.factor * x.a.factor * A::template squares<a>(x.a.data, x.a.count) +
-                                   x.b.factor * x.b.factor * A::template squares<b>(x.b.data, x.b.count);
-      }
-      for (int i = 0; i < count; ++i) {
-        const float length = __builtin_sqrtf(inner[i]);
-        factors[i] = length * (1.0f / kLength); // NaN where the row holds one
-        inner[i] = length > 0 ? kLength / length : 0.0f;
-      }
-    }
     for (int i = 0; i < count; ++i) {
-      const Parts& x = parts[i];
-      if (!x.a.data) {
+      if (!parts[i].a.data) {
         erase(i);
         continue;
       }
       biases[i] = 0.0f;
-      if constexpr (kMixed<A>) {
-        factors[i] = A::pack_key(x, row(i), offsets[i]);
+      if constexpr (kSplit<A>) {
+        const Factors own = A::pack_key(parts[i], row(i));
+        factors[i] = own.first;
+        rests[i] = own.rest;
+        offsets[i] = own.offset;
       } else {
-        if constexpr (!A::scaled) factors[i] = inner[i] = 1.0f;
-        A::template pack<a>(x.a.data, x.a.count, x.a.factor * inner[i], row(i));
-        A::template pack<b>(x.b.data, x.b.count, x.b.factor * inner[i], row(i) + units_of<A>(x.a.count));
+        mla::pack<A>(parts[i].a, 1.0f, row(i));
+        mla::pack<A>(parts[i].b, 1.0f, row(i) + units_of<A>(parts[i].a.count));
       }
     }
   }
-
   void erase(int i) {
     std::memset(row(i), 0, static_cast<size_t>(stride) * 4);
-    factors[i] = offsets[i] = 0.0f;
+    factors[i] = rests[i] = offsets[i] = 0.0f;
     biases[i] = -kInfinity;
   }
 };
@@ -290,27 +251,34 @@ template <class A> struct Weights {
 
 // The scores of `tokens` keys (a multiple of X): scores[t][row] in powers of two. `first` units of a row belong to
 // its first part.
-template <class A, int X, int G, class Before>
-void score(const uint32_t* packed, const float* row_factors, int first, int units, const Tile<A>& keys, int tokens,
-           float* scores, const Before& before) {
+template <class A, int X, int G, class Before> void score(const Lanes<A>& queries, int row, int first,
+                                                          const Tile<A>& keys, int tokens, float* scores,
+                                                          const Before& before) {
   using V = typename A::V;
   using F = typename A::F;
-  F factors[G];
-  for (int g = 0; g < G; ++g) factors[g] = V::template load<F>(row_factors + g * A::lanes);
-  const int length = kMixed<A> ? first : units;
+  const uint32_t* packed = queries.tile(row);
+  F factors[G], rests[G];
+  for (int g = 0; g < G; ++g) {
+    factors[g] = V::template load<F>(queries.factors + row + g * A::lanes);
+    rests[g] = V::template load<F>(queries.rests + row + g * A::lanes);
+  }
+  const int length = kSplit<A> ? first : queries.units;
   for (int t = 0; t < tokens; t += X) {
     before(t, X);
     const uint32_t* rows = keys.rows + t * keys.stride;
     float* to = scores + t * G * A::lanes;
     product<A, X, G>(packed, length, rows, keys.stride, 1, [&](int x, int g, F value) MLA_INLINE_LAMBDA {
-      if constexpr (kMixed<A>) value = value - keys.offsets[t + x];
-      if constexpr (A::scaled) value = value * (factors[g] * keys.factors[t + x]);
+      if constexpr (kSplit<A>) {
+        if constexpr (A::shifted) value = value - keys.offsets[t + x];
+        value = value * (factors[g] * keys.factors[t + x]);
+      }
       V::store(to + (x * G + g) * A::lanes, value + keys.biases[t + x]);
     });
-    if constexpr (kMixed<A>)
-      product<typename A::Rest, X, G>(packed + first * G * A::lanes, units - first, rows + first, keys.stride, 1,
-                                      [&](int x, int g, F value) MLA_INLINE_LAMBDA {
+    if constexpr (kSplit<A>)
+      product<typename A::Rest, X, G>(packed + first * G * A::lanes, queries.units - first, rows + first, keys.stride,
+                                      1, [&](int x, int g, F value) MLA_INLINE_LAMBDA {
                                         float* at = to + (x * G + g) * A::lanes;
+                                        value = value * (rests[g] * keys.rests[t + x]);
                                         V::store(at, V::template load<F>(at) + value);
                                       });
   }
@@ -319,9 +287,8 @@ void score(const uint32_t* packed, const float* row_factors, int first, int unit
 // Scores -> probabilities relative to the running maximum, as units. `limits`: keys below it are seen, per row,
 // counted from the tile's first key; null where all rows see all keys. `value_factors`: those of the rows that
 // the weighted sum will run over.
-template <class A, int G>
-void soften(int tokens, const float* value_factors, const int32_t* limits, int64_t row, State& state,
-            float* sums, Weights<A>& weights) {
+template <class A, int G> void soften(int tokens, const float* value_factors, const int32_t* limits, int64_t row,
+                                      State& state, float* sums, Weights<A>& weights) {
   using V = typename A::V;
   using F = typename A::F;
   using I = typename V::I;
@@ -358,7 +325,7 @@ void soften(int tokens, const float* value_factors, const int32_t* limits, int64
     for (int t = 0; t < tokens; ++t) {
       F e = V::exp2(V::template load<F>(scores + t * G * lanes) - finite);
       total += e;
-      if constexpr (A::scaled) {
+      if constexpr (kSplit<A>) {
         e *= value_factors[t];
         weighted = A::collect(weighted, e);
       }
@@ -366,15 +333,14 @@ void soften(int tokens, const float* value_factors, const int32_t* limits, int64
     }
     V::store(state.total + row + g * lanes, total);
     F inner = V::all(1.0f);
-    if constexpr (A::scaled) {
+    if constexpr (kSplit<A>) {
       // Below the smallest normal number its inverse would be infinite.
       inner = weighted > 1e-37f ? A::limit / weighted : F{};
       V::store(weights.factors + g * lanes, weighted / A::limit);
     }
     for (int t = 0; t < tokens; t += A::per_unit) {
       F p[A::per_unit];
-      for (int i = 0; i < A::per_unit; ++i)
-        p[i] = V::template load<F>(scores + (t + i) * G * lanes) * inner;
+      for (int i = 0; i < A::per_unit; ++i) p[i] = V::template load<F>(scores + (t + i) * G * lanes) * inner;
       V::store(weights.units + (t / A::per_unit * G + g) * lanes, A::weights(p));
     }
   }
@@ -391,18 +357,18 @@ void weigh(int tokens, const Columns<A>& columns, int width, float* sums, const 
     product<A, X, G>(weights.units, tokens / A::per_unit, columns.units + d, One{}, columns.stride,
                      [&](int x, int g, F value) MLA_INLINE_LAMBDA {
                        float* at = sums + (static_cast<int64_t>(d + x) * G + g) * A::lanes;
-                       if constexpr (A::scaled) value = value * factors[g];
+                       if constexpr (kSplit<A>) value = value * factors[g];
                        V::store(at, V::template load<F>(at) + value);
                      });
 }
 
 // One row tile against one tile of keys.
-template <class A, int X, int G, class Before>
-void attend(const uint32_t* packed, const float* row_factors, int first, int units, const Tile<A>& keys,
-            const float* value_factors, const Columns<A>& values, int tokens, const int32_t* limits, int64_t row,
-            State& state, Weights<A>& weights, const Before& before) {
-  float* sums = state.sums + row * state.width;
-  score<A, X, G>(packed, row_factors, first, units, keys, tokens, weights.scores, before);
+template <class A, int X, int G, class Before> void attend(const Lanes<A>& queries, int row, int first,
+                                                           const Tile<A>& keys, const float* value_factors,
+                                                           const Columns<A>& values, int tokens, const int32_t* limits,
+                                                           State& state, Weights<A>& weights, const Before& before) {
+  float* sums = state.sums + static_cast<int64_t>(row) * state.width;
+  score<A, X, G>(queries, row, first, keys, tokens, weights.scores, before);
   soften<A, G>(tokens, value_factors, limits, row, state, sums, weights);
   weigh<A, X, G>(tokens, values, state.width, sums, weights);
 }

@@ -12,13 +12,13 @@ namespace { // each instruction set compiles its own copy: nothing here may be m
 
 // GCC drops the attribute where the size depends on a parameter, hence once for every size.
 template <int lanes> struct Vectors;
-#define MLA_VECTORS(lanes)                                                                                     \
-  template <> struct Vectors<lanes> {                                                                          \
-    typedef float F __attribute__((vector_size(lanes * 4)));                                                   \
-    typedef int32_t I __attribute__((vector_size(lanes * 4)));                                                 \
-    typedef uint32_t U __attribute__((vector_size(lanes * 4)));                                                \
-    typedef uint16_t H __attribute__((vector_size(lanes * 2)));                                                \
-    typedef int8_t B __attribute__((vector_size(lanes)));                                                      \
+#define MLA_VECTORS(lanes)                                                                                             \
+  template <> struct Vectors<lanes> {                                                                                  \
+    typedef float F __attribute__((vector_size(lanes * 4)));                                                           \
+    typedef int32_t I __attribute__((vector_size(lanes * 4)));                                                         \
+    typedef uint32_t U __attribute__((vector_size(lanes * 4)));                                                        \
+    typedef uint16_t H __attribute__((vector_size(lanes * 2)));                                                        \
+    typedef int8_t B __attribute__((vector_size(lanes)));                                                              \
   };
 MLA_VECTORS(4)
 MLA_VECTORS(8)

@@ -1,0 +1,212 @@
+"""Numbers that break kernels: extreme magnitudes, scores that grow, NaN where it is seen and where not."""
+
+import pytest
+import torch
+
+from tests.ops.cases import Case
+from tests.ops.native_cases import FORMATS, ISAS, OPERATORS, Options, check, kept_call, make_call, make_inputs
+
+CASE = Case(b=1, s=2, t=300, h=6, n=32, r=128, p=32, v=24)
+
+
+def scale_by(factor, *names):
+    def change(x):
+        for name in names:
+            x[name] *= factor
+
+    return change
+
+
+def outlier(size, queries=1.0):
+    """One channel of the latents is `size` times larger; the queries' factor on it is `queries`."""
+
+    def change(x):
+        x["c_kv"][..., 7] *= size
+        x["q_latent"][..., 7] *= queries
+        x["w_uk"][..., 7] *= queries
+
+    return change
+
+
+def ramp(values):
+    """Scores that follow `values` [t] over the keys, on top of what they were."""
+
+    def change(x):
+        x["k_rope"][..., 0] = values
+        x["q_rope"][..., 0] = (CASE.r + CASE.p) ** 0.5
+
+    return change
+
+
+def tokens_of_all_sizes(x):
+    x["c_kv"] *= torch.logspace(-3, 1, CASE.t, dtype=torch.float64)[:, None]
+
+
+def huge_latents(x):
+    x["c_kv"] *= 1e6
+    x["q_latent"] *= 1e-6
+    x["q_nope"] *= 1e-6
+
+
+def huge_keys(x):
+    huge_latents(x)
+    x["k_rope"] *= 1e6
+    x["q_rope"] *= 1e-6
+
+
+UP = torch.linspace(0, 100, CASE.t, dtype=torch.float64)
+NUMBERS = {
+    "keys of 1e-20": scale_by(1e-20, "c_kv", "k_rope"),
+    "latents of 1e-20": scale_by(1e-20, "c_kv"),
+    "keys of 1e6": huge_keys,
+    "latents of 1e6": huge_latents,
+    "zero latents": scale_by(0.0, "c_kv"),
+    "zero keys": scale_by(0.0, "c_kv", "k_rope"),
+    "zero queries": scale_by(0.0, "q_latent", "q_nope", "q_rope"),
+    "an outlier of 1000": outlier(1000),
+    "an outlier of 1000 that queries level": outlier(1000, 1e-3),
+    "an outlier of 10 that queries level": outlier(10, 0.1),
+    "rotary keys of 30": scale_by(30.0, "k_rope"),
+    "tokens of all sizes": tokens_of_all_sizes,
+    "scores of 30": scale_by(10.0, "q_latent", "q_nope", "q_rope"),
+    "scores of thousands": scale_by(1000.0, "q_latent", "q_nope", "q_rope"),
+    "scores that rise": ramp(UP),
+    "scores that fall": ramp(UP.flip(0)),
+    "scores that rise and fall": ramp(100 * torch.sin(UP)),
+    "scores far below zero": ramp(UP - 1000),
+}
+# Where a row shares one factor, what is small beside its largest number is lost: a channel of queries that is
+# a thousand times smaller in int16, ten times in int8.
+LOST = {
+    ("avx2", "decode"): {"an outlier of 1000 that queries level"},
+    ("avx2", "prefill"): {"an outlier of 1000 that queries level"},
+    ("avx512", "decode"): {"an outlier of 10 that queries level", "an outlier of 1000 that queries level"},
+}
+
+by_isa = pytest.mark.parametrize("isa", ISAS)
+by_operator = pytest.mark.parametrize("operator", OPERATORS)
+by_cache = pytest.mark.parametrize("cache", FORMATS)
+
+
+@by_isa
+@by_operator
+@by_cache
+@pytest.mark.parametrize("queries", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_magnitudes(request, isa, operator, cache, queries, name):
+    shared = cache == "int8" or (cache == "bf16" and isa == "avx2")
+    if shared and name in LOST.get((isa, operator), ()):
+        request.applymarker(pytest.mark.xfail(reason="a row shares one factor", strict=True))
+    inputs = make_inputs(CASE)
+    NUMBERS[name](inputs)
+    check(make_call(CASE, cache, Options(queries=queries), inputs), operator, isa, cache, queries)
+
+
+@by_isa
+@by_operator
+@pytest.mark.parametrize("queries", ["fp32", "bf16"])
+def test_int8_at_its_limits(isa, operator, queries):
+    """-128, which quantising never gives, 127, and both in turn: sums that saturate would show."""
+    call = make_call(Case(b=1, s=2, t=131, h=3, n=9, r=512, p=6, v=7), "int8", Options(queries=queries))
+    latents = call.cache["c_kv"]
+    latents[:, 0::3], latents[:, 1::3], latents[:, 2::3, ::2], latents[:, 2::3, 1::2] = -128, 127, -128, 127
+    call.latents = latents.double() * call.cache["latent_scale"].double()[..., None]
+    for name in ("q_latent", "q_nope"):
+        for q in call.queries.values():
+            if name in q:
+                q[name][:, :, 0], q[name][:, :, 1] = q[name][:, :, 0].abs() / 20, -q[name][:, :, 1].abs() / 20
+    check(call, operator, isa, "int8", queries)
+
+
+@by_isa
+@by_operator
+@by_cache
+@pytest.mark.parametrize("sink", [-1e4, -100.0, 100.0, 1e4, -torch.inf])
+def test_sinks_far_from_the_scores(isa, operator, cache, sink):
+    call = make_call(Case(b=2, s=2, t=130, h=3), cache, Options(sinks=True, lengths=(130, 0)))
+    call.cache["sinks"].fill_(sink)
+    out, lse = call.run(operator, isa)
+    call.cache["sinks"] = None
+    plain, plain_lse = call.run(operator, isa)
+    assert torch.equal(lse, plain_lse)  # never with the sink
+    if sink < 0:
+        assert torch.equal(out, plain)
+    else:
+        assert out.abs().max() < 1e-30
+
+
+@by_isa
+@by_operator
+@by_cache
+@pytest.mark.parametrize("rope", [True, False], ids=["k_rope", "c_kv"])
+def test_nan_in_a_key_that_is_seen(isa, operator, cache, rope):
+    """NaN for the queries that see it. Others of its sequence keep their lse (their output has 0 * NaN in its
+    sum, as in the reference); other sequences keep everything."""
+    where = "k_rope" if rope else "latent_scale" if cache == "int8" else "c_kv"
+    call = make_call(Case(b=2, s=4, t=140, h=3), cache, Options())
+    clean, clean_lse = call.run(operator, isa)
+    token = call.cache[where][1, 138]
+    (token if token.ndim == 0 else token[3]).fill_(torch.nan)
+    out, lse = call.run(operator, isa)
+    assert torch.equal(out[0], clean[0])
+    assert torch.equal(lse[0], clean_lse[0])
+    assert torch.equal(lse[1, :2], clean_lse[1, :2])
+    assert lse[1, 2:].isnan().all()
+    assert out[1, 2:].isnan().all()
+
+
+@by_isa
+@by_operator
+@by_cache
+@pytest.mark.parametrize("queries", ["fp32", "bf16"])
+@pytest.mark.parametrize("rope", [True, False], ids=["q_rope", "q"])
+def test_nan_in_a_query(isa, operator, cache, queries, rope):
+    """NaN in its own row, the same bits as ever in all others."""
+    call = make_call(Case(b=2, s=4, t=140, h=9), cache, Options(queries=queries))
+    clean, clean_lse = call.run(operator, isa)
+    name = "q_rope" if rope else "q_latent" if operator == "decode" else "q_nope"
+    call.queries[operator][name][1, 2, 5, 3] = torch.nan
+    out, lse = call.run(operator, isa)
+    assert out[1, 2, 5].isnan().all()
+    assert lse[1, 2, 5].isnan()
+    out[1, 2, 5], lse[1, 2, 5] = clean[1, 2, 5], clean_lse[1, 2, 5]
+    assert torch.equal(out, clean)
+    assert torch.equal(lse, clean_lse)
+
+
+@by_isa
+@by_cache
+@pytest.mark.parametrize("name", ["w_uk", "w_uv"])
+def test_nan_in_a_weight(isa, cache, name):
+    call = make_call(Case(b=1, s=2, t=130, h=3), cache, Options())
+    clean, _ = call.run("prefill", isa)
+    call.queries["prefill"][name][1, 4, 5] = torch.nan
+    out, lse = call.run("prefill", isa)
+    assert torch.equal(out[:, :, [0, 2]], clean[:, :, [0, 2]])
+    assert out[:, :, 1, 4].isnan().all()
+    assert lse[:, :, 1].isnan().all() == (name == "w_uk")
+
+
+@by_isa
+@by_operator
+def test_infinite_scores_are_not_numbers(isa, operator):
+    call = make_call(Case(b=1, s=2, t=30, h=2), "fp32", Options())
+    call.queries[operator]["q_rope"][0, 0, 0] = 1e38
+    call.queries[operator]["q_rope"][0, 0, 0, 1] = torch.inf
+    out, lse = call.run(operator, isa)
+    assert not out[0, 0, 0].isfinite().any()
+    assert not lse[0, 0, 0].isfinite()
+    assert out[0, 1].isfinite().all()
+
+
+@by_isa
+@by_operator
+@by_cache
+def test_flushing_denormals_changes_nothing_that_matters(isa, operator, cache):
+    call = kept_call(Case(b=1, s=2, t=130, h=3), cache, Options())
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such mode")
+    try:
+        check(call, operator, isa, cache)
+    finally:
+        torch.set_flush_denormal(False)

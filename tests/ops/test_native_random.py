@@ -1,0 +1,69 @@
+"""Random sizes, layouts and options of the native kernels against the reference.
+
+``make fuzz`` runs MLA_FUZZ examples of each operator instead of the few of ``make test``, never the same.
+"""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.ops.cases import Case
+from tests.ops.native_cases import FORMATS, ISAS, Options, check, make_call, make_inputs
+
+pytestmark = pytest.mark.skipif(not ISAS, reason="built without kernels")
+
+FUZZ = int(os.environ.get("MLA_FUZZ", "0"))
+NUMBER_OF_HEADS = st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 33, 48, 64, 127, 128, 129, 130]))
+
+
+@st.composite
+def calls(draw):
+    b, h = draw(st.integers(0, 3)), draw(NUMBER_OF_HEADS)
+    s = draw(st.integers(0, 6 if h > 20 else 40))
+    t = draw(
+        st.one_of(st.integers(0, 20), st.integers(0, 400), st.sampled_from([64, 65, 119, 120, 121, 240]))
+    )
+    n, r, p, v = (draw(st.integers(*ends)) for ends in ((1, 40), (1, 140), (0, 70), (1, 40)))
+    case = Case(b=b, s=s, t=t, h=h, n=n, r=r, p=p, v=v)
+    page = draw(st.sampled_from([0, 0, 1, 2, 3, 7, 16, 64, 130]))
+    flags = ("causal", "mask", "sinks", "joined", "tight", "transposed")
+    options = Options(
+        queries=draw(st.sampled_from(["fp32", "bf16"])),
+        weights=draw(st.sampled_from(["", "fp32", "bf16"])),
+        lengths=tuple(draw(st.one_of(st.just(t), st.integers(0, t))) for _ in range(b)),
+        page=page,
+        holes=page > 0 and draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+        **{name: draw(st.booleans()) for name in flags},
+    )
+    sharpness = draw(st.sampled_from([0.0, 0.1, 1.0, 3.0, 10.0]))
+    return case, draw(st.sampled_from(list(FORMATS))), options, sharpness
+
+
+@pytest.mark.parametrize("operator", ["decode", "prefill"])
+@settings(
+    max_examples=FUZZ or 150,
+    deadline=None,
+    derandomize=not FUZZ,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(calls(), st.sampled_from(ISAS or ("none",)), st.sampled_from([1, 1, 2, 3, 5]))
+def test_any_call_equals_the_reference(operator, call, isa, threads):
+    case, cache, options, sharpness = call
+    inputs = make_inputs(case, options.seed)
+    for name in ("q_latent", "q_nope", "q_rope"):
+        inputs[name] *= sharpness
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        # Where the few numbers of an output happen to be small: the size that such a mean should have.
+        width = case.r if operator == "decode" else case.v
+        least = (case.b * case.s * case.h * width / max(case.t, 1)) ** 0.5
+        visible = any(options.lengths)
+        check(make_call(case, cache, options, inputs), operator, isa, cache, options.queries, least * visible)
+    finally:
+        torch.set_num_threads(before)
