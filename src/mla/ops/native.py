@@ -82,6 +82,17 @@ def decode(
         ValueError: shapes, dtypes, devices, lengths or pages that do not fit: which, what was expected, what
             came; an instruction set that is not available.
     """
+    _check_devices(
+        q_latent=q_latent,
+        q_rope=q_rope,
+        c_kv=c_kv,
+        k_rope=k_rope,
+        lengths=lengths,
+        latent_scale=latent_scale,
+        page_table=page_table,
+        key_mask=key_mask,
+        sinks=sinks,
+    )
     out: Tensor
     lse: Tensor
     out, lse = torch.ops.mla.decode(
@@ -127,6 +138,19 @@ def prefill(
         w_uv: [h, v, r] up-projection of values, of the same dtype.
         Others, results and errors: as for :func:`decode`, with out [b, s, h, v].
     """
+    _check_devices(
+        q_nope=q_nope,
+        q_rope=q_rope,
+        c_kv=c_kv,
+        k_rope=k_rope,
+        w_uk=w_uk,
+        w_uv=w_uv,
+        lengths=lengths,
+        latent_scale=latent_scale,
+        page_table=page_table,
+        key_mask=key_mask,
+        sinks=sinks,
+    )
     out: Tensor
     lse: Tensor
     out, lse = torch.ops.mla.prefill(
@@ -320,7 +344,7 @@ def _arguments(
     lse: Tensor,
 ) -> tuple[tuple[object, ...], tuple[int, ...]]:
     """Cache and sizes in the form of csrc/binding.cpp; the tensors must outlive the call."""
-    if page_table is not None and page_table.stride(1) != 1:
+    if page_table is not None and page_table.shape[1] > 1 and page_table.stride(1) != 1:
         raise ValueError("page_table: expected contiguous rows")
     if key_mask is not None and key_mask.shape[1] > 1 and key_mask.stride(1) != 1:
         raise ValueError("key_mask: expected contiguous rows")
@@ -362,6 +386,15 @@ def _heads(x: Tensor) -> tuple[int, ...]:
 
 def _weight(x: Tensor) -> tuple[int, ...]:
     return x.data_ptr(), _TYPES[x.dtype], x.stride(0) * x.element_size(), x.stride(1) * x.element_size()
+
+
+def _check_devices(**tensors: Tensor | None) -> None:
+    """All on the CPU, or all on one other device: a single tensor on "meta" would make torch run the shape
+    function, whose results hold nothing."""
+    devices = {name: x.device for name, x in tensors.items() if x is not None}
+    if len(set(devices.values())) > 1:
+        name, device = next((name, device) for name, device in devices.items() if device.type != "cpu")
+        raise ValueError(f"{name}: expected a CPU tensor, got one on {device}")
 
 
 def _decode_shapes(q_latent: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
