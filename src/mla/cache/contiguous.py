@@ -17,8 +17,6 @@ from transformers.cache_utils import (
 from mla.formats import cache_format
 from mla.ops import latent
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 class LatentCache(DynamicCache):
     """The cache of an MLA model: r + p numbers per token and layer, and nothing else.
@@ -158,7 +156,7 @@ class LatentLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def _dtype_of(self, states: Tensor) -> torch.dtype:
-        return _DTYPES.get(self.format or "", states.dtype)
+        return latent.FORMAT_DTYPES.get(self.format or "", states.dtype)
 
     def get_seq_length(self) -> int:
         """Tokens held."""

@@ -78,16 +78,17 @@ class Session:
         max_model_len: int | None = None,
         cache_format: str = "auto",
     ) -> None:
-        self.config = MLAConfig.from_transformers(load_config(source))  # refuse before loading weights
+        config = load_config(source)
+        self.config = MLAConfig.from_transformers(config)  # refuse before loading weights
         longest = self.config.max_position_embeddings
         if max_model_len is not None and not 1 <= max_model_len <= longest:
             raise MLAError(f"--max-model-len: expected 1 to {longest}, got {max_model_len}")
         self.limit = max_model_len or longest
         # An unknown name is refused before the weights are read.
-        self.cache_format = choose_cache_format(cache_format, source, torch.float32)
+        choose_cache_format(cache_format, config, torch.float32)
         self.model = absorb(load_model(source, dtype=dtype, device=device))
         computed = self.model.get_input_embeddings().weight.dtype
-        self.cache_format = choose_cache_format(cache_format, source, computed)
+        self.cache_format = choose_cache_format(cache_format, config, computed)
         self.tokenizer = load_tokenizer(source)
         self._cache: LatentCache | None = None
         self._cached_ids: list[int] = []

@@ -10,12 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mla.errors import MLAError
 from mla.formats import cache_format
+from mla.ops.latent import FORMAT_DTYPES
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 GIB = 2**30
 # What mla.formats, which knows no torch, calls the dtype of a cache.
-DTYPE_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPE_FORMATS = {dtype: name for name, dtype in FORMAT_DTYPES.items()}
 
 
 def load_model(source: str, *, dtype: DtypeName = "auto", device: str = "cpu") -> Any:
@@ -55,8 +56,8 @@ def load_tokenizer(source: str) -> Any:
     return _load(AutoTokenizer, path, options)
 
 
-def choose_cache_format(name: str, source: str, dtype: torch.dtype) -> str:
-    """The cache format that ``name`` means for the model of ``source`` computing in ``dtype``.
+def choose_cache_format(name: str, config: Any, dtype: torch.dtype) -> str:
+    """The cache format that ``name`` means for a model stored as ``config`` says and computing in ``dtype``.
 
     "auto" is bf16 for a checkpoint in bf16, whatever it is computed in: its latents were rounded to bf16 in
     training. Else it is the dtype of the computation.
@@ -65,7 +66,7 @@ def choose_cache_format(name: str, source: str, dtype: torch.dtype) -> str:
         MLAError: an unknown format; the known ones are named.
     """
     if name == "auto":
-        stored = getattr(load_config(source).get_text_config(decoder=True), "dtype", None)
+        stored = getattr(config.get_text_config(decoder=True), "dtype", None)
         return "bf16" if stored == torch.bfloat16 else DTYPE_FORMATS.get(dtype, "fp32")
     cache_format(name)
     return name

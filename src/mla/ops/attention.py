@@ -246,17 +246,17 @@ def _kernels_take(
 ) -> bool:
     """Whether the C++ kernels can run a call, its mask aside."""
     tensors = (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, *(() if sinks is None else (sinks,)))
-    rope_dtype = torch.float32 if c_kv.dtype == torch.float32 else torch.bfloat16
+    computed = {q_nope.dtype, q_rope.dtype, w_uk.dtype, w_uv.dtype}
     return (
         native.best() is not None
         and dropout == 0.0
         and all(x.device.type == "cpu" for x in tensors)
-        and {q_nope.dtype, q_rope.dtype, w_uk.dtype, w_uv.dtype} <= native.QUERY_DTYPES
-        and len({q_nope.dtype, q_rope.dtype, w_uk.dtype, w_uv.dtype}) == 1
+        and computed <= native.QUERY_DTYPES
+        and len(computed) == 1
         and c_kv.dtype in native.CACHE_DTYPES
-        and k_rope.dtype == rope_dtype
-        and c_kv.stride(-1) == 1
-        and (k_rope.shape[-1] <= 1 or k_rope.stride(-1) == 1)
+        and k_rope.dtype == native.rope_dtype(c_kv.dtype)
+        and native.has_rows(c_kv)
+        and native.has_rows(k_rope)
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
     )
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from mla.formats import CACHE_FORMATS
 
+#: The dtype of every number in the formats that have one.
+FORMAT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class Latents:

@@ -40,6 +40,16 @@ def best() -> str | None:
     return _BEST
 
 
+def rope_dtype(latents: torch.dtype) -> torch.dtype:
+    """The dtype of rotary keys beside latents of a dtype that the kernels take."""
+    return torch.float32 if latents == torch.float32 else torch.bfloat16
+
+
+def has_rows(x: Tensor) -> bool:
+    """Whether the numbers of the last dimension lie side by side, as the kernels read them."""
+    return x.shape[-1] <= 1 or x.stride(-1) == 1
+
+
 def decode(
     q_latent: Tensor,
     q_rope: Tensor,
@@ -82,17 +92,6 @@ def decode(
         ValueError: shapes, dtypes, devices, lengths or pages that do not fit: which, what was expected, what
             came; an instruction set that is not available.
     """
-    _check_devices(
-        q_latent=q_latent,
-        q_rope=q_rope,
-        c_kv=c_kv,
-        k_rope=k_rope,
-        lengths=lengths,
-        latent_scale=latent_scale,
-        page_table=page_table,
-        key_mask=key_mask,
-        sinks=sinks,
-    )
     out: Tensor
     lse: Tensor
     out, lse = torch.ops.mla.decode(
@@ -138,19 +137,6 @@ def prefill(
         w_uv: [h, v, r] up-projection of values, of the same dtype.
         Others, results and errors: as for :func:`decode`, with out [b, s, h, v].
     """
-    _check_devices(
-        q_nope=q_nope,
-        q_rope=q_rope,
-        c_kv=c_kv,
-        k_rope=k_rope,
-        w_uk=w_uk,
-        w_uv=w_uv,
-        lengths=lengths,
-        latent_scale=latent_scale,
-        page_table=page_table,
-        key_mask=key_mask,
-        sinks=sinks,
-    )
     out: Tensor
     lse: Tensor
     out, lse = torch.ops.mla.prefill(
@@ -283,22 +269,11 @@ def _check_cache(
     sinks: Tensor | None,
 ) -> None:
     b, h = q.shape[0], q.shape[2]
-    for name, tensor in {
-        "c_kv": c_kv,
-        "k_rope": k_rope,
-        "lengths": lengths,
-        "latent_scale": latent_scale,
-        "page_table": page_table,
-        "key_mask": key_mask,
-        "sinks": sinks,
-    }.items():
-        if tensor is not None and tensor.device.type != "cpu":
-            raise ValueError(f"{name}: expected a CPU tensor, got one on {tensor.device}")
     if c_kv.dtype not in CACHE_DTYPES:
         raise ValueError(f"c_kv: expected fp32, bf16 or int8, got {c_kv.dtype}")
-    rope_dtype = torch.float32 if c_kv.dtype == torch.float32 else torch.bfloat16
-    if k_rope.dtype != rope_dtype:
-        raise ValueError(f"k_rope: expected {rope_dtype} beside {c_kv.dtype} latents, got {k_rope.dtype}")
+    if k_rope.dtype != rope_dtype(c_kv.dtype):
+        wanted = f"{rope_dtype(c_kv.dtype)} beside {c_kv.dtype} latents"
+        raise ValueError(f"k_rope: expected {wanted}, got {k_rope.dtype}")
     if page_table is None:
         _expect("c_kv [b, t, r]", c_kv, (b, *c_kv.shape[1:]))
     elif page_table.dtype != torch.int32 or page_table.ndim != 2 or page_table.shape[0] != b:
@@ -307,7 +282,7 @@ def _check_cache(
         )
     _expect("k_rope", k_rope, (*c_kv.shape[:2], k_rope.shape[-1]))
     for name, tensor in (("c_kv", c_kv), ("k_rope", k_rope)):
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        if not has_rows(tensor):
             raise ValueError(f"{name}: expected a contiguous last dimension, got strides {tensor.stride()}")
     if (c_kv.dtype == torch.int8) != (latent_scale is not None):
         raise ValueError("latent_scale: expected with int8 latents, and only with them")
@@ -329,7 +304,7 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtyp
 
 def _rows(x: Tensor) -> Tensor:
     """The tensor itself where its last dimension is contiguous."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    return x if has_rows(x) else x.contiguous()
 
 
 def _arguments(
@@ -344,10 +319,9 @@ def _arguments(
     lse: Tensor,
 ) -> tuple[tuple[object, ...], tuple[int, ...]]:
     """Cache and sizes in the form of csrc/binding.cpp; the tensors must outlive the call."""
-    if page_table is not None and page_table.shape[1] > 1 and page_table.stride(1) != 1:
-        raise ValueError("page_table: expected contiguous rows")
-    if key_mask is not None and key_mask.shape[1] > 1 and key_mask.stride(1) != 1:
-        raise ValueError("key_mask: expected contiguous rows")
+    for name, tensor in (("page_table", page_table), ("key_mask", key_mask)):
+        if tensor is not None and not has_rows(tensor):
+            raise ValueError(f"{name}: expected contiguous rows")
     for name, tensor in (("lengths", lengths), ("sinks", sinks)):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor")
@@ -389,21 +363,66 @@ def _weight(x: Tensor) -> tuple[int, ...]:
 
 
 def _check_devices(**tensors: Tensor | None) -> None:
-    """All on the CPU, or all on one other device: a single tensor on "meta" would make torch run the shape
-    function, whose results hold nothing."""
+    """A single tensor on "meta" makes torch run the shape function, whose results hold nothing."""
     devices = {name: x.device for name, x in tensors.items() if x is not None}
     if len(set(devices.values())) > 1:
         name, device = next((name, device) for name, device in devices.items() if device.type != "cpu")
         raise ValueError(f"{name}: expected a CPU tensor, got one on {device}")
 
 
-def _decode_shapes(q_latent: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+def _decode_shapes(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    c_kv: Tensor,
+    k_rope: Tensor,
+    lengths: Tensor,
+    latent_scale: Tensor | None,
+    page_table: Tensor | None,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    *options: object,
+) -> tuple[Tensor, Tensor]:
+    _check_devices(
+        q_latent=q_latent,
+        q_rope=q_rope,
+        c_kv=c_kv,
+        k_rope=k_rope,
+        lengths=lengths,
+        latent_scale=latent_scale,
+        page_table=page_table,
+        key_mask=key_mask,
+        sinks=sinks,
+    )
     return q_latent.new_empty(q_latent.shape), q_latent.new_empty(q_latent.shape[:3], dtype=torch.float32)
 
 
 def _prefill_shapes(
-    q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, *rest: object
+    q_nope: Tensor,
+    q_rope: Tensor,
+    c_kv: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    lengths: Tensor,
+    latent_scale: Tensor | None,
+    page_table: Tensor | None,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    *options: object,
 ) -> tuple[Tensor, Tensor]:
+    _check_devices(
+        q_nope=q_nope,
+        q_rope=q_rope,
+        c_kv=c_kv,
+        k_rope=k_rope,
+        w_uk=w_uk,
+        w_uv=w_uv,
+        lengths=lengths,
+        latent_scale=latent_scale,
+        page_table=page_table,
+        key_mask=key_mask,
+        sinks=sinks,
+    )
     b, s, h, _ = q_nope.shape
     return q_nope.new_empty((b, s, h, w_uv.shape[1])), q_nope.new_empty((b, s, h), dtype=torch.float32)
 
