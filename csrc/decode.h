@@ -39,7 +39,7 @@ private:
   };
   struct Scratch {
     Lanes<A> queries;
-    int32_t *limits, *relative;
+    Limits limits;
     Tile<A> keys;
     Columns<A> values;
     Weights<A> weights;
@@ -48,8 +48,7 @@ private:
 
     void carve(Carver& carver, const Decoder& d) {
       queries.carve(carver, d.rows_, d.units_);
-      limits = carver.take<int32_t>(d.rows_);
-      relative = carver.take<int32_t>(2 * A::lanes);
+      limits.carve(carver, d.rows_, A::lanes);
       keys.carve(carver, d.units_);
       values.carve(carver, d.r_);
       weights.carve(carver);
@@ -118,9 +117,8 @@ private:
       return Parts{{head(call_.q_latent, item.sequence, s, h), call_.q_latent.type, r_, 1.0f},
                    {head(call_.q_rope, item.sequence, s, h), call_.q_rope.type, attention_.cache.p, 1.0f}};
     });
-    for (int i = 0; i < padded; ++i)
-      scratch.limits[i] = static_cast<int32_t>(
-          visible(attention_, item.sequence, (item.first + static_cast<int>(least(i, item.rows - 1))) / attention_.h));
+    scratch.limits.fill(attention_, item.sequence, item.rows, padded,
+                        [&](int i) { return (item.first + i) / attention_.h; });
     for (int64_t tile = first; tile < last; ++tile) attend_tile(item, tile, last, state, scratch);
   }
 
@@ -133,40 +131,18 @@ private:
     scratch.values.fill(scratch.keys, tokens, r_);
     const int64_t next = from + kKeys;
     const int64_t ahead = tile + 1 < last ? least(kKeys, item.tokens - next) : 0;
-    const int padded = static_cast<int>(up(item.rows, A::lanes));
-    for (int row = 0; row < padded; row += 2 * A::lanes) {
-      const int lanes = static_cast<int>(least(2 * A::lanes, padded - row));
-      // Rows are in the order of the tokens, so are their limits.
-      const int32_t *limits = scratch.limits + row, *relative = nullptr;
-      if (limits[lanes - 1] <= from) continue;
-      if (limits[0] < from + count) {
-        for (int i = 0; i < lanes; ++i) scratch.relative[i] = static_cast<int32_t>(most(0, limits[i] - from));
-        relative = scratch.relative;
-      }
-      const auto before = [&](int t, int x) {
-        if (row == 0) prefetch(cache, item.sequence, next + t, least(x, ahead - t));
-      };
-      const auto step = [&](auto attend) {
-        attend(scratch.queries, row, units_of<A>(r_), scratch.keys, scratch.keys.factors, scratch.values, tokens,
-               relative, state, scratch.weights, before);
-      };
-      if (lanes > A::lanes)
-        step(attend<A, wide_x, 2, decltype(before)>);
-      else
-        step(attend<A, narrow_x, 1, decltype(before)>);
-    }
+    attend_rows<A, wide_x, narrow_x>(scratch.queries, static_cast<int>(up(item.rows, A::lanes)), units_of<A>(r_),
+                                     scratch.keys, scratch.keys.factors, scratch.values, from, count, tokens,
+                                     scratch.limits, state, scratch.weights, [&](int row, int t, int x) {
+                                       if (row == 0) prefetch(cache, item.sequence, next + t, least(x, ahead - t));
+                                     });
   }
 
   void write(const Item& item, const State& state, int begin, int end) {
-    const int padded = static_cast<int>(up(item.rows, A::lanes));
-    for (int row = begin; row < end; row += 2 * A::lanes) {
-      const int lanes = static_cast<int>(least(2 * A::lanes, padded - row));
-      finish<A>(attention_, state, state.sums + static_cast<int64_t>(row) * state.width, row,
-                static_cast<int>(least(lanes, item.rows - row)), lanes, r_, call_.out.type, [&](int i) {
-                  const int all = item.first + i, s = all / attention_.h, h = all % attention_.h;
-                  return Place{head(call_.out, item.sequence, s, h), lse_of(attention_, item.sequence, s, h), h};
-                });
-    }
+    finish_rows<A>(attention_, state, begin, end, item.rows, r_, call_.out.type, [&](int i) {
+      const int all = item.first + i, s = all / attention_.h, h = all % attention_.h;
+      return Place{head(call_.out, item.sequence, s, h), lse_of(attention_, item.sequence, s, h), h};
+    });
   }
 
   // Row tiles of all cut items, dealt out to the threads in turn.

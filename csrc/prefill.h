@@ -28,7 +28,7 @@ private:
   struct Scratch {
     Lanes<A> queries, uk, uv; // the latter two: an up-projection of one head, its output channels in the lanes
     float *key_floats, *value_floats;
-    int32_t *limits, *relative;
+    Limits limits;
     Tile<A> latents, keys, values;
     Columns<A> columns;
     Weights<A> weights;
@@ -46,8 +46,7 @@ private:
       key_line = key_channels + width + slack;
       value_line = value_channels + slack;
       queries.carve(carver, p.chunk_, p.units_);
-      limits = carver.take<int32_t>(up(p.chunk_, A::lanes));
-      relative = carver.take<int32_t>(2 * A::lanes);
+      limits.carve(carver, up(p.chunk_, A::lanes), A::lanes);
       key_floats = carver.take<float>(static_cast<int64_t>(kKeys) * key_line);
       value_floats = carver.take<float>(static_cast<int64_t>(kKeys) * value_line);
       latents.carve(carver, units_of<A>(r));
@@ -103,32 +102,13 @@ private:
       const int count = static_cast<int>(least(kKeys, tokens - from));
       const int filled = static_cast<int>(up(count, narrow_x));
       expand(sequence, from, count, filled, scratch);
-      for (int row = 0; row < padded; row += 2 * A::lanes) {
-        const int lanes = static_cast<int>(least(2 * A::lanes, padded - row));
-        const int32_t *limits = scratch.limits + row, *relative = nullptr;
-        if (limits[lanes - 1] <= from) continue;
-        if (limits[0] < from + count) {
-          for (int i = 0; i < lanes; ++i) scratch.relative[i] = static_cast<int32_t>(most(0, limits[i] - from));
-          relative = scratch.relative;
-        }
-        const auto before = [](int, int) {};
-        const auto step = [&](auto attend) {
-          attend(scratch.queries, row, units_of<A>(call_.n), scratch.keys, scratch.values.factors, scratch.columns,
-                 filled, relative, state, scratch.weights, before);
-        };
-        if (lanes > A::lanes)
-          step(mla::attend<A, wide_x, 2, decltype(before)>);
-        else
-          step(mla::attend<A, narrow_x, 1, decltype(before)>);
-      }
+      attend_rows<A, wide_x, narrow_x>(scratch.queries, padded, units_of<A>(call_.n), scratch.keys,
+                                       scratch.values.factors, scratch.columns, from, count, filled, scratch.limits,
+                                       state, scratch.weights, [](int, int, int) {});
     }
-    for (int row = 0; row < rows; row += 2 * A::lanes) {
-      const int lanes = static_cast<int>(least(2 * A::lanes, padded - row));
-      finish<A>(attention_, state, state.sums + static_cast<int64_t>(row) * state.width, row,
-                static_cast<int>(least(lanes, rows - row)), lanes, call_.v, call_.out.type, [&](int i) {
-                  return Place{head(call_.out, sequence, first + i, h), lse_of(attention_, sequence, first + i, h), h};
-                });
-    }
+    finish_rows<A>(attention_, state, 0, rows, rows, call_.v, call_.out.type, [&](int i) {
+      return Place{head(call_.out, sequence, first + i, h), lse_of(attention_, sequence, first + i, h), h};
+    });
   }
 
   // The queries of an item, its limits, and its head's two projections.
@@ -138,9 +118,8 @@ private:
       return Parts{{head(call_.q_nope, sequence, first + i, h), call_.q_nope.type, call_.n, 1.0f},
                    {head(call_.q_rope, sequence, first + i, h), call_.q_rope.type, p, 1.0f}};
     });
-    for (int i = 0; i < up(rows, A::lanes); ++i)
-      scratch.limits[i] =
-          static_cast<int32_t>(visible(attention_, sequence, first + static_cast<int>(least(i, rows - 1))));
+    scratch.limits.fill(attention_, sequence, rows, static_cast<int>(up(rows, A::lanes)),
+                        [&](int i) { return first + i; });
     const auto project = [&](const Weight& w, int channels, Lanes<A>& to) {
       to.pack(channels, 1.0f,
               [&](int i) { return Parts{{w.data + h * w.stride_h + i * w.stride_row, w.type, r, 1.0f}, {}}; });

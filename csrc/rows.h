@@ -119,8 +119,46 @@ inline int64_t visible(const Attention& call, int sequence, int i) {
   return call.causal ? most(0, length - call.s + i + 1) : length;
 }
 
-// One row tile's sums [width][lanes of the tile] -> rows of the output and their lse. where(row) says
-// where a row goes.
+// What a set of query rows sees, and how far. Rows are in the order of their tokens, so are their limits.
+struct Limits {
+  int32_t* seen;     // [rows, padded] keys that each row sees
+  int32_t* relative; // [row of the tile] the same, counted from a tile's first key
+
+  void carve(Carver& carver, int64_t rows, int lanes) {
+    seen = carver.take<int32_t>(rows);
+    relative = carver.take<int32_t>(2 * lanes);
+  }
+  // query(i) is the query token of row i.
+  template <class Query> void fill(const Attention& call, int sequence, int rows, int padded, Query&& query) {
+    for (int i = 0; i < padded; ++i)
+      seen[i] = static_cast<int32_t>(visible(call, sequence, query(static_cast<int>(least(i, rows - 1)))));
+  }
+};
+
+// All row tiles of `padded` rows against one tile of keys, `count` from key `from` on, filled up to `tokens`.
+// `first`: units of a row's first part. before(row, t, x) runs before the scores of keys t to t + x - 1.
+template <class A, int wide_x, int narrow_x, class Before>
+void attend_rows(const Lanes<A>& queries, int padded, int first, const Tile<A>& keys, const float* value_factors,
+                 const Columns<A>& values, int64_t from, int64_t count, int tokens, Limits& limits, State& state,
+                 Weights<A>& weights, Before&& before) {
+  for (int row = 0; row < padded; row += 2 * A::lanes) {
+    const int lanes = static_cast<int>(least(2 * A::lanes, padded - row));
+    const int32_t *seen = limits.seen + row, *relative = nullptr;
+    if (seen[lanes - 1] <= from) continue;
+    if (seen[0] < from + count) {
+      for (int i = 0; i < lanes; ++i) limits.relative[i] = static_cast<int32_t>(most(0, seen[i] - from));
+      relative = limits.relative;
+    }
+    const auto here = [&](int t, int x) { before(row, t, x); };
+    if (lanes > A::lanes)
+      attend<A, wide_x, 2>(queries, row, first, keys, value_factors, values, tokens, relative, state, weights, here);
+    else
+      attend<A, narrow_x, 1>(queries, row, first, keys, value_factors, values, tokens, relative, state, weights, here);
+  }
+}
+
+// One row tile's sums [width][lanes of the tile] -> rows of the output and their lse. where(row) says where a row
+// goes.
 template <class A, class Where> void finish(const Attention& call, const State& state, const float* sums, int64_t first,
                                             int rows, int lanes, int width, Type type, Where&& where) {
   float factors[2 * A::lanes];
@@ -149,6 +187,17 @@ template <class A, class Where> void finish(const Attention& call, const State& 
         for (int x = 0; x < count; ++x) to[x] = to_bf16(from[x * lanes] * factors[i]);
       }
     }
+  }
+}
+
+// Row tiles begin to end - 1, of `rows` rows.
+template <class A, class Where> void finish_rows(const Attention& call, const State& state, int begin, int end,
+                                                 int rows, int width, Type type, Where&& where) {
+  const int padded = static_cast<int>(up(rows, A::lanes));
+  for (int row = begin; row < end; row += 2 * A::lanes) {
+    const int lanes = static_cast<int>(least(2 * A::lanes, padded - row));
+    finish<A>(call, state, state.sums + static_cast<int64_t>(row) * state.width, row,
+              static_cast<int>(least(lanes, rows - row)), lanes, width, type, where);
   }
 }
 

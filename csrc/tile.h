@@ -334,8 +334,8 @@ template <class A, int G> void soften(int tokens, const float* value_factors, co
     V::store(state.total + row + g * lanes, total);
     F inner = V::all(1.0f);
     if constexpr (kSplit<A>) {
-      // Below the smallest normal number its inverse would be infinite.
-      inner = weighted > 1e-37f ? A::limit / weighted : F{};
+      // Below that the quotient would be infinite.
+      inner = weighted > 1e-34f ? A::limit / weighted : F{};
       V::store(weights.factors + g * lanes, weighted / A::limit);
     }
     for (int t = 0; t < tokens; t += A::per_unit) {
