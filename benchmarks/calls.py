@@ -4,6 +4,7 @@ Random latents and queries whose scores have a variance of one. All formats and 
 its queries and its cache are numbers that bf16 holds. int8, which rounds them, has a reference of its own.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -19,7 +20,6 @@ from tests.ops.cases import Case
 FORMATS = ("bf16", "int8", "fp32")
 # The attention of DeepSeek-V2 and V3, and of a small model (9 heads of 64) converted at rank 88.
 DIMENSIONS = {"512+64": Case(h=16, n=128, r=512, p=64, v=128), "88+32": Case(h=9, n=64, r=88, p=32, v=64)}
-LSE_TOLERANCE = 2e-2  # absolute; bf16 products of a prompt's first queries come to 5e-3
 SCORES = 2**24  # numbers of the largest score matrix of the reference
 
 
@@ -69,14 +69,37 @@ def make_rows(b: int, t: int, r: int, p: int) -> Rows:
     return Rows(b, t, r, p)
 
 
-class DecodeCall:
-    """Absorbed attention of the last s tokens of b sequences over their t keys."""
+class Call(ABC):
+    """What both calls have: a cache, queries, kv_b_proj, and a reference."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
         self.scale = case.scale
         self.rows = make_rows(case.b, case.t, case.r, case.p)
         self.q_nope, self.q_rope, self.weight = _queries(case)
+
+    def cache_bytes(self, name: str) -> float:
+        return self.rows.nbytes(name)
+
+    @abstractmethod
+    def reference(self, name: str) -> tuple[Tensor, Tensor]:
+        """Output and lse in fp32 on the numbers that the format holds."""
+
+    @cached_property
+    def exact(self) -> tuple[Tensor, Tensor]:
+        """The reference on the cache that bf16 and fp32 share."""
+        return self.reference("bf16")
+
+    @property
+    def want(self) -> Tensor:
+        return self.exact[0]
+
+
+class DecodeCall(Call):
+    """Absorbed attention of the last s tokens of b sequences over their t keys; output [b, s, h, r]."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
         w_uk = self.weight.view(case.h, case.n + case.v, case.r)[:, : case.n]
         q_latent = torch.einsum("bshn,hnr->bshr", self.q_nope, w_uk)
         self._queries = torch.cat([q_latent, self.q_rope], -1).bfloat16()
@@ -85,9 +108,6 @@ class DecodeCall:
     def operations(self) -> float:
         case = self.case
         return 2.0 * case.b * case.s * case.h * case.t * (2 * case.r + case.p)
-
-    def cache_bytes(self, name: str) -> float:
-        return self.rows.nbytes(name)
 
     def rows_of(self, dtype: torch.dtype) -> Tensor:
         """[b, t, r + p] of bf16 or fp32 numbers, the same ones."""
@@ -130,17 +150,8 @@ class DecodeCall:
 
         return run
 
-    @cached_property
-    def exact(self) -> tuple[Tensor, Tensor]:
-        """Output [b, s, h, r] and lse on the cache that bf16 and fp32 share, in fp32."""
-        return self.reference("bf16")
-
-    @property
-    def want(self) -> Tensor:
-        return self.exact[0]
-
     def reference(self, name: str) -> tuple[Tensor, Tensor]:
-        """Output and lse in fp32 on the numbers that the format holds, a block of query rows at a time."""
+        """A block of query rows at a time."""
         case = self.case
         b, s, h, t, r = case.b, case.s, case.h, case.t, case.r
         out, lse = torch.empty(b, s * h, r), torch.empty(b, s * h)
@@ -157,14 +168,8 @@ class DecodeCall:
         return out.view(b, s, h, r), lse.view(b, s, h)
 
 
-class PrefillCall:
-    """Expanded causal attention of the last s of t keys."""
-
-    def __init__(self, case: Case) -> None:
-        self.case = case
-        self.scale = case.scale
-        self.rows = make_rows(case.b, case.t, case.r, case.p)
-        self.q_nope, self.q_rope, self.weight = _queries(case)
+class PrefillCall(Call):
+    """Expanded causal attention of the last s of t keys; output [b, s, h, v]."""
 
     @property
     def operations(self) -> float:
@@ -174,9 +179,6 @@ class PrefillCall:
             2.0 * case.b * case.h
             * (pairs * (case.n + case.p + case.v) + case.t * case.r * (case.n + case.v))
         )  # fmt: skip
-
-    def cache_bytes(self, name: str) -> float:
-        return self.rows.nbytes(name)
 
     @property
     def c_kv(self) -> Tensor:
@@ -209,15 +211,6 @@ class PrefillCall:
             )
 
         return run
-
-    @cached_property
-    def exact(self) -> tuple[Tensor, Tensor]:
-        """Output [b, s, h, v] and lse on the cache that bf16 and fp32 share, in fp32."""
-        return self.reference("bf16")
-
-    @property
-    def want(self) -> Tensor:
-        return self.exact[0]
 
     def reference(self, name: str) -> tuple[Tensor, Tensor]:
         """``ops.reference`` head by head: it builds every score of a call at once."""
@@ -263,9 +256,7 @@ class Checked:
     moved: float  # the same against the bf16 cache: what the format costs
 
 
-def check(
-    what: str, run: Callable[[], tuple[Tensor, Tensor]], call: DecodeCall | PrefillCall, name: str
-) -> Checked:
+def check(what: str, run: Callable[[], tuple[Tensor, Tensor]], call: Call, name: str) -> Checked:
     """No green check, no number: a wrong result ends the program.
 
     Errors of the output are relative, norm over norm; that of the lse is absolute.
