@@ -70,11 +70,25 @@ struct Int16 {
     return {pack_part(parts.a, units), pack_part(parts.b, units + units_of<Int16>(parts.a.count)), 0.0f};
   }
   static Factors pack_query(const Parts& parts, uint32_t* units) { return pack_key(parts, units); }
+  // The sign of a factor goes into the numbers: times a probability the factor becomes a weight, which has none.
   static float pack_part(Part part, uint32_t* units) {
-    const float length = __builtin_sqrtf(mla::squares<Int16>(part)), factor = part.factor;
-    part.factor = 1.0f;
-    mla::pack<Int16>(part, length > 0 ? limit / length : 0.0f, units);
-    return length * (factor / limit); // NaN where the part holds one
+    const float length = length_of(part), factor = part.factor;
+    part.factor = __builtin_copysignf(1.0f, factor);
+    mla::pack<Int16>(part, length > 1e-33f ? limit / length : 0.0f, units); // below, the quotient would be infinite
+    return length * (__builtin_fabsf(factor) / limit);                      // NaN where the part holds one
+  }
+  static float length_of(const Part& part) {
+    const float sum = mla::squares<Int16>(part);
+    if ((sum > 1e-30f && sum <= __FLT_MAX__) || part.type == Type::i8) return __builtin_sqrtf(sum);
+    // Zeros and NaN, or squares that fp32 does not hold: rare enough to be summed one by one.
+    double exact = 0;
+    const int bytes = part.type == Type::f32 ? 4 : 2;
+    for (int i = 0; i < part.count; ++i) {
+      float x = 0; // bf16 is the upper half of it
+      std::memcpy(reinterpret_cast<char*>(&x) + 4 - bytes, part.data + i * bytes, static_cast<size_t>(bytes));
+      exact += static_cast<double>(x) * x;
+    }
+    return static_cast<float>(__builtin_sqrt(exact));
   }
 };
 

@@ -69,18 +69,21 @@ struct Int8 {
   }
   static MLA_INLINE F value(Sum sum) { return __builtin_convertvector(sum, F); }
 
-  // The cache's own bytes.
+  // The cache's own bytes. The sign of a factor goes into them, because times a probability the factor becomes a
+  // weight, which has none; -128, which quantising never gives, then becomes 127.
   static Factors pack_key(const Parts& parts, uint32_t* units) {
     const int count = parts.a.count;
+    const bool negative = parts.a.factor < 0;
     const __m512i ones = _mm512_set1_epi8(1);
     __m512i sum = _mm512_setzero_si512();
     walk<64, 1>(parts.a.data, count, [&](const char* p, int i) {
-      const __m512i bytes = V::load<__m512i>(p);
+      __m512i bytes = V::load<__m512i>(p);
+      if (negative) bytes = _mm512_subs_epi8(_mm512_setzero_si512(), bytes);
       sum = _mm512_dpbusd_epi32(sum, ones, bytes);
       V::store(units + i / 4, bytes);
     });
     mla::pack<Bf16>(parts.b, 1.0f, units + units_of<Int8>(count));
-    return {parts.a.factor, 1.0f, 128.0f * V::sum(value(V::as<Sum>(sum)))};
+    return {__builtin_fabsf(parts.a.factor), 1.0f, 128.0f * V::sum(value(V::as<Sum>(sum)))};
   }
   static Factors pack_query(const Parts& parts, uint32_t* units) {
     return parts.a.type == Type::f32 ? pack_query_of<Type::f32>(parts, units) : pack_query_of<Type::bf16>(parts, units);

@@ -139,14 +139,13 @@ private:
     });
     multiply(scratch.uk, scratch.key_channels, scratch.latents, filled, scratch.key_floats, scratch.key_line);
     multiply(scratch.uv, scratch.value_channels, scratch.latents, filled, scratch.value_floats, scratch.value_line);
-    Parts keys[kKeys], values[kKeys];
+    std::optional<Parts> keys[kKeys], values[kKeys];
     for (int t = 0; t < filled; ++t) {
-      keys[t] = values[t] = {};
       if (scratch.latents.biases[t] != 0.0f) continue;
       const float* key = scratch.key_floats + static_cast<int64_t>(t) * scratch.key_line;
       const float* value = scratch.value_floats + static_cast<int64_t>(t) * scratch.value_line;
-      keys[t] = {floats(key, call_.n), floats(key + scratch.key_channels, cache.p)};
-      values[t] = {floats(value, call_.v), {}};
+      keys[t] = Parts{floats(key, call_.n), floats(key + scratch.key_channels, cache.p)};
+      values[t] = Parts{floats(value, call_.v), {}};
     }
     scratch.keys.pack(keys, filled);
     scratch.values.pack(values, filled);

@@ -80,12 +80,11 @@ template <class A, class Row>
 void fill(const Attention& call, int sequence, int64_t first, int count, int tokens, Tile<A>& tile, Row&& row) {
   const uint8_t* mask = call.key_mask ? call.key_mask + sequence * call.key_mask_stride + first : nullptr;
   Cursor cursor(call.cache, sequence, first);
-  Parts parts[kKeys];
+  std::optional<Parts> parts[kKeys];
   for (int i = 0; i < count; ++i, cursor.next()) {
     if (cursor.stale()) cursor.turn();
-    parts[i] = cursor.exists() && (!mask || mask[i]) ? row(i, cursor) : Parts{};
+    if (cursor.exists() && (!mask || mask[i])) parts[i] = row(i, cursor);
   }
-  for (int i = count; i < tokens; ++i) parts[i] = {};
   tile.pack(parts, tokens);
 }
 

@@ -5,6 +5,7 @@
 // is vertical and nothing is ever summed across a vector.
 #pragma once
 
+#include <optional>
 #include <type_traits>
 
 #include "arithmetic.h"
@@ -166,22 +167,22 @@ template <class A> struct Tile {
     biases = carver.take<float>(kKeys);
   }
   uint32_t* row(int i) { return rows + i * stride; }
-  // Rows 0..count-1 from memory; one without data is one that nobody sees.
-  void pack(const Parts* parts, int count) {
+  // Rows 0..count-1 from memory; one without parts is one that nobody sees.
+  void pack(const std::optional<Parts>* parts, int count) {
     for (int i = 0; i < count; ++i) {
-      if (!parts[i].a.data) {
+      if (!parts[i]) {
         erase(i);
         continue;
       }
       biases[i] = 0.0f;
       if constexpr (kSplit<A>) {
-        const Factors own = A::pack_key(parts[i], row(i));
+        const Factors own = A::pack_key(*parts[i], row(i));
         factors[i] = own.first;
         rests[i] = own.rest;
         offsets[i] = own.offset;
       } else {
-        mla::pack<A>(parts[i].a, 1.0f, row(i));
-        mla::pack<A>(parts[i].b, 1.0f, row(i) + units_of<A>(parts[i].a.count));
+        mla::pack<A>(parts[i]->a, 1.0f, row(i));
+        mla::pack<A>(parts[i]->b, 1.0f, row(i) + units_of<A>(parts[i]->a.count));
       }
     }
   }

@@ -1,9 +1,14 @@
 """A user's mistake: one clear line, exit status 2, no traceback."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
+
+from tests.cli.conftest import Run
 
 
 @pytest.fixture
@@ -128,3 +133,16 @@ def test_unknown_verbs_and_options(mla, mla_folder):
     assert mla("transmogrify").status == 2
     assert mla("generate", mla_folder).status == 2
     assert mla("generate", mla_folder, "Hi", "--nonsense").status == 2
+
+
+def test_an_instruction_set_that_is_not_there(mla_folder):
+    """Read when the kernels load: another process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mla", "generate", mla_folder, "Hi"],
+        env=os.environ | {"MLA_ISA": "mmx"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    run = Run(done.returncode, done.stdout, done.stderr)
+    says(run, "environment variable MLA_ISA: expected", "got mmx", "unset the variable")

@@ -15,7 +15,7 @@ from mla.ops import native, reference
 from tests.ops.cases import Case
 
 # MLA_ISA narrows the tests down to one instruction set.
-ISAS = (os.environ["MLA_ISA"],) if "MLA_ISA" in os.environ else native.instruction_sets()
+ISAS = (os.environ["MLA_ISA"],) if os.environ.get("MLA_ISA") else native.instruction_sets()
 OPERATORS = ("decode", "prefill")
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 NO_PAGE = 2147480000

@@ -192,19 +192,33 @@ def test_prefill_follows_the_plan(monkeypatch, requires_grad):
         ({"sinks": torch.zeros(4)}, r"sinks .* expected shape \(3,\)"),
         ({"mask": torch.ones(1, 1, 2, 8, dtype=torch.bool)}, "mask: expected a shape that broadcasts"),
         ({"mask": torch.ones(2, 9, dtype=torch.bool)}, "mask: expected a shape that broadcasts"),
-        ({"mask": torch.ones(1, 1, 2, 9, dtype=torch.int64)}, "mask: expected bool or a floating dtype"),
+        ({"mask": torch.ones(1, 1, 2, 9, dtype=torch.int64)}, "mask: expected bool or .*, got torch.int64"),
+        ({"k_rope": torch.zeros(())}, r"k_rope: expected 3 dimensions \[b, t, p\], got shape \(\)"),
+        ({"q_nope": torch.zeros(1, 2, 3, 8).long()}, r"q_nope .* expected a floating dtype, got torch.int64"),
+        ({"w_uk": torch.zeros(3, 8, 24).char()}, r"w_uk .* expected a floating dtype, got torch.int8"),
+        ({"c_kv": torch.zeros(1, 9, 24).byte()}, r"c_kv .* expected a floating dtype, got torch.uint8"),
+        ({"c_kv": torch.zeros(1, 9, 24).char()}, "latent_scale: expected a tensor beside torch.int8 .* None"),
+        ({"latent_scale": torch.ones(1, 9)}, "latent_scale: expected None beside torch.float32 .* a tensor"),
+        ({"w_uv": torch.zeros(3, 10, 24, device="meta")}, "w_uv .* on cpu, as q_nope, got one on meta"),
+        ({"mask": torch.ones(1, 1, 2, 9, device="meta")}, "mask: .* on cpu, as q_nope, got one on meta"),
+        ({"scale": float("nan")}, "scale: expected a finite number, got nan"),
+        ({"scale": float("-inf")}, "scale: expected a finite number, got -inf"),
     ],
 )
-def test_wrong_shapes_are_named(change, message):
+@pytest.mark.parametrize("operator", ["prefill", "decode"])
+def test_wrong_arguments_are_named(operator, change, message):
     case = Case(s=2, t=9)
+    options = {"lengths": [9]} if operator == "decode" else {}
     with pytest.raises(ValueError, match=message):
-        attention.prefill(**(case.inputs() | change), scale=case.scale)
+        getattr(attention, operator)(**(case.inputs() | {"scale": case.scale} | options | change))
 
 
-@pytest.mark.parametrize("lengths", [[1], [1, 12], [-1, 3]])
+@pytest.mark.parametrize(
+    "lengths", [[1], [1, 12], [-1, 3], [1, 2.5], torch.tensor([1.0, torch.nan]), torch.ones(2, 2).int()]
+)
 def test_wrong_lengths_are_named(lengths):
     case = Case(b=2, t=11)
-    with pytest.raises(ValueError, match="lengths: expected 2 numbers from 0 to 11"):
+    with pytest.raises(ValueError, match=r"lengths: expected 2 whole numbers from 0 to 11, got \["):
         attention.decode(**case.inputs(), scale=case.scale, lengths=lengths)
 
 

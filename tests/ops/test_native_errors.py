@@ -60,10 +60,11 @@ def test_shapes(operator, name):
 def test_numbers_of_dimensions(operator, name):
     if name == "q":
         name = "q_latent" if operator == "decode" else "q_nope"
-    message = error_of(operator, "int8", CONTIGUOUS, name, lambda x: x[0])
-    assert message.startswith(name)
-    assert "expected" in message
-    assert "got" in message
+    for change in (lambda x: x[0], lambda x: x.flatten()[0]):
+        message = error_of(operator, "int8", CONTIGUOUS, name, change)
+        assert message.startswith(name)
+        assert "expected" in message
+        assert "got" in message
 
 
 @by_operator
@@ -98,9 +99,10 @@ def test_both_queries_of_a_dtype_that_is_not_known(operator):
 
 @by_operator
 def test_factors_come_with_int8_and_with_nothing_else(operator):
-    expected = "latent_scale: expected with int8 latents, and only with them"
-    assert error_of(operator, "int8", CONTIGUOUS, "latent_scale", lambda x: None) == expected
-    assert error_of(operator, "bf16", CONTIGUOUS, "latent_scale", lambda x: torch.ones(2, 20)) == expected
+    message = error_of(operator, "int8", CONTIGUOUS, "latent_scale", lambda x: None)
+    assert message == "latent_scale: expected a tensor beside torch.int8 latents, got None"
+    message = error_of(operator, "bf16", CONTIGUOUS, "latent_scale", lambda x: torch.ones(2, 20))
+    assert message == "latent_scale: expected None beside torch.bfloat16 latents, got a tensor"
 
 
 @by_operator
@@ -109,6 +111,14 @@ def test_strides(operator, name):
     message = error_of(operator, "bf16", CONTIGUOUS, name, strided)
     assert message.startswith(f"{name}: expected")
     assert "contiguous" in message
+    assert re.search(r"got strides \([\d, ]*2,?\)$", message)
+
+
+@by_operator
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
+def test_scales_that_are_not_finite(operator, scale):
+    message = error_of(operator, "bf16", CONTIGUOUS, "scale", lambda x: scale)
+    assert message == f"scale: expected a finite number, got {scale}"
 
 
 @by_operator
@@ -155,7 +165,8 @@ def test_page_tables(operator, change, came):
 
 @by_operator
 def test_page_tables_with_gaps(operator):
-    assert "page_table: expected contiguous" in error_of(operator, "bf16", PAGED, "page_table", strided)
+    message = error_of(operator, "bf16", PAGED, "page_table", strided)
+    assert re.fullmatch(r"page_table: expected contiguous rows, got strides \(\d+, 2\)", message)
 
 
 @by_operator
@@ -219,6 +230,8 @@ def test_instruction_sets_that_do_not_exist(operator, isa):
     have = re.escape(f"({', '.join(native.instruction_sets())}), got {isa}")
     with pytest.raises(ValueError, match=f"isa: expected an instruction set of this machine {have}"):
         make_call(CASE, "bf16", CONTIGUOUS).run(operator, isa)
+    with pytest.raises(ValueError, match=f"isa: expected an instruction set of this machine {have}"):
+        native.ceiling(isa, 1)
 
 
 @by_operator

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mla.ops import native
 from tests.ops.cases import Case
 from tests.ops.native_cases import FORMATS, ISAS, OPERATORS, Options, check, kept_call, make_call, make_inputs
 
@@ -54,12 +55,23 @@ def huge_keys(x):
     x["q_rope"] *= 1e-6
 
 
+def far(factor):
+    def change(x):
+        scale_by(factor, "c_kv", "k_rope")(x)
+        scale_by(1 / factor, "q_latent", "q_nope", "q_rope")(x)
+
+    return change
+
+
 UP = torch.linspace(0, 100, CASE.t, dtype=torch.float64)
 NUMBERS = {
     "keys of 1e-20": scale_by(1e-20, "c_kv", "k_rope"),
     "latents of 1e-20": scale_by(1e-20, "c_kv"),
     "keys of 1e6": huge_keys,
     "latents of 1e6": huge_latents,
+    # Their squares leave fp32.
+    "keys of 1e25": far(1e25),
+    "keys of 1e-25": far(1e-25),
     "zero latents": scale_by(0.0, "c_kv"),
     "zero keys": scale_by(0.0, "c_kv", "k_rope"),
     "zero queries": scale_by(0.0, "q_latent", "q_nope", "q_rope"),
@@ -116,6 +128,88 @@ def test_int8_at_its_limits(isa, operator, queries):
             if name in q:
                 q[name][:, :, 0], q[name][:, :, 1] = q[name][:, :, 0].abs() / 20, -q[name][:, :, 1].abs() / 20
     check(call, operator, isa, "int8", queries)
+
+
+@by_isa
+@by_operator
+@pytest.mark.parametrize("t", [30, 131])
+def test_factors_below_zero(isa, operator, t):
+    """Quantising never gives them; they are numbers like any others."""
+    call = make_call(Case(b=1, s=2, t=t, h=3, n=9, r=70, p=6, v=7), "int8", Options())
+    for latents in (call.cache["latent_scale"], call.latents):
+        latents[:, ::3] *= -1
+    check(call, operator, isa, "int8")
+
+
+@by_isa
+@by_operator
+@by_cache
+def test_negative_scales(isa, operator, cache):
+    call = make_call(Case(b=1, s=2, t=131, h=3), cache, Options())
+    call.scales[operator] *= -1
+    check(call, operator, isa, cache)
+
+
+def exponentials(isa, x):
+    """2^x as the kernels compute it, x [h] from -126 to -25: what a key of that score weighs beside a key of
+    score 0. Their sum is 1 to the last bit."""
+    to_powers_of_two = 0.6931472  # times log2(e) it is 1 in fp32
+    keys = torch.tensor([[[0.0], [1.0]]])
+    length = torch.tensor([2], dtype=torch.int32)
+    queries = torch.zeros(1, 1, len(x), 1), x.view(1, 1, -1, 1)
+    out, lse = native.decode(*queries, keys, keys, length, scale=to_powers_of_two, isa=isa)
+    assert (lse == 0).all()
+    return out.flatten()
+
+
+@by_isa
+def test_powers_of_two_are_exact(isa):
+    x = torch.arange(-126.0, -24.0)
+    assert torch.equal(exponentials(isa, x), torch.exp2(x.double()).float())
+
+
+@by_isa
+def test_exponentials_within_two_units_of_the_last_place(isa):
+    x = torch.linspace(-27, -25, 30_001)
+    got, want = exponentials(isa, x).double(), torch.exp2(x.double())
+    unit = torch.exp2(want.log2().floor() - 23)
+    # Without fused products the machine rounds twice as often.
+    assert ((got - want).abs() / unit).max() < (2.1 if isa == "generic" else 2.0)
+    assert (got.diff() >= 0).all()
+
+
+@by_isa
+@by_operator
+@by_cache
+def test_one_key_is_its_own_average(isa, operator, cache):
+    """To the last bit: its probability is 1."""
+    call = make_call(Case(b=2, s=1, t=1, h=3), cache, Options())
+    call.scales[operator] = 0.0
+    out, lse = call.run(operator, isa)
+    assert (lse == 0).all()
+    if operator == "decode":
+        assert torch.equal(out, call.latents[:, :, None].float().expand_as(out))
+
+
+@by_isa
+@by_cache
+@pytest.mark.parametrize("t", [5, 130])
+@pytest.mark.parametrize("n", [0, 4])
+def test_latents_of_no_width(isa, cache, t, n):
+    """Scores of the rotary part alone; no address stands for the latent, and that hides no key."""
+    case = Case(b=2, s=2, t=t, h=3, p=8)
+    call = make_call(case, cache, Options(causal=False))
+    shared = call.arguments("decode") | {"c_kv": call.cache["c_kv"][..., :0].clone(), "isa": isa}
+    q_rope = shared.pop("q_rope")
+    shared.pop("q_latent")
+    scores = torch.einsum("bshp,btp->bsht", q_rope.double(), call.ropes) * shared["scale"]
+    out, lse = native.decode(q_rope[..., :0], q_rope, **shared)
+    assert out.shape == (2, 2, 3, 0)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=2e-2, rtol=0)
+    weights = torch.zeros(3, n, 0), torch.zeros(3, 5, 0)
+    out, lse = native.prefill(torch.ones(2, 2, 3, n), q_rope, w_uk=weights[0], w_uv=weights[1], **shared)
+    assert torch.equal(out, torch.zeros(2, 2, 3, 5))
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=2e-2, rtol=0)
 
 
 @by_isa

@@ -89,16 +89,23 @@ def flash_mla_with_kvcache(
     """
     _expect("q [b, s, h, d]", q, (None, None, None, None), _FLOATS)
     b, s, h, d = q.shape
-    scale = d**-0.5 if softmax_scale is None else softmax_scale
     sparse = indices is not None
     _check_cache("k_cache", k_cache, q, head_dim_v, is_fp8_kvcache, one_head=sparse)
+    scale = d**-0.5 if softmax_scale is None else softmax_scale
+    native.check_scale(scale, "softmax_scale")
     sinks = _sinks(attn_sink, h)
-    extra = (extra_k_cache, extra_indices_in_kvcache, extra_topk_length)
+    extra = {
+        "extra_k_cache": extra_k_cache,
+        "extra_indices_in_kvcache": extra_indices_in_kvcache,
+        "extra_topk_length": extra_topk_length,
+    }
     if indices is None:
-        if topk_length is not None or any(x is not None for x in extra):
-            raise ValueError("topk_length and extra_...: expected None without indices, got a tensor")
+        surplus = _given({"topk_length": topk_length} | extra)
+        if surplus:
+            raise ValueError(f"{surplus}: expected None without indices (dense attention), got a tensor")
         if block_table is None or cache_seqlens is None:
-            raise ValueError("block_table and cache_seqlens: expected both without indices, got None")
+            missing = "block_table" if block_table is None else "cache_seqlens"
+            raise ValueError(f"{missing}: expected a tensor without indices (dense attention), got None")
         pool, table, lengths = _pages(k_cache, block_table, cache_seqlens, q, is_fp8_kvcache)
         group = h // k_cache.shape[2]  # the query heads of one key head; MLA has one key head
         parts = []
@@ -121,8 +128,9 @@ def flash_mla_with_kvcache(
         more, places = _tokens("extra_indices_in_kvcache", *chosen, q, is_fp8_kvcache, gather=True)
         table = torch.cat([table, torch.where(places < 0, -1, places + len(pool))], dim=1)
         pool = torch.cat([pool, more])
-    elif any(x is not None for x in extra):
-        raise ValueError("extra_...: expected extra_k_cache with extra_indices_in_kvcache, got one of them")
+    elif _given(extra):
+        wanted = "expected extra_k_cache and extra_indices_in_kvcache together"
+        raise ValueError(f"{_given(extra)}: {wanted}, got nothing else")
     out, lse = _attend(q.reshape(b * s, 1, h, d), pool, table, _ends(table), head_dim_v, scale, sinks)
     return out.view(b, s, h, head_dim_v), _lse(lse).view(b, s, h).transpose(1, 2).contiguous()
 
@@ -158,6 +166,7 @@ def flash_mla_sparse_fwd(
     """
     _expect("q [s, h, d]", q, (None, None, None), _FLOATS)
     _expect("kv [t, 1, d]", kv, (None, None, q.shape[2]), (q.dtype,))
+    native.check_scale(sm_scale, "sm_scale")
     # Every query is a sequence and every token a page.
     queries, cache = q[:, None], kv[:, None]
     _check_cache("kv", cache, queries, d_v, False, one_head=True)
@@ -183,6 +192,10 @@ def _expect(name: str, x: Tensor, shape: tuple[int | None, ...], dtypes: tuple[t
         raise ValueError(f"{name}: expected a CPU tensor, got one on {x.device}")
 
 
+def _given(arguments: dict[str, Tensor | None]) -> str:
+    return " and ".join(name for name, x in arguments.items() if x is not None)
+
+
 def _check_range(name: str, x: Tensor, most: int) -> None:
     inside = x.clamp(0, most)
     if not torch.equal(inside, x):
@@ -196,7 +209,8 @@ def _check_cache(name: str, k_cache: Tensor, q: Tensor, r: int, fp8: bool, *, on
     width, dtypes = (_FP8_WIDTHS[d], _BYTES) if fp8 else (d, (q.dtype,))
     _expect(f"{name} [pages, page size, h_k, width]", k_cache, (None, None, None, width), dtypes)
     if r != 512 if fp8 else not 0 < r <= d:
-        raise ValueError(f"head_dim_v: expected {512 if fp8 else f'1 to {d}'}, got {r}")
+        argument = "d_v" if name == "kv" else "head_dim_v"
+        raise ValueError(f"{argument}: expected {512 if fp8 else f'1 to {d}'}, got {r}")
     h_k = k_cache.shape[2]
     if (one_head or fp8) and h_k != 1:
         raise NotImplementedError(f"{name}: sparse and fp8 attention have one key head, got {h_k}")

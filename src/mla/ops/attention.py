@@ -102,11 +102,11 @@ def prefill(
         k_rope: [b, t, p] the rotated key that all heads share.
         w_uk: [h, n, r] up-projection of keys.
         w_uv: [h, v, r] up-projection of values.
-        scale: factor on the scores; ``MLAConfig.softmax_scale`` knows it.
+        scale: factor on the scores, finite; ``MLAConfig.softmax_scale`` knows it.
         causal: the s queries are the last s of the t keys, and each sees no key after itself.
         mask: broadcastable to [b, h, s, t]; bool (True attends) or floating (added to the scaled scores).
         sinks: [h] one more logit per head in the softmax, without a value.
-        latent_scale: [b, t] fp32, the factors of int8 latents (``ops.latent``).
+        latent_scale: [b, t] fp32, the factors of int8 latents (``ops.latent``), beside them only.
         dropout: probability with which an attention weight is dropped (training).
         plan: from :func:`make_plan`; made here when None.
 
@@ -115,8 +115,10 @@ def prefill(
         the scaled, masked scores without the sink. A query that sees no key gives out = 0, lse = -inf.
 
     Raises:
-        ValueError: shapes that do not fit together: which tensor, what was expected, what came.
+        ValueError: shapes, dtypes or devices that do not fit together: which tensor, what was expected, what
+            came.
     """
+    native.check_scale(scale)
     _check(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, mask, sinks, latent_scale)
     if plan is None:
         plan = plan_for(q_nope, c_kv, k_rope, w_uv, causal=causal)
@@ -170,13 +172,15 @@ def decode(
         Others and results: as for :func:`prefill`.
 
     Raises:
-        ValueError: shapes that do not fit together, or a length outside 0..t.
+        ValueError: as for :func:`prefill`, or a length outside 0..t.
     """
+    native.check_scale(scale)
     _check(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, mask, sinks, latent_scale)
     b, t = c_kv.shape[:2]
-    sizes = [int(length) for length in lengths]
-    if len(sizes) != b or any(not 0 <= size <= t for size in sizes):
-        raise ValueError(f"lengths: expected {b} numbers from 0 to {t}, got {sizes}")
+    given = lengths.flatten().tolist() if isinstance(lengths, Tensor) else list(lengths)
+    if len(given) != b or any(not 0 <= length <= t or length != int(length) for length in given):
+        raise ValueError(f"lengths: expected {b} whole numbers from 0 to {t}, got {given}")
+    sizes = [int(length) for length in given]
     # A mask with a row per query counts them from the end of each sequence: it stays with its sequence.
     if _kernels_take(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, sinks, 0.0) and (
         mask is None or (mask.dtype == torch.bool and mask.shape[1:3] == (1, 1))
@@ -346,28 +350,39 @@ def _check(
 ) -> None:
     if q_nope.ndim != 4:
         raise ValueError(f"q_nope: expected 4 dimensions [b, s, h, n], got shape {tuple(q_nope.shape)}")
-    if c_kv.ndim != 3:
-        raise ValueError(f"c_kv: expected 3 dimensions [b, t, r], got shape {tuple(c_kv.shape)}")
+    for name, tensor, sizes in (
+        ("c_kv", c_kv, "[b, t, r]"),
+        ("k_rope", k_rope, "[b, t, p]"),
+        ("w_uv", w_uv, "[h, v, r]"),
+    ):
+        if tensor.ndim != 3:
+            raise ValueError(f"{name}: expected 3 dimensions {sizes}, got shape {tuple(tensor.shape)}")
     b, s, h, n = q_nope.shape
     t, r = c_kv.shape[1:]
-    p, v = k_rope.shape[-1], w_uv.shape[1] if w_uv.ndim == 3 else -1
+    p, v = k_rope.shape[2], w_uv.shape[1]
     expected = {
+        "q_nope [b, s, h, n]": (q_nope, (b, s, h, n)),
         "q_rope [b, s, h, p]": (q_rope, (b, s, h, p)),
         "c_kv [b, t, r]": (c_kv, (b, t, r)),
         "k_rope [b, t, p]": (k_rope, (b, t, p)),
         "w_uk [h, n, r]": (w_uk, (h, n, r)),
         "w_uv [h, v, r]": (w_uv, (h, v, r)),
     }
+    if (c_kv.dtype == torch.int8) != (latent_scale is not None):
+        wanted, came = ("a tensor", "None") if latent_scale is None else ("None", "a tensor")
+        raise ValueError(f"latent_scale: expected {wanted} beside {c_kv.dtype} latents, got {came}")
+    if latent_scale is not None:
+        expected["latent_scale [b, t]"] = (latent_scale, (b, t))
+    if sinks is not None:
+        expected["sinks [h]"] = (sinks, (h,))
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-    if (c_kv.dtype == torch.int8) != (latent_scale is not None):
-        raise ValueError(f"latent_scale: expected with int8 latents and only then, got c_kv of {c_kv.dtype}")
-    if latent_scale is not None and tuple(latent_scale.shape) != (b, t):
-        raise ValueError(f"latent_scale [b, t]: expected shape {(b, t)}, got {tuple(latent_scale.shape)}")
-    if sinks is not None and tuple(sinks.shape) != (h,):
-        raise ValueError(f"sinks [h]: expected shape {(h,)}, got {tuple(sinks.shape)}")
+        if not tensor.is_floating_point() and (tensor is not c_kv or latent_scale is None):
+            raise ValueError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        _check_device(name, tensor, q_nope)
     if mask is not None:
+        _check_device("mask", mask, q_nope)
         fits = mask.ndim == 4 and all(
             have in (1, want) for have, want in zip(mask.shape, (b, h, s, t), strict=True)
         )
@@ -378,3 +393,8 @@ def _check(
             )
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise ValueError(f"mask: expected bool or a floating dtype, got {mask.dtype}")
+
+
+def _check_device(name: str, x: Tensor, q_nope: Tensor) -> None:
+    if x.device != q_nope.device:
+        raise ValueError(f"{name}: expected a tensor on {q_nope.device}, as q_nope, got one on {x.device}")

@@ -6,11 +6,14 @@ without a compiler. Shapes are in the alphabet of ``mla.ops.reference``.
 """
 
 import logging
+import math
 import os
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mla.errors import MLAError
 
 try:
     from mla import _kernels as _built
@@ -45,6 +48,12 @@ def rope_dtype(latents: torch.dtype) -> torch.dtype:
     return torch.float32 if latents == torch.float32 else torch.bfloat16
 
 
+def check_scale(scale: float, name: str = "scale") -> None:
+    """Refuse a factor that makes every score NaN. A negative one is a number like any other."""
+    if not abs(scale) < math.inf:  # math.isfinite would break the graph of torch.compile
+        raise ValueError(f"{name}: expected a finite number, got {scale}")
+
+
 def has_rows(x: Tensor) -> bool:
     """Whether the numbers of the last dimension lie side by side, as the kernels read them."""
     return x.shape[-1] <= 1 or x.stride(-1) == 1
@@ -75,9 +84,10 @@ def decode(
         k_rope: [b, t, p] (or in pages) the rotary key: fp32 beside fp32 latents, else bf16.
         lengths: [b] int32, the keys of each sequence, from 0 to t (or to what the table's pages hold). Rows
             from there on are never read. The s queries are the last s of them.
-        scale: factor on the scores.
+        scale: factor on the scores, finite.
         causal: no query sees a key after itself.
-        latent_scale: [b, t] (or in pages) fp32, the factor of each token's int8 latent.
+        latent_scale: [b, t] (or in pages) fp32, the factor of each token's int8 latent. It is data and not
+            checked: NaN gives NaN to the queries that see it.
         page_table: [b, pages per sequence] int32. Entries beyond a length are never read; -1 stands for keys
             that do not exist. With pages of one token the table is a list of tokens: sparse attention.
         key_mask: [b, t] bool, True where a key may be seen.
@@ -164,9 +174,7 @@ def ceiling(isa: str, rounds: int) -> float:
     Returns the operations done, two per multiply-add: divided by the time taken they are the bound of the
     kernels on this machine.
     """
-    if _kernels is None:
-        raise ValueError("the package was built without kernels")
-    done: float = _kernels.ceiling(isa, rounds)
+    done: float = _kernels.ceiling(_choose(isa), rounds)
     return done
 
 
@@ -185,7 +193,8 @@ def _decode(
     isa: str | None,
 ) -> tuple[Tensor, Tensor]:
     isa = _choose(isa)
-    _check_queries(q_latent, q_rope, c_kv, "q_latent [b, s, h, r]", c_kv.shape[-1])
+    check_scale(scale)
+    _check_queries(q_latent, q_rope, c_kv, "q_latent [b, s, h, r]", absorbed=True)
     _check_cache(q_latent, c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks)
     _expect("q_rope [b, s, h, p]", q_rope, (*q_latent.shape[:3], k_rope.shape[-1]))
     q_latent, q_rope = _rows(q_latent), _rows(q_rope)
@@ -217,7 +226,8 @@ def _prefill(
     isa: str | None,
 ) -> tuple[Tensor, Tensor]:
     isa = _choose(isa)
-    _check_queries(q_nope, q_rope, c_kv, "q_nope [b, s, h, n]", None)
+    check_scale(scale)
+    _check_queries(q_nope, q_rope, c_kv, "q_nope [b, s, h, n]", absorbed=False)
     _check_cache(q_nope, c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks)
     b, s, h, n = q_nope.shape
     r, p = c_kv.shape[-1], k_rope.shape[-1]
@@ -243,19 +253,23 @@ def _choose(isa: str | None) -> str:
     if isa is None:
         isa = _BEST
     if isa not in _AVAILABLE:
-        have = ", ".join(_AVAILABLE) or "none: the package was built without a C++ compiler"
-        raise ValueError(f"isa: expected an instruction set of this machine ({have}), got {isa}")
+        raise ValueError(f"isa: {_expected(_AVAILABLE)}, got {isa}")
     return isa
 
 
-def _check_queries(q: Tensor, q_rope: Tensor, c_kv: Tensor, name: str, width: int | None) -> None:
-    if q.ndim != 4 or (width is not None and q.shape[3] != width):
-        wanted = "4 dimensions" if width is None else f"4 dimensions, the last of {width}"
+def _expected(available: tuple[str, ...]) -> str:
+    have = ", ".join(available) or "none: mla was installed without its C++ kernels"
+    return f"expected an instruction set of this machine ({have})"
+
+
+def _check_queries(q: Tensor, q_rope: Tensor, c_kv: Tensor, name: str, *, absorbed: bool) -> None:
+    if c_kv.ndim != 3:
+        raise ValueError(f"c_kv: expected [b, t, r] or [pages, page size, r], got {tuple(c_kv.shape)}")
+    if q.ndim != 4 or (absorbed and q.shape[3] != c_kv.shape[2]):
+        wanted = f"4 dimensions, the last of {c_kv.shape[2]}" if absorbed else "4 dimensions"
         raise ValueError(f"{name}: expected {wanted}, got shape {tuple(q.shape)}")
     if q.dtype not in QUERY_DTYPES or q_rope.dtype != q.dtype:
         raise ValueError(f"queries: expected both fp32 or both bf16, got {q.dtype} and {q_rope.dtype}")
-    if c_kv.ndim != 3:
-        raise ValueError(f"c_kv: expected [b, t, r] or [pages, page size, r], got {tuple(c_kv.shape)}")
 
 
 def _check_cache(
@@ -280,12 +294,15 @@ def _check_cache(
         raise ValueError(
             f"page_table: expected int32 [{b}, pages], got {page_table.dtype} {tuple(page_table.shape)}"
         )
-    _expect("k_rope", k_rope, (*c_kv.shape[:2], k_rope.shape[-1]))
+    if k_rope.ndim != 3:
+        raise ValueError(f"k_rope: expected 3 dimensions, as c_kv, got shape {tuple(k_rope.shape)}")
+    _expect("k_rope", k_rope, (*c_kv.shape[:2], k_rope.shape[2]))
     for name, tensor in (("c_kv", c_kv), ("k_rope", k_rope)):
         if not has_rows(tensor):
             raise ValueError(f"{name}: expected a contiguous last dimension, got strides {tensor.stride()}")
     if (c_kv.dtype == torch.int8) != (latent_scale is not None):
-        raise ValueError("latent_scale: expected with int8 latents, and only with them")
+        wanted, came = ("a tensor", "None") if latent_scale is None else ("None", "a tensor")
+        raise ValueError(f"latent_scale: expected {wanted} beside {c_kv.dtype} latents, got {came}")
     if latent_scale is not None:
         _expect("latent_scale", latent_scale, tuple(c_kv.shape[:2]), torch.float32)
     _expect("lengths [b]", lengths, (b,), torch.int32)
@@ -321,10 +338,10 @@ def _arguments(
     """Cache and sizes in the form of csrc/binding.cpp; the tensors must outlive the call."""
     for name, tensor in (("page_table", page_table), ("key_mask", key_mask)):
         if tensor is not None and not has_rows(tensor):
-            raise ValueError(f"{name}: expected contiguous rows")
+            raise ValueError(f"{name}: expected contiguous rows, got strides {tensor.stride()}")
     for name, tensor in (("lengths", lengths), ("sinks", sinks)):
         if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous tensor")
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     cache = (
         _pages(c_kv),
         _pages(k_rope),
@@ -430,10 +447,13 @@ def _prefill_shapes(
 def _find_best(available: tuple[str, ...]) -> str | None:
     wanted = os.environ.get("MLA_ISA")
     if wanted and wanted not in available:
-        have = ", ".join(available) or "none"
-        raise ValueError(f"MLA_ISA: expected an instruction set of this machine ({have}), got {wanted}")
+        remedy = "name one of them or unset the variable" if available else "unset the variable"
+        raise MLAError(f"environment variable MLA_ISA: {_expected(available)}, got {wanted}; {remedy}")
     if not available:
-        _log.warning("mla was installed without its C++ kernels: attention runs on torch alone")
+        _log.warning(
+            "mla was installed without its C++ kernels: attention runs on torch alone; "
+            "for the kernels install a C++ compiler and Python's headers, then mla again"
+        )
     return wanted or next(iter(available), None)
 
 
