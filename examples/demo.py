@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 OUT = Path(".demo") / "smollm2-135m-mla"
-# Two thirds of the default calibration, so that the whole demonstration stays under five minutes.
-QUICK = ("--windows", "16", "--overwrite")
+# A quarter of the default calibration, so that the whole demonstration stays under five minutes.
+QUICK = ("--windows", "12", "--overwrite")
 PROMPT = "Explain in three sentences why the sky is blue."
 WINDOW, WINDOWS, DECODED = 1024, 4, 16
 

@@ -30,14 +30,24 @@ def test_convert_json_and_rank(mla, llama_folder, tmp_path):
     run = mla("convert", llama_folder, tmp_path / "out", "--rank", 12, "--rope", 4, *SMALL, "--json")
     report = json.loads(run.out)
     assert (report["dims"]["rank"], report["dims"]["rope"]) == (12, 4)
-    assert report["calibration_tokens"] == 64
+    assert report["calibration"] == {"text": "self", "windows": 2, "window": 32, "seed": 0}
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_convert_on_text_of_ones_own(mla, llama_folder, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 10)
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 100)
     run = mla("convert", llama_folder, tmp_path / "out", "--calibration", text, *SMALL, "--json")
-    assert json.loads(run.out)["calibration"] == str(text)
+    assert json.loads(run.out)["calibration"]["text"] == str(text)
+
+
+def test_convert_heals(mla, llama_folder, tmp_path):
+    run = mla("convert", llama_folder, tmp_path / "out", *SMALL, "--rank", 6, "--heal", 0.05, "--json")
+    heal = json.loads(run.out)["heal"]
+    assert heal["kl_after"] <= heal["kl_before"]
+    assert heal["minutes"] == 0.05
+    assert DeepseekV3ForCausalLM.from_pretrained(tmp_path / "out").config.kv_lora_rank == 6
 
 
 def test_convert_writes_bfloat16(mla, llama_folder, tmp_path):
@@ -54,10 +64,15 @@ def test_convert_writes_bfloat16(mla, llama_folder, tmp_path):
         (("--cache", 1.5), "cache is a fraction"),
         (("--rope", 3), "rope must be even"),
         (("--calibration", "none.txt"), "none.txt: no such text file"),
-        (("--windows", 10**6), "text"),
+        (("--calibration", "{short}"), "calibration text is too short"),
+        (("--windows", 0), "at least 1 window"),
+        (("--heal", -1), "heal takes minutes, 0 or more, got -1"),
     ],
 )
-def test_mistakes_leave_nothing(mla, llama_folder, tmp_path, options, message):
+def test_mistakes_leave_nothing(mla, llama_folder, tmp_path, tmp_path_factory, options, message):
+    short = tmp_path_factory.mktemp("text") / "short.txt"
+    short.write_text("Too short.")
+    options = [str(option).format(short=short) for option in options]
     run = mla("convert", llama_folder, tmp_path / "out", *SMALL, *options)
     assert run.status == 2
     assert message in run.err
@@ -86,7 +101,7 @@ def test_killed_at_any_moment(llama_folder, tmp_path):
     subprocess.run([*command, str(tmp_path / "whole"), *options], check=True, env=environment)
     duration = time.monotonic() - started
     for share in (0.6, 0.8, 0.9, 0.95):
-        out = tmp_path / "out"
+        out = tmp_path / "out"  # what an earlier kill has finished is found again
         process = subprocess.Popen([*command, str(out), *options], env=environment, stderr=subprocess.DEVNULL)
         time.sleep(duration * share)
         process.send_signal(signal.SIGKILL)

@@ -31,7 +31,7 @@ def student(original: torch.nn.Module) -> DeepseekV3ForCausalLM:
 
 @pytest.fixture(scope="module")
 def folder(student: DeepseekV3ForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(student, None, tmp_path_factory.mktemp("out") / "student", report={"seed": 0})
+    return save(student, None, tmp_path_factory.mktemp("out") / "student", report={"source": "tiny"})
 
 
 def test_config_is_stock_and_dense(folder: Path) -> None:
@@ -146,7 +146,7 @@ def test_the_scale_is_folded_into_the_query(student: DeepseekV3ForCausalLM) -> N
 
 
 def test_bf16_round_trip(student: DeepseekV3ForCausalLM, original: torch.nn.Module, tmp_path: Path) -> None:
-    save(student, None, tmp_path / "half", report={}, dtype=torch.bfloat16)
+    save(student, None, tmp_path / "half", report={"source": "tiny"}, dtype=torch.bfloat16)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
     assert loaded.dtype == torch.bfloat16
     ids = tokens(2, 96)
@@ -159,7 +159,7 @@ def test_generation_config_is_carried_over(original: torch.nn.Module, tmp_path: 
     original.generation_config.temperature = 0.7
     original.generation_config.do_sample = True
     student = convert(original, cache=0.5, calibration=tokens(1, 16))
-    save(student, None, tmp_path / "out", report={})
+    save(student, None, tmp_path / "out", report={"source": "tiny"})
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.generation_config.temperature == 0.7
     assert loaded.generation_config.eos_token_id == original.generation_config.eos_token_id

@@ -38,7 +38,7 @@ def test_one_key_value_head_with_all_of_rope_is_exact(
     with torch.no_grad():
         expected = original(ids).logits
         torch.testing.assert_close(student(ids).logits, expected, atol=1e-4, rtol=1e-4)
-        folder = save(student, None, tmp_path / "student", report={})
+        folder = save(student, None, tmp_path / "student", report={"source": "tiny"})
         loaded = AutoModelForCausalLM.from_pretrained(folder)
         assert isinstance(loaded, DeepseekV3ForCausalLM)
         torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-4, rtol=1e-4)
@@ -110,7 +110,7 @@ def test_progress_and_determinism() -> None:
     seen: list[tuple[str, int, int]] = []
     original = teacher()
     first = convert(original, cache=0.5, calibration=tokens(2, 24), on_progress=lambda *a: seen.append(a))
-    assert seen == [("convert", 1, 2), ("convert", 2, 2)]
+    assert seen == [("converting", 1, 2), ("converting", 2, 2)]
     second = convert(original, cache=0.5, calibration=tokens(2, 24))
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name

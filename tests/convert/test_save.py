@@ -13,10 +13,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 
+import mla
 from mla.convert import convert, save, saving
 from mla.errors import MLAError
 
 from .tiny import VOCABULARY, teacher, tokens
+
+FACTS = {"source": "tiny"}
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +37,14 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def test_everything_is_in_the_folder(student: DeepseekV3ForCausalLM, tmp_path: Path) -> None:
-    out = save(student, _tokenizer(), tmp_path / "deep" / "out", report={"seed": 3, "calibration": "test"})
-    facts = json.loads((out / "convert.json").read_text())
+    out = save(student, _tokenizer(), tmp_path / "deep" / "out", report={**FACTS, "seed": 3})
+    facts = json.loads((out / "report.json").read_text())
     assert facts["seed"] == 3
     assert facts["dims"]["rank"] == student.config.kv_lora_rank
     assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["mla"] == mla.__version__
     assert "float16" in (out / "README.md").read_text()
+    assert "tiny" in (out / "report.html").read_text()
     assert AutoTokenizer.from_pretrained(out).chat_template == _tokenizer().chat_template
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert len({path.stat().st_mode for path in out.iterdir()}) == 1, "one file is more private than the rest"
@@ -47,25 +52,25 @@ def test_everything_is_in_the_folder(student: DeepseekV3ForCausalLM, tmp_path: P
 
 def test_fp16_is_refused_with_the_reason(student: DeepseekV3ForCausalLM, tmp_path: Path) -> None:
     with pytest.raises(MLAError, match=r"2\^-30.*bfloat16"):
-        save(student, None, tmp_path / "out", report={}, dtype=torch.float16)
+        save(student, None, tmp_path / "out", report=FACTS, dtype=torch.float16)
     with pytest.raises(MLAError, match="float64"):
-        save(student, None, tmp_path / "out", report={}, dtype=torch.float64)
+        save(student, None, tmp_path / "out", report=FACTS, dtype=torch.float64)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_full_folder_is_refused_unless_asked(student: DeepseekV3ForCausalLM, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    save(student, None, out, report={})  # an empty folder is fine
+    save(student, None, out, report=FACTS)  # an empty folder is fine
     with pytest.raises(MLAError, match="not empty"):
-        save(student, None, out, report={})
+        save(student, None, out, report=FACTS)
     (out / "old").write_text("old")
-    save(student, None, out, report={}, overwrite=True)
+    save(student, None, out, report=FACTS, overwrite=True)
     assert not (out / "old").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     (tmp_path / "file").write_text("")
     with pytest.raises(MLAError, match="not a folder"):
-        save(student, None, tmp_path / "file", report={}, overwrite=True)
+        save(student, None, tmp_path / "file", report=FACTS, overwrite=True)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
@@ -79,21 +84,21 @@ def test_an_exception_leaves_nothing(
         raise error
 
     keep = tmp_path / "keep"
-    save(student, None, keep, report={"seed": 1})
-    monkeypatch.setattr(saving, "_card", fail)
+    save(student, None, keep, report={**FACTS, "seed": 1})
+    monkeypatch.setattr(saving, "_flush", fail)
     with pytest.raises(error):
-        save(student, None, tmp_path / "out", report={})
+        save(student, None, tmp_path / "out", report=FACTS)
     with pytest.raises(error):
-        save(student, None, keep, report={"seed": 2}, overwrite=True)
+        save(student, None, keep, report={**FACTS, "seed": 2}, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["keep"]
-    assert json.loads((keep / "convert.json").read_text())["seed"] == 1
+    assert json.loads((keep / "report.json").read_text())["seed"] == 1
 
 
 def test_a_failed_rename_brings_the_old_folder_back(
     student: DeepseekV3ForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    save(student, None, out, report={"seed": 1})
+    save(student, None, out, report={**FACTS, "seed": 1})
     rename = os.rename
 
     def fail(source: Path, target: Path) -> None:
@@ -103,14 +108,14 @@ def test_a_failed_rename_brings_the_old_folder_back(
 
     monkeypatch.setattr(saving.os, "rename", fail)
     with pytest.raises(OSError, match="disk"):
-        save(student, None, out, report={"seed": 2}, overwrite=True)
+        save(student, None, out, report={**FACTS, "seed": 2}, overwrite=True)
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert json.loads((out / "convert.json").read_text())["seed"] == 1
+    assert json.loads((out / "report.json").read_text())["seed"] == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-@pytest.mark.parametrize("point", ["save_torch_state_dict", "_card", "_flush", "_put_in_place"])
+@pytest.mark.parametrize("point", ["save_torch_state_dict", "_flush", "_put_in_place"])
 def test_a_killed_process_leaves_nothing_that_looks_whole(
     student: DeepseekV3ForCausalLM, point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,7 +130,7 @@ def test_a_killed_process_leaves_nothing_that_looks_whole(
     child = os.fork()
     if child == 0:
         try:
-            save(student, None, out, report={})
+            save(student, None, out, report=FACTS)
         finally:
             os._exit(1)
     assert os.read(reader, 4) == b"here"

@@ -18,8 +18,9 @@ from mla.convert.rope_split import (
     split_rope,
 )
 from mla.convert.statistics import AttentionWeights, collect, rotate, to_complex
-from mla.convert.text import calibration_text, tokenize_windows
+from mla.convert.text import tokenize_windows, write_windows
 from mla.errors import MLAError
+from tests.convert.tiny import teacher
 
 
 def _weights(groups: int = 2) -> AttentionWeights:
@@ -154,18 +155,6 @@ def test_enough_rank_is_exact() -> None:
     assert found.error < 1e-20 * found.energy
 
 
-def test_the_calibration_text_is_long_english() -> None:
-    text = calibration_text()
-    assert len(text) > 400_000
-    words = text.split()
-    assert sum(word in {"the", "of", "to", "a", "is"} for word in words) > 0.1 * len(words)
-
-
-def test_the_calibration_text_is_repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mla.convert.text._ENOUGH_CHARACTERS", 20_000)
-    assert calibration_text() == calibration_text()
-
-
 class _Letters:
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) for letter in text]}
@@ -183,3 +172,53 @@ def test_windows_are_spread_and_seeded() -> None:
         tokenize_windows("short", _Letters(), 2, 10)
     with pytest.raises(MLAError, match="at least 1 window"):
         tokenize_windows(text, _Letters(), 0, 10)
+
+
+class _Talker:
+    """A tokenizer of letters with a chat template."""
+
+    bos_token_id = 1
+    eos_token_id = 2
+    chat_template = "yes"
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) % 90 + 3 for letter in text]}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool) -> str:
+        assert not tokenize
+        return "<user>" + messages[0]["content"] + "</user>"
+
+
+def test_a_model_writes_its_own_windows() -> None:
+    model = teacher()
+    windows = write_windows(model, _Talker(), 37, 20, seed=3)
+    assert windows.shape == (37, 20)
+    assert windows.dtype == torch.int64
+    # Half of them begin as a document, half with the user's turn; what follows is drawn, not given.
+    turn = torch.tensor(_Talker()("<user>")["input_ids"])
+    asked = (windows[:, : len(turn)] == turn).all(1)
+    assert int(asked.sum()) == 18
+    assert bool((windows[~asked, 0] == 1).all())
+    assert len({tuple(row.tolist()) for row in windows}) == 37
+    assert torch.equal(windows, write_windows(model, _Talker(), 37, 20, seed=3))
+    assert not torch.equal(windows, write_windows(model, _Talker(), 37, 20, seed=4))
+
+
+def test_the_written_text_follows_the_model() -> None:
+    """Cached decoding draws from the very distribution of the full forward pass."""
+    model = teacher()
+    windows = write_windows(model, _Talker(), 400, 3)
+    started = windows[windows[:, 0] == 1]
+    with torch.no_grad():
+        chance = model(started[:1, :1]).logits[0, 0].softmax(-1)
+    seen = torch.bincount(started[:, 1], minlength=len(chance)) / len(started)
+    assert float((seen - chance).abs().sum()) < 0.7  # 200 draws; a uniform draw is 1.4 away
+    uniform = torch.full_like(chance, 1 / len(chance))
+    assert float((seen - chance).abs().sum()) < float((seen - uniform).abs().sum())
+
+
+def test_a_tokenizer_without_a_start_starts_anywhere() -> None:
+    silent = _Talker()
+    silent.bos_token_id = silent.eos_token_id = silent.chat_template = None  # type: ignore[assignment]
+    windows = write_windows(teacher(), silent, 40, 3)
+    assert len(set(windows[:, 0].tolist())) > 20

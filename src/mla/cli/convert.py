@@ -1,7 +1,5 @@
 """``mla convert``: an MHA, GQA or MQA model becomes an MLA checkpoint that stock software loads."""
 
-import json
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -14,19 +12,23 @@ def convert(
     model: console.Model,
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist, or --overwrite.")],
     cache: Annotated[
-        float | None, typer.Option(help="Cache of the result as a share of the original's, such as 0.5.")
+        float | None,
+        typer.Option(help="Cache of the result as a share of the original's, such as 0.5 (the default)."),
     ] = None,
     rank: Annotated[
         int | None, typer.Option(help="Latent rank r: instead of --cache, or beside --rope.")
     ] = None,
     rope: Annotated[int | None, typer.Option(help="Width p of the shared rotary key, even.")] = None,
     calibration: Annotated[
-        str | None,
-        typer.Option(help="A UTF-8 text to calibrate on; by default English that ships with Python."),
-    ] = None,
-    windows: Annotated[int, typer.Option(help="Windows of calibration text.")] = 24,
+        str,
+        typer.Option(help="A UTF-8 text like what the model will read, or 'self': the model writes its own."),
+    ] = "self",
+    heal: Annotated[
+        float, typer.Option(help="Minutes of training against the original after the conversion.")
+    ] = 0.0,
+    windows: Annotated[int, typer.Option(help="Windows of calibration text.")] = 48,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
-    seed: Annotated[int, typer.Option(help="Which part of the calibration text is read.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the calibration text and the order of training.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of the written weights: float32 or bfloat16.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: console.Json = False,
@@ -34,45 +36,51 @@ def convert(
     """Convert a Llama-type MODEL (MHA, GQA or MQA) to Multi-head Latent Attention and write it to OUT.
 
     OUT is a DeepseekV3ForCausalLM checkpoint: Transformers and vLLM load it without remote code. It appears
-    when it is whole; an interrupted conversion leaves nothing that looks like a model.
+    when it is whole. A conversion that was interrupted goes on where it was when the same command runs again.
     """
-    content = None if calibration is None else console.read_text(calibration)
-    started = time.monotonic()
     import torch
 
-    from mla.convert import calibration_text, check_convertible, check_output, save, tokenize_windows
-    from mla.convert import convert as to_mla
+    from mla.convert import Request, check_convertible, check_output, run
     from mla.integrations.loading import load_config, load_model, load_tokenizer
 
-    written: torch.dtype = getattr(torch, console.check_dtype(dtype, "float32", "bfloat16", "float16"))
+    console.check_dtype(dtype, "float32", "bfloat16", "float16")
+    if cache is None and rank is None and rope is None:
+        cache = 0.5
+    request = Request(
+        cache=cache,
+        rank=rank,
+        rope=rope,
+        calibration=calibration,
+        windows=windows,
+        window=window,
+        seed=seed,
+        heal=heal,
+        dtype=dtype,
+    )
     with console.quiet_libraries():
-        check_output(out, dtype=written, overwrite=overwrite)
+        # Everything that the configuration alone can refuse comes before the weights are read.
+        check_output(out, dtype=getattr(torch, dtype), overwrite=overwrite)
         check_convertible(load_config(model))
         tokenizer = load_tokenizer(model)
-        ids = tokenize_windows(content or calibration_text(), tokenizer, windows, window, seed=seed)
         teacher = load_model(model, dtype="float32")
         with console.progress("converting") as advance:
-            student = to_mla(
+            facts = run(
+                model,
                 teacher,
-                cache=cache if cache is not None or rank is not None or rope is not None else 0.5,
-                rank=rank,
-                rope=rope,
-                calibration=ids,
+                tokenizer,
+                out,
+                request,
+                overwrite=overwrite,
                 on_progress=lambda label, done, total: advance(done, total, label),
             )
-        config = student.config
-        report = {
-            "source": model,
-            "calibration": calibration or "docstrings of the Python standard library",
-            "calibration_tokens": ids.numel(),
-            "seed": seed,
-            "seconds": round(time.monotonic() - started, 1),
-        }
-        save(student, tokenizer, out, report=report, dtype=written, overwrite=overwrite)
     if as_json:
-        console.print_json(json.loads((out / "convert.json").read_text(encoding="utf-8")))
+        console.print_json(facts)
         return
+    dims, quality = facts["dims"], facts["quality"]
     console.people.print(
-        f"{out}: latent rank {config.kv_lora_rank} + rotary key {config.qk_rope_head_dim} numbers per token "
-        f"and layer, in {report['seconds']} s. Next: mla generate {out} 'Hello'"
+        f"{out}: latent rank {dims['rank']} + rotary key {dims['rope']} numbers per token and layer "
+        f"({dims['cached_numbers_per_token_and_layer']} of {dims['original_numbers_per_token_and_layer']}), "
+        f"in {facts['seconds']:.0f} s. On held-out text: perplexity {quality['teacher_perplexity']:.2f} -> "
+        f"{quality['perplexity']:.2f}, KL {quality['kl']:.3f}. Report: {out / 'report.html'}. "
+        f"Next: mla generate {out} 'Hello'"
     )

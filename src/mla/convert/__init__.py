@@ -2,14 +2,17 @@
 
 from mla.convert.check import check_convertible
 from mla.convert.pipeline import convert
+from mla.convert.run import Request, run
 from mla.convert.saving import check_output, save
-from mla.convert.text import calibration_text, tokenize_windows
+from mla.convert.text import tokenize_windows, write_windows
 
 __all__ = [
-    "calibration_text",
+    "Request",
     "check_convertible",
     "check_output",
     "convert",
+    "run",
     "save",
     "tokenize_windows",
+    "write_windows",
 ]

@@ -31,8 +31,9 @@ def choose_budget(
     The rotary width: three quarters of d at half the cache, shrinking with the square root of the cache down
     to a quarter, and d where one key-value head leaves room for all of it (then the conversion is exact). The
     ladder: θ' = θ^(p/d), which makes the slots the teacher's p/2 fastest frequencies exactly; beyond d the
-    ladder is denser instead. Slow pairs hardly turn within a window and lose little without RoPE
-    (docs/conversion.md has the measurements).
+    ladder is denser instead, below d/2 it stays at √θ, so that few slots still reach the middle frequencies.
+    Slow pairs hardly turn within a window and lose little without RoPE (docs/conversion.md has the
+    measurements).
 
     Args:
         cache: fraction of the original 2·G·d numbers per token and layer, in (0, 1].
@@ -85,7 +86,9 @@ def choose_budget(
         # A latent as wide as what it encodes loses nothing: the rest of the budget goes to the rotation.
         rope = min(2 * head_dim, rope + (rank - most) // 2 * 2)
     return Budget(
-        rank=rank if total is None else min(rank, most), rope=rope, theta=theta ** min(1.0, rope / head_dim)
+        rank=rank if total is None else min(rank, most),
+        rope=rope,
+        theta=theta ** min(1.0, max(0.5, rope / head_dim)),
     )
 
 

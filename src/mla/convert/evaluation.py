@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mla import formats
 from mla.cache import LatentCache
+from mla.convert.checkpoint import stream_scale
 from mla.errors import MLAError
 
 
@@ -106,6 +107,55 @@ def evaluate(
         agreement=None if against is None else agreed / tokens,
         nll_by_position=tuple(float(part.mean()) for part in parts),
     )
+
+
+@torch.no_grad()
+def layer_errors(model: Any, reference: Any, windows: Tensor) -> list[float]:
+    """Relative squared error of every attention block's output, Σ‖y − y'‖² / Σ‖y'‖², front to back.
+
+    Both models run on their own streams, so a block also answers for what the layers before it got wrong. 0
+    is the reference's output exactly, 1 is as far from it as an output of nothing.
+
+    Args:
+        model: from :func:`mla.convert.convert`, also when absorbed. Its stream is the reference's, scaled by
+            :func:`mla.convert.checkpoint.stream_scale`, which is undone here.
+        reference: the model it came from.
+        windows: int64 token ids [w, length], one window at a time.
+
+    Returns:
+        One number per layer.
+
+    Raises:
+        MLAError: token ids or vocabularies that do not fit.
+    """
+    _check_vocabulary(model, reference, windows)
+    stream = stream_scale(reference)
+    apart = torch.zeros(len(reference.model.layers), dtype=torch.float64)
+    energy = torch.zeros_like(apart)
+    for window in windows:
+        theirs, own = _block_outputs(reference, window), _block_outputs(model, window)
+        for layer, (expected, found) in enumerate(zip(theirs, own, strict=True)):
+            apart[layer] += (found.to(expected.device) / stream - expected).double().square().sum().cpu()
+            energy[layer] += expected.double().square().sum().cpu()
+    tiny = torch.finfo(torch.float64).tiny
+    errors: list[float] = (apart / energy.clamp(min=tiny)).tolist()
+    return errors
+
+
+def _block_outputs(model: Any, window: Tensor) -> list[Tensor]:
+    """What every attention block adds to the stream, fp32 [length, d] per layer."""
+    found: list[Tensor] = []
+
+    def keep(_module: object, _inputs: object, output: Tensor) -> None:
+        found.append(output[0].float())
+
+    handles = [layer.self_attn.o_proj.register_forward_hook(keep) for layer in model.model.layers]
+    try:
+        model.model(window[None].to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _log_probs(model: Any, window: Tensor, cache_format: str | None = None) -> Tensor:

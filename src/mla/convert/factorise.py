@@ -78,19 +78,35 @@ def _row_space(targets: Tensor) -> Tensor:
     return span
 
 
+def spectrum(terms: Terms) -> Tensor:
+    """How much of J each direction of the latent can carry, fp64 [m], largest first.
+
+    The eigenvalues of the joint key and value energy under the average covariance, where :func:`factorise`
+    starts: a latent of rank r leaves out about the sum of all but the first r.
+    """
+    seen, _ = _joint_energy(terms)
+    values: Tensor = torch.linalg.eigvalsh(seen).flip(0).clamp(min=0)
+    return values
+
+
 def _start(terms: Terms, rank: int) -> Tensor:
     """Principal directions under the average covariance, rows whitened by it."""
+    seen, whitener = _joint_energy(terms)
+    directions = torch.linalg.eigh(seen).eigenvectors[:, -rank:].flip(1)
+    encoder: Tensor = directions.T @ whitener
+    return encoder
+
+
+def _joint_energy(terms: Terms) -> tuple[Tensor, Tensor]:
+    """Σ_i scale_i · KᵀSK as whitened inputs see it, and what whitens them; both [m, m]."""
     scale = torch.einsum("imm->i", terms.cov)
     common = (terms.cov / scale[:, None, None]).mean(0)
     values, vectors = torch.linalg.eigh(common)
     values = values.clamp(min=values[-1] * 1e-10)
-    root, inverse = values.sqrt(), values.rsqrt()
-    # Σ_i scale_i · Kᵀ S K, seen through the square root of the common covariance.
     load = torch.einsum("i,idm,ide,iek->mk", scale, terms.targets, terms.metric, terms.targets)
+    root = values.sqrt()
     seen = root[:, None] * (vectors.T @ load @ vectors) * root[None, :]
-    directions = torch.linalg.eigh(seen).eigenvectors[:, -rank:].flip(1)
-    encoder: Tensor = (directions.T * inverse) @ vectors.T
-    return encoder
+    return seen, values.rsqrt()[:, None] * vectors.T
 
 
 def _read_out(terms: Terms, encoder: Tensor) -> Tensor:

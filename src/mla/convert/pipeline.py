@@ -1,11 +1,13 @@
-"""The conversion, layer by layer: measure, split the rotation, factorise, store."""
+"""The conversion, layer by layer: measure, split the rotation, factorise, refit, store."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
@@ -21,6 +23,7 @@ from mla.convert.checkpoint import (
     write_layer,
 )
 from mla.convert.factorise import Terms, factorise
+from mla.convert.refit import block_output, read_latents, refit
 from mla.convert.rope_split import (
     RopeSplit,
     balance,
@@ -31,7 +34,7 @@ from mla.convert.rope_split import (
     rotary_queries,
     split_rope,
 )
-from mla.convert.statistics import AttentionWeights, LayerStatistics, collect
+from mla.convert.statistics import AttentionWeights, LayerStatistics, attend, collect
 from mla.errors import MLAError
 
 # Share of the plain covariance in each head's own: attention's weights are heavy-tailed, a few thousand
@@ -46,7 +49,8 @@ def convert(
     cache: float | None = None,
     rank: int | None = None,
     rope: int | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    state: Path | None = None,
+    on_progress: Callable[[str, float, float], None] | None = None,
 ) -> DeepseekV3ForCausalLM:
     """Convert a Llama-type model (MHA, GQA or MQA) to Multi-head Latent Attention, without training.
 
@@ -60,7 +64,9 @@ def convert(
         cache: fraction of the original 2·G·d cached numbers per token and layer; r and p are chosen.
         rank: latent rank r, instead of ``cache``.
         rope: rotary width p (even); with ``rank``, or with ``cache`` (r is what remains).
-        on_progress: called as (stage, done, total) after every layer.
+        state: folder for the factors of finished layers: a call with the same arguments and the same folder
+            takes them as they are and continues. The caller keeps folders of different runs apart.
+        on_progress: called as (stage, layers done, layers in all) after every layer.
 
     Returns:
         A stock fp32 model in eval mode; ``config.kv_lora_rank`` and ``config.qk_rope_head_dim`` say what was
@@ -72,16 +78,8 @@ def convert(
     config = teacher.config
     check_convertible(config)
     _check_calibration(calibration, config.vocab_size)
+    budget = budget_for(config, cache=cache, rank=rank, rope=rope)
     d = head_dim(config)
-    budget = choose_budget(
-        cache=cache,
-        rank=rank,
-        rope=rope,
-        groups=config.num_key_value_heads or config.num_attention_heads,
-        head_dim=d,
-        hidden=config.hidden_size,
-        theta=float(config.rope_parameters["rope_theta"]),
-    )
     layers = config.num_hidden_layers
     student = empty_student(
         teacher,
@@ -89,17 +87,51 @@ def convert(
     )
     stream = stream_scale(teacher)
     with torch.no_grad():
+        # The teacher's residual stream, and the student's in the teacher's scale: it carries what earlier
+        # layers have lost.
         hidden = teacher.get_input_embeddings()(calibration).float()
+        own = hidden.clone()
         for layer in range(layers):
             block = teacher.model.layers[layer]
             weights = attention_weights(teacher, layer)
-            statistics, output = collect(weights, _norm(block.input_layernorm, hidden))
-            write_layer(student, layer, factor_layer(weights, statistics, budget), stream=stream)
+            theirs, mine = _norm(block.input_layernorm, hidden), _norm(block.input_layernorm, own)
+            factors = None if state is None else _stored(state, layer)
+            if factors is None:
+                statistics, output = collect(weights, theirs)
+                found = factor_layer(weights, statistics, budget)
+                factors, own_output = refit(found, weights, theirs, mine, output, theta=budget.theta)
+                if state is not None:
+                    _store(state, layer, factors)
+            else:
+                output = torch.stack([_block(weights, x) for x in theirs])
+                own_output = torch.stack(
+                    [block_output(factors, read_latents(factors, x, budget.theta)) for x in mine]
+                )
+            write_layer(student, layer, factors, stream=stream)
             hidden += output
             hidden += _mlp(block, hidden)
+            own += own_output
+            own += _mlp(block, own)
             if on_progress is not None:
-                on_progress("convert", layer + 1, layers)
+                on_progress("converting", layer + 1, layers)
     return student
+
+
+def budget_for(config: Any, *, cache: float | None, rank: int | None, rope: int | None) -> Budget:
+    """What :func:`convert` will choose for a model with this ``config``.
+
+    Raises:
+        MLAError: a combination that makes no sense.
+    """
+    return choose_budget(
+        cache=cache,
+        rank=rank,
+        rope=rope,
+        groups=config.num_key_value_heads or config.num_attention_heads,
+        head_dim=head_dim(config),
+        hidden=config.hidden_size,
+        theta=float(config.rope_parameters["rope_theta"]),
+    )
 
 
 def factor_layer(weights: AttentionWeights, statistics: LayerStatistics, budget: Budget) -> LayerFactors:
@@ -157,6 +189,23 @@ def _mlp(block: Any, hidden: Tensor) -> Tensor:
     dtype = block.mlp.gate_proj.weight.dtype
     norm = block.post_attention_layernorm
     return torch.stack([block.mlp(_norm(norm, window).to(dtype)).float() for window in hidden])
+
+
+def _block(weights: AttentionWeights, x: Tensor) -> Tensor:
+    """The teacher's attention block, fp32 [t, D]."""
+    return torch.einsum("htd,hDd->tD", attend(weights, x), weights.o)
+
+
+def _store(state: Path, layer: int, factors: LayerFactors) -> None:
+    path = state / f"layer-{layer:03d}.safetensors"
+    partial = path.with_suffix(".partial")
+    save_file({name: value.contiguous() for name, value in vars(factors).items()}, partial)
+    partial.replace(path)
+
+
+def _stored(state: Path, layer: int) -> LayerFactors | None:
+    path = state / f"layer-{layer:03d}.safetensors"
+    return LayerFactors(**load_file(path)) if path.exists() else None
 
 
 def _check_calibration(calibration: Tensor, vocabulary: int) -> None:

@@ -16,9 +16,11 @@ import transformers
 from huggingface_hub import save_torch_state_dict
 from transformers import DeepseekV3ForCausalLM, PreTrainedTokenizerBase
 
+from mla import __version__
+from mla.convert.report import card, page
 from mla.errors import MLAError
 
-FORMAT = 1  # of convert.json
+FORMAT = 2  # of report.json
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -31,7 +33,8 @@ def save(
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
 ) -> Path:
-    """Write the checkpoint, tokenizer, chat template, generation config, model card and ``convert.json``.
+    """Write the checkpoint, tokenizer, chat template, generation config, model card, ``report.json`` and
+    ``report.html``.
 
     Everything goes into a hidden sibling folder first, ``config.json`` last, is flushed to the disk and then
     renamed: a process killed at any moment leaves no folder that looks whole, and an exception (an interrupt
@@ -41,7 +44,9 @@ def save(
         student: from :func:`convert`; not changed.
         tokenizer: the teacher's, or None for a model without one.
         out_dir: folder to create; its parent is created where missing.
-        report: facts for ``convert.json`` and the card: teacher, seed, calibration. JSON values.
+        report: JSON values for report.json, the page and the card (see report.py): "source", and what was
+            measured. Dimensions (but "original_numbers_per_token_and_layer" in "dims"), dtype and versions
+            are read off the model here.
         dtype: torch.float32 or torch.bfloat16.
         overwrite: replace a folder that is already there.
 
@@ -54,7 +59,12 @@ def save(
     out = Path(out_dir).absolute()
     check_output(out, dtype=dtype, overwrite=overwrite)
     facts = _facts(student, report, dtype)
-    text = json.dumps(facts, indent=2) + "\n"  # fails here, before any work, on values that are no JSON
+    # Facts that are no JSON, or not the page's, fail here, before any work.
+    told = {
+        "README.md": card(out.name, facts),
+        "report.html": page(facts),
+        "report.json": json.dumps(facts, indent=2) + "\n",
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
@@ -67,8 +77,8 @@ def save(
             student.generation_config.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(_card(out.name, facts), encoding="utf-8")
-        (partial / "convert.json").write_text(text, encoding="utf-8")
+        for name, text in told.items():
+            (partial / name).write_text(text, encoding="utf-8")
         for path in partial.rglob("*"):
             if path.is_file():
                 path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
@@ -150,6 +160,7 @@ def _facts(student: DeepseekV3ForCausalLM, report: Mapping[str, Any], dtype: tor
         **report,
         "format": FORMAT,
         "dims": {
+            **report.get("dims", {}),
             "layers": config.num_hidden_layers,
             "hidden": config.hidden_size,
             "heads": config.num_attention_heads,
@@ -161,33 +172,9 @@ def _facts(student: DeepseekV3ForCausalLM, report: Mapping[str, Any], dtype: tor
             "cached_numbers_per_token_and_layer": cached,
         },
         "dtype": _DTYPES[dtype],
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "mla": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
-
-
-def _card(name: str, facts: Mapping[str, Any]) -> str:
-    dims, given = facts["dims"], facts
-    told = {key: given[key] for key in given if key not in {"dims", "versions", "format"}}
-    lines = "\n".join(f"- {key}: {value}" for key, value in told.items())
-    return f"""---
-library_name: transformers
-tags: [mla, multi-head-latent-attention, converted]
----
-
-# {name}
-
-A Llama-type model whose attention was converted to Multi-head Latent Attention by the Python package `mla`,
-without training. Everything but the attention is the original model's, with its constants rescaled to the
-stock `DeepseekV3ForCausalLM` layout; `AutoModelForCausalLM.from_pretrained` loads it, no remote code is
-needed.
-
-Per token and layer it caches {dims["cached_numbers_per_token_and_layer"]} numbers: a latent of rank
-{dims["rank"]} and one rotary key of {dims["rope"]} dimensions.
-
-{lines}
-
-Unless the original has one key-value head and kept all of its rotary dimensions, the conversion is an
-approximation: answers differ from the original's, and more so on text unlike the calibration text. Measure
-before you rely on it. Run it in bfloat16 or float32; float16 cannot hold the folded latent norm. The original
-model's licence applies.
-"""

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Numbers of one [heads, T, T] matrix that are held at a time.
+_LOGITS = 2**20
+
 
 @dataclass(frozen=True)
 class AttentionWeights:
@@ -98,10 +101,31 @@ def rotate(x: Tensor, inv_freq: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def causal(length: int) -> Tensor:
+    """True where a query may look: bool [length, length], lower triangular."""
+    return torch.ones(length, length, dtype=torch.bool).tril()
+
+
+def attend(weights: AttentionWeights, x: Tensor) -> Tensor:
+    """Every head's average value, fp32 [h, t, d], for inputs x [t, D]."""
+    group = torch.arange(weights.heads) * weights.groups // weights.heads
+    q = rotate(torch.einsum("hdD,tD->htd", weights.q, x), weights.inv_freq)
+    k = rotate(torch.einsum("gdD,tD->gtd", weights.k, x), weights.inv_freq)
+    v = torch.einsum("gdD,tD->gtd", weights.v, x)
+    return torch.nn.functional.scaled_dot_product_attention(
+        q[None], k[group][None], v[group][None], is_causal=True
+    )[0]
+
+
 def to_complex(x: Tensor) -> Tensor:
     """[..., d] to complex [..., j]: pair (j, j + d/2) as one number."""
     first, second = x.chunk(2, dim=-1)
     return torch.complex(first, second)
+
+
+def _portions(count: int, size: int) -> list[Tensor]:
+    """0 .. count-1 in portions of ``size``."""
+    return [torch.arange(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def _sum_by_lag(w: Tensor) -> Tensor:
@@ -141,49 +165,52 @@ def collect(weights: AttentionWeights, inputs: Tensor) -> tuple[LayerStatistics,
     phase = torch.polar(
         torch.ones(T, d // 2, dtype=f64), torch.outer(torch.arange(T, dtype=f64), weights.inv_freq)
     ).to(torch.complex64)
-    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    hidden_keys = ~causal(T)
     outputs = torch.zeros_like(inputs)
 
+    group = torch.arange(H) * G // H
     for b in range(windows):
         x = inputs[b]
         z = x @ project.T
         plain_cov += (z.T @ z).double()
+        q = torch.einsum("hdD,tD->htd", weights.q, x)
         k = torch.einsum("gdD,tD->gtd", weights.k, x)
         v = torch.einsum("gdD,tD->gtd", weights.v, x)
+        logits = rotate(q, weights.inv_freq) @ rotate(k, weights.inv_freq)[group].mT / math.sqrt(d)
         k_pairs = to_complex(k)  # [g, t, j]
-        k_rotated = rotate(k, weights.inv_freq)
-        for h in range(H):
-            g = weights.group_of(h)
-            q = x @ weights.q[h].T
-            logits = rotate(q, weights.inv_freq) @ k_rotated[g].T / math.sqrt(d)
-            a = logits.masked_fill_(~causal, -math.inf).softmax(-1)
+        k_powers = k_pairs.abs().square()
+        # A few heads at a time: a head's [T, T] matrices are the largest thing here.
+        for heads in _portions(H, max(1, _LOGITS // T**2)):
+            own = group[heads]
+            a = logits[heads].masked_fill_(hidden_keys, -math.inf).softmax(-1)
             # The square of a tiny probability is a denormal number, which many CPUs multiply in software.
             a = torch.threshold_(a, 1e-12, 0.0)
-            v_mean = a @ v[g]
-            outputs[b] += v_mean @ weights.o[h].T
-            v_metric = v[g] @ output_metric[h]
-            distance = (v_metric * v[g]).sum(-1)[None, :] - 2 * (v_mean @ v_metric.T)
-            distance += ((v_mean @ output_metric[h]) * v_mean).sum(-1)[:, None]
+            metric = output_metric[heads]
+            v_mean = a @ v[own]
+            outputs[b] += torch.einsum("htd,hDd->tD", v_mean, weights.o[heads])
+            v_metric = v[own] @ metric
+            distance = (v_metric * v[own]).sum(-1)[:, None, :] - 2 * (v_mean @ v_metric.mT)
+            distance += ((v_mean @ metric) * v_mean).sum(-1)[:, :, None]
             w = a.square().mul_(distance.clamp_(min=0))
-            by_query, by_key = w.sum(1), w.sum(0)
+            by_query, by_key = w.sum(2)[..., None], w.sum(1)[..., None]
 
             z_mean, wz = a @ z, w @ z
             # Σ w (z_s − z̄_t)(z_s − z̄_t)ᵀ with two products instead of three: the cross terms take half of the
             # square each.
-            cross = z_mean.T @ (wz - 0.5 * by_query[:, None] * z_mean)
-            key_cov[h] += ((z.T * by_key) @ z - cross - cross.T).double()
-            value_cov[h] += (z_mean.T @ z_mean).double()
-            query_moment[h] += ((q.T * by_query) @ q).double()
-            lags[h] += _sum_by_lag(w).double()
+            cross = z_mean.mT @ (wz - 0.5 * by_query * z_mean)
+            key_cov[heads] += ((z * by_key).mT @ z - cross - cross.mT).double()
+            value_cov[heads] += (z_mean.mT @ z_mean).double()
+            query_moment[heads] += ((q[heads] * by_query).mT @ q[heads]).double()
+            lags[heads] += torch.stack([_sum_by_lag(each) for each in w]).double()
 
-            q_power = to_complex(q).abs().square()  # [t, j]
-            k_power = k_pairs[g].abs().square()
+            q_power = to_complex(q[heads]).abs().square()  # [h, t, j]
+            k_power = k_powers[own]
             k_turned = phase.conj() * k_power
             wk = torch.complex(w @ k_turned.real, w @ k_turned.imag)
-            turned[h] += (q_power * phase * wk).sum(0)
-            unturned[h] += (q_power * (w @ k_power)).sum(0)
-            pair_weight = w.T @ q_power  # [s, j]
-            pair_moment[h] += torch.einsum("sj,gsj,fsj->jgf", pair_weight + 0j, k_pairs, k_pairs.conj())
+            turned[heads] += (q_power * phase * wk).sum(1)
+            unturned[heads] += (q_power * (w @ k_power)).sum(1)
+            pair_weight = w.mT @ q_power  # [h, s, j]
+            pair_moment[heads] += torch.einsum("hsj,gsj,fsj->hjgf", pair_weight + 0j, k_pairs, k_pairs.conj())
 
     tokens = windows * T
     weight = lags.sum(1)

@@ -1,65 +1,98 @@
-"""Calibration text that needs no download, and its cutting into windows of token ids."""
+"""Calibration text: windows cut out of a file, or written by the model itself."""
 
 from __future__ import annotations
 
-import ast
 import random
-import sysconfig
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from mla.errors import MLAError
 
-# Short docstrings are mostly signatures and stock phrases; the long ones are prose.
-_MIN_CHARACTERS = 160
-_ENOUGH_CHARACTERS = 420_000
+# Sequences that are written side by side; a decoded token costs about the same for one as for so many.
+_BATCH = 32
+# A token that is not given but drawn.
+_FREE = -1
 
 
-def calibration_text() -> str:
-    """English prose that every Python installation holds: docstrings of the standard library.
+def write_windows(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    windows: int,
+    length: int,
+    *,
+    seed: int = 0,
+    on_progress: Callable[[str, float, float], None] | None = None,
+) -> Tensor:
+    """Let the model write its own calibration text, drawn at temperature 1.
 
-    The sources of the top-level modules are parsed, not imported, in alphabetical order, so the text is the
-    same in every run of one Python release. ``pydoc_data`` is left out on purpose: evaluations use it.
+    Half of the windows start as a document does. Where the tokenizer has a chat template, the other half
+    starts where a user's turn does, so that the model asks itself something and answers. Without a token that
+    texts start from, any is the first.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        windows: number of windows.
+        length: tokens per window.
+        seed: of the drawing.
+        on_progress: called as (stage, windows done, windows in all).
 
     Returns:
-        More than 400,000 characters, docstrings separated by blank lines.
+        int64 token ids [windows, length], in an order that ``seed`` fixes.
 
     Raises:
-        MLAError: the installation has no standard library sources (a frozen interpreter).
+        MLAError: no window to write.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    paragraphs: list[str] = []
-    length = 0
-    for path in sorted(root.glob("*.py")) + sorted(root.glob("[a-z]*/*.py")):
-        if path.parent.name in {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "site-packages"}:
-            continue
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError, OSError):
-            continue  # some releases ship deliberately broken or non-UTF-8 sources; they are no text for us
-        for docstring in _docstrings(tree):
-            paragraphs.append(docstring)
-            length += len(docstring) + 2
-        if length >= _ENOUGH_CHARACTERS:
-            break
-    if not paragraphs:
-        raise MLAError(f"no standard library sources under {root}: give a calibration text of your own")
-    return "\n\n".join(paragraphs)
+    check_windows(windows, length)
+    starts = _starts(tokenizer)
+    longest = min(length, max(len(start) for start in starts))
+    given = torch.tensor([(start + [_FREE] * longest)[:longest] for start in starts])
+    given = given[torch.arange(windows) % len(starts)]
+    chance = torch.Generator(model.device).manual_seed(seed)
+    written = []
+    for first in range(0, windows, _BATCH):
+        batch = given[first : first + _BATCH]
+        written.append(_draw(model, batch.to(model.device), length, chance))
+        if on_progress is not None:
+            on_progress("writing calibration text", sum(len(ids) for ids in written), windows)
+    order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
+    return torch.cat(written)[order]
 
 
-def _docstrings(tree: ast.Module) -> list[str]:
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            docstring = ast.get_docstring(node)
-            if docstring is not None and len(docstring) >= _MIN_CHARACTERS:
-                found.append(docstring)
-    return found
+def _starts(tokenizer: Any) -> list[list[int]]:
+    """Token ids that a text begins with: a document's, and a user's turn's where there is a chat template."""
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    starts = [[_FREE if first is None else int(first)]]
+    if tokenizer.chat_template is not None:
+        marker = "MARKER"
+        turn = tokenizer.apply_chat_template([{"role": "user", "content": marker}], tokenize=False)
+        ids = tokenizer(turn.split(marker)[0], add_special_tokens=False)["input_ids"]
+        if ids:
+            starts.append(ids)
+    return starts
 
 
-def tokenize_windows(text: str, tokenizer: Any, windows: int, length: int, *, seed: int = 0) -> torch.Tensor:
+@torch.no_grad()
+def _draw(model: PreTrainedModel, given: Tensor, length: int, chance: torch.Generator) -> Tensor:
+    """Continue rows of token ids [w, n], free ones last, to [w, length], past any end of text."""
+    vocabulary = model.config.get_text_config().vocab_size
+    first = torch.randint(vocabulary, (len(given), 1), generator=chance, device=given.device)
+    parts, cache = [torch.where(given[:, :1] == _FREE, first, given[:, :1])], None
+    for place in range(1, length):
+        output = model(input_ids=parts[-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        drawn = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=chance)
+        if place < given.shape[1]:
+            drawn = torch.where(given[:, place, None] == _FREE, drawn, given[:, place, None])
+        parts.append(drawn)
+    return torch.cat(parts, dim=1).cpu()
+
+
+def tokenize_windows(text: str, tokenizer: Any, windows: int, length: int, *, seed: int = 0) -> Tensor:
     """Cut ``windows`` windows of ``length`` tokens out of ``text``, spread over all of it.
 
     Args:
@@ -77,8 +110,7 @@ def tokenize_windows(text: str, tokenizer: Any, windows: int, length: int, *, se
     Raises:
         MLAError: the text is too short.
     """
-    if windows < 1 or length < 2:
-        raise MLAError(f"need at least 1 window of 2 tokens, got {windows} of {length}")
+    check_windows(windows, length)
     chance = random.Random(seed)
     part = len(text) // windows
     if part < length:  # not even one character per token
@@ -99,3 +131,9 @@ def tokenize_windows(text: str, tokenizer: Any, windows: int, length: int, *, se
             )
         rows.append(torch.tensor(ids[:length], dtype=torch.int64))
     return torch.stack(rows)
+
+
+def check_windows(windows: int, length: int) -> None:
+    """Raises: MLAError: fewer than one window of two tokens."""
+    if windows < 1 or length < 2:
+        raise MLAError(f"need at least 1 window of 2 tokens, got {windows} of {length}")

@@ -1,0 +1,440 @@
+"""Healing: the converted attention learns from the teacher, first layer by layer, then on the logits.
+
+Only what the conversion wrote is trained (q_proj, kv_a_proj_with_mqa, kv_b_proj, o_proj); everything else is
+the teacher's and stays so. Both stages run on a clock, not for a number of steps: the learning rate falls to
+zero when the minutes are over, whatever the machine. Held-out windows decide: on them the result is never
+worse than what came in.
+
+The latent norm is folded out while training (checkpoint.py has why it is folded in): under it the latent rows
+are 2^-30 of their size and their gradients as much too large.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DeepseekV3ForCausalLM, PreTrainedModel
+
+from mla.convert.checkpoint import LATENT_GAIN, LATENT_SCALE, stream_scale
+from mla.errors import MLAError
+
+_TRAINED = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+# Steps are relative to each matrix's root mean square, so that matrices of every scale learn alike.
+_RATE = 0.015
+_WARM_UP = 0.02  # share of the time
+_LAYER_SHARE = 0.25  # of the minutes for the layer-wise stage
+_TOKENS_PER_STEP = 1024
+_ROWS = 256  # logits of so many tokens exist at a time
+_SAVE_EVERY = 90.0  # seconds
+_CHECKS = 8  # measurements on the held-out windows while healing
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What healing gave. KL(teacher ‖ student) in nats per token on the held-out windows.
+
+    Attributes:
+        kl_before, kl_after: as it came in, and as it is now.
+        tokens: trained on by the logits stage, with repetition.
+        seconds: spent, over all runs when it was resumed.
+        curve: (seconds, kl) at every check.
+    """
+
+    kl_before: float
+    kl_after: float
+    tokens: int
+    seconds: float
+    curve: tuple[tuple[float, float], ...]
+
+
+def heal(
+    student: DeepseekV3ForCausalLM,
+    teacher: PreTrainedModel,
+    windows: Tensor,
+    held_out: Tensor,
+    *,
+    minutes: float,
+    seed: int = 0,
+    state: Path | None = None,
+    on_progress: Callable[[str, float, float], None] | None = None,
+) -> Healing:
+    """Train the converted attention against the teacher for ``minutes`` of wall time.
+
+    A quarter of the time every attention block learns the teacher block's output on the student's own inputs,
+    front to back, by mean squared error; the rest the whole student learns the teacher's next-token
+    distribution, by KL divergence. AdamW; the best weights on ``held_out`` are kept.
+
+    Args:
+        student: fp32, from :func:`mla.convert.convert`; changed in place.
+        teacher: the model it came from.
+        windows: int64 token ids [w, t] to learn from, read in an order that ``seed`` fixes, again and again.
+        held_out: int64 token ids [v, t'] that only measure.
+        minutes: of wall time, above 0.
+        seed: order of the windows.
+        state: file that holds optimiser, weights and best weights while healing; a call with the same file
+            continues where the last one was killed.
+        on_progress: called as (stage, seconds done, seconds in all).
+
+    Returns:
+        What it gave.
+
+    Raises:
+        MLAError: arguments that make no sense, or a ``state`` of another run.
+    """
+    if not minutes > 0:
+        raise MLAError(f"healing takes a number of minutes above 0, got {minutes}")
+    if windows.ndim != 2 or held_out.ndim != 2 or not len(windows) or not len(held_out):
+        raise MLAError(
+            f"healing takes token ids [windows, tokens] to learn from and to measure on, got "
+            f"{list(windows.shape)} and {list(held_out.shape)}"
+        )
+    student.requires_grad_(False)
+    with _unfolded(student):
+        run = _Run(student, teacher, windows, held_out, minutes * 60, seed, state, on_progress)
+        return run.finish()
+
+
+class _Run:
+    """One healing: its clock, its best weights, its state on disk."""
+
+    def __init__(
+        self,
+        student: DeepseekV3ForCausalLM,
+        teacher: PreTrainedModel,
+        windows: Tensor,
+        held_out: Tensor,
+        seconds: float,
+        seed: int,
+        state: Path | None,
+        on_progress: Callable[[str, float, float], None] | None,
+    ) -> None:
+        self.student, self.teacher, self.windows = student, teacher, windows
+        self.total, self.state, self.on_progress = seconds, state, on_progress
+        self.order = _order(len(windows), seed)
+        self.parameters = {
+            f"{index}.{name}": getattr(layer.self_attn, name).weight
+            for index, layer in enumerate(student.model.layers)
+            for name in _TRAINED
+        }
+        self.held_out = held_out
+        self.reference = _hidden(teacher, held_out)
+        self.mark = _mark(windows, held_out, seconds, seed, self.parameters)
+        self.started, self.spent, self.saved_at = time.monotonic(), 0.0, 0.0
+        self.layer, self.step, self.tokens = 0, 0, 0
+        self.curve: list[tuple[float, float]] = []
+        self.optimiser_state: dict[str, Any] | None = None
+        if state is not None and state.exists():
+            self._resume()
+        else:
+            self.best_kl = self._measure()
+            self.curve.append((0.0, self.best_kl))
+            self.best = self._copy()
+
+    def seconds(self) -> float:
+        return self.spent + time.monotonic() - self.started
+
+    def finish(self) -> Healing:
+        layers = len(self.student.model.layers)
+        if self.layer < layers and _LAYER_SHARE > 0:
+            self._match_layers()
+            self._check()
+        self._match_logits()
+        self._restore(self.best)
+        if self.state is not None:
+            self.state.unlink(missing_ok=True)
+        return Healing(
+            self.curve[0][1], self.best_kl, self.tokens, round(self.seconds(), 1), tuple(self.curve)
+        )
+
+    # The two stages.
+
+    def _match_layers(self) -> None:
+        """Front to back: each attention block learns the teacher block's output from the student's stream."""
+        student, teacher = self.student, self.teacher
+        layers = len(student.model.layers)
+        stream = stream_scale(teacher)
+        ids = self.windows[self.order(0)[: max(1, 16 * _TOKENS_PER_STEP // self.windows.shape[1])]]
+        with torch.no_grad():
+            wanted = teacher.get_input_embeddings()(ids).float()
+            own = student.get_input_embeddings()(ids)
+        places = torch.arange(ids.shape[1])[None]
+        turns = (
+            teacher.model.rotary_emb(wanted[:1], places),
+            student.model.rotary_emb(own[:1], places),
+        )
+        per_step = max(1, _TOKENS_PER_STEP // ids.shape[1])
+        for index in range(layers):
+            old, new = teacher.model.layers[index], student.model.layers[index]
+            with torch.no_grad():
+                target = _attend(old, wanted, turns[0])
+                inputs = new.input_layernorm(own)
+            if index >= self.layer:
+                end = self.total * _LAYER_SHARE * (index + 1) / layers
+                self._match_layer(index, inputs, target * stream, turns[1], per_step, end)
+                self.layer = index + 1
+                self._save_now_and_then()
+            with torch.no_grad():
+                wanted += target
+                wanted += _feed(old, wanted)
+                own += _attend(new, own, turns[1])
+                own += _feed(new, own)
+
+    def _match_layer(
+        self, index: int, inputs: Tensor, target: Tensor, turn: Any, per_step: int, end: float
+    ) -> None:
+        block = self.student.model.layers[index].self_attn
+        parameters = [self.parameters[f"{index}.{name}"] for name in _TRAINED]
+        start = self.seconds()
+        energy = float(target.square().mean()) + 1e-12
+        chance = torch.Generator().manual_seed(index)
+        before = [parameter.detach().clone() for parameter in parameters]
+        first = _block_error(block, inputs, target, turn)
+        with _trainable(parameters):
+            optimiser = _adam(parameters)
+            while (now := self.seconds()) < end:
+                _set_rate(optimiser, (now - start) / (end - start))
+                pick = torch.randint(0, len(inputs), (per_step,), generator=chance)
+                error = block(inputs[pick], position_embeddings=turn, attention_mask=None)[0] - target[pick]
+                (error.square().mean() / energy).backward()
+                optimiser.step()
+                optimiser.zero_grad()
+                self._tell("heal layers")
+        if _block_error(block, inputs, target, turn) > first:
+            with torch.no_grad():
+                for parameter, old in zip(parameters, before, strict=True):
+                    parameter.copy_(old)
+
+    def _match_logits(self) -> None:
+        """The whole student against the teacher's next-token distribution."""
+        parameters = list(self.parameters.values())
+        per_step = max(1, _TOKENS_PER_STEP // self.windows.shape[1])
+        start = self.total * _LAYER_SHARE
+        check_every = max(1.0, (self.total - start) / _CHECKS)
+        next_check = self.curve[-1][0] + check_every
+        with _trainable(parameters):
+            optimiser = _adam(parameters)
+            if self.optimiser_state is not None:
+                optimiser.load_state_dict(self.optimiser_state)
+                self.optimiser_state = None
+            # A step is not begun that would not end in time.
+            longest = 0.0
+            while (now := self.seconds()) + longest < self.total:
+                _set_rate(optimiser, (now - start) / (self.total - start))
+                ids = self.windows[self._next(per_step)]
+                reference = _hidden(self.teacher, ids)
+                hidden = self.student.model(input_ids=ids, use_cache=False).last_hidden_state
+                _, gradient = _kl(self.student, self.teacher, hidden.detach(), reference, gradient=True)
+                hidden.backward(gradient)
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimiser.step()
+                optimiser.zero_grad()
+                self.step += 1
+                self.tokens += ids.numel()
+                longest = max(longest, self.seconds() - now)
+                self._tell("heal logits")
+                if self.seconds() > next_check:
+                    self._check()
+                    next_check = self.seconds() + check_every
+                self._save_now_and_then(optimiser)
+        self._check()
+
+    def _next(self, count: int) -> Tensor:
+        """Places of the next ``count`` windows: every window once, then every one again in another order."""
+        first = self.step * count
+        n = len(self.windows)
+        return torch.stack([self.order(place // n)[place % n] for place in range(first, first + count)])
+
+    # What is kept.
+
+    def _check(self) -> None:
+        kl = self._measure()
+        self.curve.append((round(self.seconds(), 1), kl))
+        if kl < self.best_kl:
+            self.best_kl, self.best = kl, self._copy()
+        elif self.step == 0:
+            self._restore(self.best)  # the layer-wise stage did harm: the logits stage starts from before it
+
+    def _measure(self) -> float:
+        with torch.no_grad():
+            kl = [
+                _kl(self.student, self.teacher, _hidden(self.student, ids[None]), reference[None])[0]
+                for ids, reference in zip(self.held_out, self.reference, strict=True)
+            ]
+        return sum(kl) / len(kl)
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    def _restore(self, weights: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(weights[name])
+
+    def _save_now_and_then(self, optimiser: torch.optim.Optimizer | None = None) -> None:
+        """A killed run loses at most what it did since the last time."""
+        if self.state is None or self.seconds() - self.saved_at < _SAVE_EVERY:
+            return
+        content = {
+            "mark": self.mark,
+            "spent": self.seconds(),
+            "layer": self.layer,
+            "step": self.step,
+            "tokens": self.tokens,
+            "curve": self.curve,
+            "best_kl": self.best_kl,
+            "best": self.best,
+            "weights": self._copy(),
+            "optimiser": None if optimiser is None else optimiser.state_dict(),
+        }
+        partial = self.state.with_suffix(".partial")
+        torch.save(content, partial)
+        partial.replace(self.state)
+        self.saved_at = self.seconds()
+
+    def _resume(self) -> None:
+        assert self.state is not None
+        content = torch.load(self.state, weights_only=True)
+        if content["mark"] != self.mark:
+            raise MLAError(
+                f"{self.state} belongs to another healing (other text, minutes, seed or dimensions): "
+                "delete it to begin anew"
+            )
+        self._restore(content["weights"])
+        self.spent = self.saved_at = content["spent"]
+        self.layer, self.step, self.tokens = content["layer"], content["step"], content["tokens"]
+        self.curve = [tuple(point) for point in content["curve"]]
+        self.best_kl, self.best = content["best_kl"], content["best"]
+        self.optimiser_state = content["optimiser"]
+
+    def _tell(self, stage: str) -> None:
+        if self.on_progress is not None:
+            self.on_progress(stage, min(self.seconds(), self.total), self.total)
+
+
+# The pieces.
+
+
+@contextlib.contextmanager
+def _unfolded(student: DeepseekV3ForCausalLM) -> Iterator[None]:
+    """The latent norm gone while inside: the rows at their own size, the norm an identity."""
+    blocks = [layer.self_attn for layer in student.model.layers]
+    norms = [block.kv_a_layernorm for block in blocks]
+    rank = student.config.kv_lora_rank
+    with torch.no_grad():
+        for block in blocks:
+            block.kv_a_proj_with_mqa.weight[:rank] /= LATENT_SCALE
+            block.kv_a_layernorm = nn.Identity()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for block, norm in zip(blocks, norms, strict=True):
+                block.kv_a_proj_with_mqa.weight[:rank] *= LATENT_SCALE
+                block.kv_a_layernorm = norm
+                assert float(norm.weight[0]) == LATENT_GAIN
+
+
+@contextlib.contextmanager
+def _trainable(parameters: list[Tensor]) -> Iterator[None]:
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+def _adam(parameters: list[Tensor]) -> torch.optim.AdamW:
+    groups = [
+        {"params": [parameter], "unit": float(parameter.detach().square().mean().sqrt())}
+        for parameter in parameters
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
+
+
+def _set_rate(optimiser: torch.optim.Optimizer, done: float) -> None:
+    """Linear warm-up, then half a cosine down to zero; ``done`` is the share of the time that is over."""
+    shape = min(1.0, max(done, 1e-3) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    for group in optimiser.param_groups:
+        group["lr"] = _RATE * group["unit"] * shape
+
+
+def _attend(layer: Any, hidden: Tensor, turn: Any) -> Tensor:
+    """What the layer's attention adds to ``hidden`` [w, t, d], one window at a time."""
+    outputs = [
+        layer.self_attn(
+            hidden_states=layer.input_layernorm(x[None]), position_embeddings=turn, attention_mask=None
+        )[0]
+        for x in hidden
+    ]
+    return torch.cat(outputs)
+
+
+def _feed(layer: Any, hidden: Tensor) -> Tensor:
+    """What the layer's MLP adds to ``hidden`` [w, t, d], one window at a time."""
+    return torch.cat([layer.mlp(layer.post_attention_layernorm(x[None])) for x in hidden])
+
+
+@torch.no_grad()
+def _block_error(block: nn.Module, inputs: Tensor, target: Tensor, turn: Any) -> float:
+    return sum(
+        float((block(x[None], position_embeddings=turn, attention_mask=None)[0] - y).square().sum())
+        for x, y in zip(inputs, target, strict=True)
+    )
+
+
+@torch.no_grad()
+def _hidden(model: Any, ids: Tensor) -> Tensor:
+    """[w, t, d], what the language model head reads, one window at a time."""
+    return torch.cat([model.model(input_ids=x[None], use_cache=False).last_hidden_state for x in ids]).float()
+
+
+@torch.no_grad()
+def _kl(
+    student: Any, teacher: Any, hidden: Tensor, reference: Tensor, *, gradient: bool = False
+) -> tuple[float, Tensor]:
+    """Mean KL(teacher ‖ student) over all tokens, and its gradient by ``hidden`` where asked for.
+
+    By hand and in rows: logits of a thousand tokens over a vocabulary are larger than the activations.
+    """
+    own, theirs = student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
+    rows, wanted = hidden.flatten(0, -2), reference.flatten(0, -2)
+    slope = torch.zeros_like(rows) if gradient else rows.new_zeros(0)
+    total = 0.0
+    for start in range(0, len(rows), _ROWS):
+        part = slice(start, start + _ROWS)
+        guess = (rows[part] @ own.T).log_softmax(-1)
+        truth = (wanted[part].to(theirs.dtype) @ theirs.T).float().log_softmax(-1)
+        chance = truth.exp()
+        total += float(truth.sub_(guess).mul_(chance).sum())
+        if gradient:
+            slope[part] = guess.exp_().sub_(chance) @ own
+    return total / len(rows), (slope / len(rows)).view_as(hidden) if gradient else slope
+
+
+def _order(count: int, seed: int) -> Callable[[int], Tensor]:
+    """Order of the windows in every round over them."""
+
+    def order(epoch: int) -> Tensor:
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+    return order
+
+
+def _mark(
+    windows: Tensor, held_out: Tensor, seconds: float, seed: int, parameters: dict[str, Tensor]
+) -> list[Any]:
+    """What has to agree for a state to belong to a run."""
+    sums = [int((ids * torch.arange(1, ids.numel() + 1).view_as(ids)).sum()) for ids in (windows, held_out)]
+    shapes = [list(parameter.shape) for parameter in parameters.values()]
+    return [sums, [list(windows.shape), list(held_out.shape)], seconds, seed, shapes]

@@ -1,0 +1,148 @@
+"""Refitting a converted layer on what it will really read: the student's own stream.
+
+The factors are found from the teacher's inputs. In the student, earlier layers have erred already, and
+attention weighs keys that went through the latent. For these inputs the value read-outs and the output
+projection have closed forms: ridge regressions against the teacher's values and outputs, drawn towards the
+factors as they are. A step is taken only where it lowers the error of windows that it did not see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mla.convert.checkpoint import LayerFactors
+from mla.convert.rope_split import ladder
+from mla.convert.statistics import AttentionWeights, attend, causal
+
+# Pull towards the factors as they are, as a share of each feature's own power.
+_RIDGE = 0.02
+# Every so many windows one is held out.
+_HELD_OUT = 8
+# Relative squared error of fp32 arithmetic.
+_ROUNDING = 1e-10
+
+_Step = Callable[[LayerFactors, AttentionWeights, Tensor, list[tuple[Tensor, int]], Tensor], LayerFactors]
+
+
+def refit(
+    factors: LayerFactors,
+    weights: AttentionWeights,
+    theirs: Tensor,
+    own: Tensor,
+    output: Tensor,
+    *,
+    theta: float,
+) -> tuple[LayerFactors, Tensor]:
+    """Fit the value read-outs, then the output projection, to what the teacher makes of its own inputs.
+
+    Args:
+        factors: of this layer.
+        weights: the teacher's block.
+        theirs: fp32 [b, t, D], what the teacher's block reads (after the norm).
+        own: fp32 [b, t, D], what the student's block reads.
+        output: fp32 [b, t, D], what the teacher's block writes.
+        theta: rotary base of the student.
+
+    Returns:
+        The factors, and the student block's output fp32 [b, t, D] on its own inputs.
+    """
+    seen = [read_latents(factors, x, theta) for x in own]
+    fitted = [index for index in range(len(own)) if index % _HELD_OUT != _HELD_OUT - 1]
+    unseen = [index for index in range(len(own)) if index not in fitted] or fitted
+
+    def error(candidate: LayerFactors) -> float:
+        return sum(float((block_output(candidate, seen[i]) - output[i]).square().sum()) for i in unseen)
+
+    best = error(factors)
+    if best <= _ROUNDING * sum(float(output[i].square().sum()) for i in unseen):
+        steps: tuple[_Step, ...] = ()  # exact already: a ridge could only blur it
+    else:
+        steps = (_values, _outputs)
+    for step in steps:
+        candidate = step(factors, weights, theirs, [(seen[i], i) for i in fitted], output)
+        found = error(candidate)
+        if found < best:
+            factors, best = candidate, found
+    return factors, torch.stack([block_output(factors, latents) for latents in seen])
+
+
+def read_latents(factors: LayerFactors, x: Tensor, theta: float) -> Tensor:
+    """What each head's attention averages out of the latents: fp32 [h, t, r] from inputs x [t, D]."""
+    T, p = len(x), factors.key_rope.shape[0]
+    d = factors.value.shape[1]
+    angles = torch.outer(torch.arange(T, dtype=torch.float64), ladder(p, theta))
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+    def turn(pairs: Tensor) -> Tensor:
+        even, odd = pairs[..., 0::2], pairs[..., 1::2]
+        return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+
+    latent = x @ factors.latent.to(x.dtype).T
+    key_rope = turn(x @ factors.key_rope.to(x.dtype).T)
+    query_nope = torch.einsum("hnD,tD->htn", factors.query_nope.to(x.dtype), x)
+    query_rope = turn(torch.einsum("hpD,tD->htp", factors.query_rope.to(x.dtype), x))
+    logits = (query_nope @ factors.key_nope.to(x.dtype)) @ latent.T + query_rope @ key_rope.T
+    probabilities = logits.div_(math.sqrt(d)).masked_fill_(~causal(T), -math.inf).softmax(-1)
+    read: Tensor = probabilities @ latent
+    return read
+
+
+def block_output(factors: LayerFactors, read: Tensor) -> Tensor:
+    """Output of the block, fp32 [t, D], from :func:`read_latents` [h, t, r]."""
+    heads = torch.einsum("hdr,htr->thd", factors.value.to(read.dtype), read).flatten(1)
+    return heads @ _stacked(factors.output).to(read.dtype)
+
+
+def _values(
+    factors: LayerFactors,
+    weights: AttentionWeights,
+    theirs: Tensor,
+    seen: list[tuple[Tensor, int]],
+    output: Tensor,
+) -> LayerFactors:
+    """Per head: the teacher head's average value from the student's average latent."""
+    H, d, r = factors.value.shape
+    gram = torch.zeros(H, r, r, dtype=torch.float64)
+    cross = torch.zeros(H, r, d, dtype=torch.float64)
+    for read, index in seen:
+        gram += (read.mT @ read).double()
+        cross += (read.mT @ attend(weights, theirs[index])).double()
+    return dataclasses.replace(factors, value=_ridge(gram, cross, factors.value.mT).mT.contiguous())
+
+
+def _outputs(
+    factors: LayerFactors,
+    weights: AttentionWeights,
+    theirs: Tensor,
+    seen: list[tuple[Tensor, int]],
+    output: Tensor,
+) -> LayerFactors:
+    """The teacher block's output from all of the student's heads at once."""
+    H, D, d = factors.output.shape
+    gram = torch.zeros(H * d, H * d, dtype=torch.float64)
+    cross = torch.zeros(H * d, D, dtype=torch.float64)
+    for read, index in seen:
+        heads = torch.einsum("hdr,htr->thd", factors.value.float(), read).flatten(1)
+        gram += (heads.T @ heads).double()
+        cross += (heads.T @ output[index]).double()
+    fitted = _ridge(gram, cross, _stacked(factors.output))
+    return dataclasses.replace(factors, output=fitted.view(H, d, D).mT.contiguous())
+
+
+def _stacked(output: Tensor) -> Tensor:
+    """[h, D, d] as one matrix [h·d, D]."""
+    return output.mT.flatten(0, 1)
+
+
+def _ridge(gram: Tensor, cross: Tensor, prior: Tensor) -> Tensor:
+    """argmin over X of the squared error, plus a share of each feature's power times ‖X − prior‖²."""
+    power = gram.diagonal(dim1=-2, dim2=-1)
+    # The floor keeps features that never moved where they are.
+    pull = _RIDGE * power + 1e-6 * power.mean(-1, keepdim=True) + torch.finfo(torch.float64).tiny
+    solved: Tensor = torch.linalg.solve(gram + torch.diag_embed(pull), cross + pull[..., None] * prior)
+    return solved

@@ -1,0 +1,317 @@
+"""A whole conversion, from a model on disk to a checkpoint folder with its report; it survives being killed.
+
+What is finished lies in a hidden folder beside the result: the calibration tokens, the factors of every
+layer, the state of the healing. The same request finds it again and goes on; another request starts anew. The
+folder goes when the result is in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import DeepseekV3ForCausalLM, PreTrainedModel
+
+from mla import __version__
+from mla.convert.check import check_convertible
+from mla.convert.checkpoint import head_dim
+from mla.convert.evaluation import evaluate, layer_errors
+from mla.convert.healing import heal
+from mla.convert.pipeline import budget_for, convert
+from mla.convert.saving import check_output, save
+from mla.convert.text import check_windows, tokenize_windows, write_windows
+from mla.errors import MLAError
+
+Progress = Callable[[str, float, float], None]
+
+# Windows that only measure, beside every so many that calibrate.
+_CALIBRATING_PER_MEASURING = 6
+# Self-written windows more per minute of healing: each is read a few times until the time is over.
+_WINDOWS_PER_MINUTE = 6
+FORMAT = 2  # of report.json
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for; two runs with equal requests of one model give the same result.
+
+    Attributes:
+        cache, rank, rope: see :func:`mla.convert.convert`.
+        calibration: "self" (the model writes its own text), or the path of a UTF-8 text file.
+        windows: calibration windows. ``window``: tokens per window. ``seed``: of text and training order.
+        heal: minutes of training after the conversion; 0 for none.
+        dtype: of the written weights, "float32" or "bfloat16".
+    """
+
+    cache: float | None = None
+    rank: int | None = None
+    rope: int | None = None
+    calibration: str = "self"
+    windows: int = 48
+    window: int = 256
+    seed: int = 0
+    heal: float = 0.0
+    dtype: str = "float32"
+
+
+def run(
+    source: str,
+    teacher: PreTrainedModel,
+    tokenizer: Any,
+    out: Path,
+    request: Request,
+    *,
+    overwrite: bool = False,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Convert ``teacher``, heal it where asked for, measure the result, write it to ``out``.
+
+    Args:
+        source: name of the teacher for the report.
+        teacher: fp32 model that :func:`check_convertible` accepts.
+        tokenizer: its tokenizer.
+        out: folder to create.
+        request: see :class:`Request`.
+        overwrite: replace ``out`` if it exists.
+        on_progress: called as (stage, done, total).
+
+    Returns:
+        The facts that report.json holds.
+
+    Raises:
+        MLAError: the model, the request or the folder cannot be used.
+    """
+    check_output(out, dtype=getattr(torch, request.dtype), overwrite=overwrite)
+    check_convertible(teacher.config)
+    if request.heal < 0:
+        raise MLAError(f"heal takes minutes, 0 or more, got {request.heal}")
+    budget_for(teacher.config, cache=request.cache, rank=request.rank, rope=request.rope)
+    check_windows(request.windows, request.window)
+    text = _read(request.calibration)
+    place = _workspace(out, _identity(teacher, request, text))
+    try:
+        facts = _finish(source, teacher, tokenizer, out, place, request, text, overwrite, on_progress)
+    except MLAError:  # a mistake in the request: nothing of it is worth keeping
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    shutil.rmtree(place, ignore_errors=True)
+    return facts
+
+
+def _finish(
+    source: str,
+    teacher: PreTrainedModel,
+    tokenizer: Any,
+    out: Path,
+    place: Path,
+    request: Request,
+    text: str | None,
+    overwrite: bool,
+    on_progress: Progress | None,
+) -> dict[str, Any]:
+    started = time.monotonic()
+    calibration, training, held_out = _windows(place, teacher, tokenizer, request, text, on_progress)
+    student = convert(
+        teacher,
+        calibration=calibration,
+        cache=request.cache,
+        rank=request.rank,
+        rope=request.rope,
+        state=place,
+        on_progress=on_progress,
+    )
+    healing = None
+    if request.heal:
+        healing = heal(
+            student,
+            teacher,
+            training,
+            held_out,
+            minutes=request.heal,
+            seed=request.seed,
+            state=place / "healing.pt",
+            on_progress=on_progress,
+        )
+    facts = _facts(source, teacher, student, request)
+    facts["heal"] = None if healing is None else {"minutes": request.heal} | asdict(healing)
+    facts["quality"] = _quality(teacher, student, held_out, request, on_progress)
+    facts["layer_errors"] = layer_errors(student, teacher, held_out)
+    facts["seconds"] = round(time.monotonic() - started, 1)
+    save(student, tokenizer, out, report=facts, dtype=getattr(torch, request.dtype), overwrite=overwrite)
+    return facts
+
+
+def _read(calibration: str) -> str | None:
+    """The calibration text; None where the model writes it."""
+    if calibration == "self":
+        return None
+    path = Path(calibration).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise MLAError(f"{calibration}: no such text file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise MLAError(f"{calibration} is not readable as UTF-8 text: {error}") from error
+
+
+def _windows(
+    place: Path,
+    teacher: PreTrainedModel,
+    tokenizer: Any,
+    request: Request,
+    text: str | None,
+    on_progress: Progress | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids [w, t] to calibrate on, to heal on and to measure on; the last are in neither of the two."""
+    path = place / "windows.safetensors"
+    if not path.exists():
+        measuring = max(4, request.windows // _CALIBRATING_PER_MEASURING)
+        if text is None:
+            more = int(request.heal * _WINDOWS_PER_MINUTE)
+            ids = write_windows(
+                teacher,
+                tokenizer,
+                request.windows + measuring + more,
+                request.window,
+                seed=request.seed,
+                on_progress=on_progress,
+            )
+            held_out, rest = ids[:measuring], ids[measuring:]
+            calibration, training = rest[: request.windows], rest
+        else:
+            held_out, calibration, training = _cut(text, tokenizer, request, measuring)
+        parts = {"calibration": calibration, "training": training, "held_out": held_out}
+        save_file({name: ids.clone() for name, ids in parts.items()}, path.with_suffix(".partial"))
+        path.with_suffix(".partial").replace(path)
+    stored = load_file(path)
+    return stored["calibration"], stored["training"], stored["held_out"]
+
+
+def _cut(text: str, tokenizer: Any, request: Request, measuring: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Held-out, calibration and training windows of a file: the last part of it only measures."""
+    share = measuring / (measuring + request.windows)
+    border = int(len(text) * (1 - share))
+    calibration = tokenize_windows(
+        text[:border], tokenizer, request.windows, request.window, seed=request.seed
+    )
+    held_out = tokenize_windows(text[border:], tokenizer, measuring, request.window, seed=request.seed)
+    if not request.heal:
+        return held_out, calibration, calibration
+    ids = tokenizer(text[:border], add_special_tokens=False, verbose=False)["input_ids"]
+    count = len(ids) // request.window
+    training = torch.tensor(ids[: count * request.window]).view(count, request.window)
+    return held_out, calibration, training if count > request.windows else calibration
+
+
+def _identity(teacher: PreTrainedModel, request: Request, text: str | None) -> dict[str, Any]:
+    """Everything that the finished parts depend on."""
+    digest = hashlib.sha256(json.dumps(teacher.config.to_dict(), sort_keys=True, default=str).encode())
+    with torch.no_grad():
+        for name, value in teacher.state_dict().items():
+            digest.update(f"{name} {value.double().sum():.17g} {value.flatten()[:64].tolist()}".encode())
+    return {
+        "version": __version__,
+        "model": digest.hexdigest(),
+        "text": None if text is None else hashlib.sha256(text.encode()).hexdigest(),
+        "request": asdict(request),
+        "torch": torch.__version__,
+    }
+
+
+def _workspace(out: Path, identity: dict[str, Any]) -> Path:
+    """The folder for finished parts of this very request: found again, or new and empty."""
+    place = out.absolute().parent / f".{out.name}.converting"
+    described = place / "request.json"
+    content = json.dumps(identity, sort_keys=True)
+    if place.is_dir() and described.exists() and described.read_text(encoding="utf-8") == content:
+        return place
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    described.write_text(content, encoding="utf-8")
+    return place
+
+
+def _facts(
+    source: str, teacher: PreTrainedModel, student: DeepseekV3ForCausalLM, request: Request
+) -> dict[str, Any]:
+    config, old = student.config, teacher.config
+    groups = old.num_key_value_heads or old.num_attention_heads
+    original = 2 * groups * head_dim(old)
+    cached = config.kv_lora_rank + config.qk_rope_head_dim
+    size = 4 if request.dtype == "float32" else 2
+    return {
+        "format": FORMAT,
+        "source": source,
+        "dims": {
+            "layers": config.num_hidden_layers,
+            "hidden": config.hidden_size,
+            "heads": config.num_attention_heads,
+            "rank": config.kv_lora_rank,
+            "rope": config.qk_rope_head_dim,
+            "nope": config.qk_nope_head_dim,
+            "value": config.v_head_dim,
+            "rope_theta": config.rope_parameters["rope_theta"],
+            "cached_numbers_per_token_and_layer": cached,
+            "original_numbers_per_token_and_layer": original,
+        },
+        "calibration": {
+            "text": request.calibration,
+            "windows": request.windows,
+            "window": request.window,
+            "seed": request.seed,
+        },
+        "dtype": request.dtype,
+        "cache_bytes_per_token": {
+            "original": original * size * config.num_hidden_layers,
+            "converted": cached * size * config.num_hidden_layers,
+        },
+        "versions": {
+            "mla": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _quality(
+    teacher: PreTrainedModel,
+    student: DeepseekV3ForCausalLM,
+    held_out: Tensor,
+    request: Request,
+    on_progress: Progress | None,
+) -> dict[str, Any]:
+    def tell(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress("measuring", done, 2 * total)
+
+    original = evaluate(teacher, held_out, on_progress=tell)
+    found = evaluate(
+        student,
+        held_out,
+        against=teacher,
+        on_progress=lambda done, total: tell(total + done, total),
+    )
+    return {
+        "text": "written by the model itself"
+        if request.calibration == "self"
+        else f"the last part of {request.calibration}",
+        "windows": held_out.shape[0],
+        "window": held_out.shape[1],
+        "tokens": found.tokens,
+        "teacher_perplexity": original.perplexity,
+        "perplexity": found.perplexity,
+        "kl": found.kl,
+        "top1": found.agreement,
+        "nll_by_position": list(found.nll_by_position),
+        "teacher_nll_by_position": list(original.nll_by_position),
+    }
