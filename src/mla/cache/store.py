@@ -1,0 +1,208 @@
+"""Latents in files: what a model has read survives the process that read it.
+
+A file is safetensors: the rows of every layer as the cache stores them, the token ids they belong to, and a
+header with a fingerprint of the model and a checksum over all of it. It is written whole or not at all.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mla.cache.contiguous import LatentCache, LatentLayer
+from mla.errors import MLAError
+
+FORMAT = "mla latent cache 1"
+_TEMPORARY = ".mla-saving-"
+#: Age in seconds beyond which a temporary file is one that nobody writes any more.
+_ABANDONED = 3600.0
+
+
+def is_storable(cache: LatentCache) -> bool:
+    """Whether the cache is latents and nothing else: states of linear attention and sliding windows cannot be
+    cut back to a prefix, so they are not kept."""
+    return all(isinstance(layer, LatentLayer) for layer in cache.layers)
+
+
+def copy_prefix(source: LatentCache, target: LatentCache, length: int) -> None:
+    """Give the empty ``target`` the first ``length`` tokens that ``source`` holds."""
+    for index, old in enumerate(source.latent_layers):
+        if held := old.held():
+            first = {name: rows[:, :length] for name, rows in held.items()}
+            device = next(iter(first.values())).device
+            target.layer_at(index).restore(
+                first, rank=old.rank, rope=old.rope, dtype=old.dtype or torch.float32, device=device
+            )
+
+
+def save_cache(path: Path, cache: LatentCache, tokens: Sequence[int], fingerprint: Mapping[str, str]) -> None:
+    """Write the latents of ``tokens``, one sequence, to a file; it appears whole or not at all.
+
+    Args:
+        path: the file; one that is there already is replaced in one step.
+        cache: holds exactly ``tokens``.
+        fingerprint: what :func:`load_cache` will ask for, field by field.
+
+    Raises:
+        ValueError: the cache holds another number of tokens, several sequences, or more than latents.
+        MLAError: the folder cannot be written, or the disk is full.
+    """
+    if not is_storable(cache):
+        raise ValueError("expected a cache of latents only, got one with other layers (see is_storable)")
+    tensors: dict[str, Tensor] = {"tokens": torch.tensor(tokens, dtype=torch.int32)}
+    layers: dict[str, tuple[int, int, str]] = {}
+    for index, layer in enumerate(cache.latent_layers):
+        for name, rows in layer.held().items():
+            if rows.shape[:2] != (1, len(tokens)):
+                raise ValueError(f"expected rows [1, {len(tokens)}, width], got {tuple(rows.shape)}")
+            tensors[f"{index}.{name}"] = rows.cpu().contiguous()
+            dtype = layer.dtype if layer.is_initialized else torch.float32
+            layers[str(index)] = (layer.rank, layer.rope, str(dtype).removeprefix("torch."))
+    header = {
+        "format": FORMAT,
+        "fingerprint": json.dumps(dict(fingerprint), sort_keys=True),
+        "layers": json.dumps(layers, sort_keys=True),
+    }
+    header["checksum"] = _checksum(header, tensors)
+    try:
+        _write(path, tensors, header)
+    except (OSError, SafetensorError) as error:
+        raise MLAError(f"{path}: the latents cannot be written there: {error}") from error
+
+
+def load_cache(
+    path: Path,
+    cache: LatentCache,
+    fingerprint: Mapping[str, str],
+    *,
+    device: torch.device,
+    keep: int | None = None,
+) -> list[int]:
+    """Fill the empty ``cache`` from a file that :func:`save_cache` wrote.
+
+    Args:
+        path: the file. All of it is compared with its checksum before anything is used.
+        cache: a new cache for the model, in the format that the file was saved in.
+        fingerprint: what the file must have been saved with.
+        device: where the rows go.
+        keep: how many tokens to take, from the beginning; None takes all.
+
+    Returns:
+        The token ids that the cache now holds.
+
+    Raises:
+        MLAError: no such file, not such a file, damaged, or of another model; the cache is still empty.
+    """
+    header, tensors = _read(path)
+    _compare(path, dict(fingerprint), json.loads(header["fingerprint"]))
+    tokens: list[int] = tensors["tokens"].tolist()[:keep]
+    for index, (rank, rope, dtype) in json.loads(header["layers"]).items():
+        layer = cache.layer_at(int(index))
+        names = [name for name in tensors if name.startswith(f"{index}.")]
+        rows = {name.partition(".")[2]: tensors[name][:, : len(tokens)] for name in names}
+        layer.restore(rows, rank=rank, rope=rope, dtype=getattr(torch, dtype), device=device)
+    return tokens
+
+
+def read_tokens(path: Path) -> Tensor:
+    """The token ids [t] that a file says it holds. Nothing is checked yet: that is :func:`load_cache`'s part.
+
+    Raises:
+        MLAError: no such file, or not one of ours.
+    """
+    with _opened(path) as file:
+        tokens: Tensor = file.get_tensor("tokens")
+        return tokens.clone()
+
+
+def _compare(path: Path, expected: dict[str, str], got: dict[str, str]) -> None:
+    for name in sorted(expected.keys() | got.keys()):
+        if expected.get(name) != got.get(name):
+            raise MLAError(
+                f"{path} belongs to another model or setting: its {name} is {got.get(name, 'missing')}, "
+                f"expected {expected.get(name, 'none')}"
+            )
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a whole file, verified. The tensors are views of the mapped file."""
+    with _opened(path) as file:
+        header: dict[str, str] = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    checksum = header.pop("checksum", None)
+    if checksum != _checksum(header, tensors):
+        raise MLAError(f"{path} is damaged: its checksum is not that of its content")
+    return header, tensors
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = (file.metadata() or {}).get("format")
+            if found != FORMAT:
+                raise MLAError(f"{path}: expected a file of format {FORMAT!r}, got {found!r}")
+            yield file
+    except FileNotFoundError as error:
+        raise MLAError(f"{path}: no such file") from error
+    except (OSError, SafetensorError, ValueError) as error:
+        if isinstance(error, MLAError):
+            raise
+        raise MLAError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """BLAKE2b over names, dtypes, shapes and bytes of everything but the checksum itself."""
+    total = hashlib.blake2b(digest_size=32)
+    fields = {name: value for name, value in header.items() if name != "checksum"}
+    shapes = {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
+    total.update(json.dumps([fields, shapes], sort_keys=True).encode())
+    for name in sorted(tensors):
+        total.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    folder = path.absolute().parent
+    _remove_abandoned(folder)
+    # In the folder of the file itself, under a name of its own: a rename replaces a file in one step, and
+    # several processes may save at once.
+    handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=folder)
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=header)
+        _flush(Path(temporary))
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    """Wait until the disk has it."""
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Delete what killed processes left half written."""
+    for file in folder.glob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - file.stat().st_mtime > _ABANDONED:
+                file.unlink()

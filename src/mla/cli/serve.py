@@ -1,0 +1,164 @@
+"""``mla serve``: an OpenAI-compatible server, on Transformers' or on vLLM's own."""
+
+import importlib.util
+import os
+import socket
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mla.cli import console
+from mla.errors import MLAError
+
+_ENGINES = ("auto", "transformers", "vllm")
+
+
+def serve(
+    model: console.Model,
+    engine: Annotated[
+        str,
+        typer.Option(help="transformers or vllm. auto takes vLLM where it is installed, else Transformers."),
+    ] = "auto",
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is for this machine only.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    max_model_len: Annotated[int | None, typer.Option(help="Limit on prompt plus answer, in tokens.")] = None,
+    cache_format: console.CacheFormat = "auto",
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Memory for all caches: 8GiB, 500MB. By default half of what is free."),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="MLA_API_KEY", show_envvar=True, help="What clients must send as their API key."),
+    ] = None,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(help="Keep the latents of prompts in this folder, beyond a restart; transformers only."),
+    ] = None,
+    cache_dir_size: Annotated[
+        str, typer.Option(help="How large that folder may get; the prefix not used for longest goes.")
+    ] = "10GiB",
+    dtype: console.Dtype = "auto",
+) -> None:
+    """Serve an MLA model over the OpenAI interface: chat completions, completions, models, streaming."""
+    if engine not in _ENGINES:
+        raise MLAError(f"--engine: expected one of {', '.join(_ENGINES)}, got {engine}")
+    if not 0 <= port <= 65535:
+        raise MLAError(f"--port: expected 0 to 65535, got {port}")
+    if api_key == "":
+        raise MLAError("--api-key: expected a key, got an empty one")
+    budget = None if memory is None else _bytes("--memory", memory)
+    folder_size = _bytes("--cache-dir-size", cache_dir_size)
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    if engine == "vllm" and not has_vllm:
+        raise MLAError("--engine vllm: vLLM is not installed here; see docs/vllm.md")
+    if engine == "vllm" or (engine == "auto" and has_vllm):
+        if cache_dir is not None:
+            raise MLAError("--cache-dir: vLLM keeps prefixes in its own way; take --engine transformers")
+        _become_vllm(model, host, port, max_model_len, cache_format, budget, api_key, dtype)
+    with ExitStack() as stack:
+        listener = stack.enter_context(_listen(host, port))
+        stack.enter_context(console.quiet_libraries())
+        app = _load(model, dtype, cache_format, max_model_len, budget, api_key, cache_dir, folder_size)
+        _run(app, listener, model, host, api_key)
+
+
+def _bytes(option: str, text: str) -> int:
+    from mla.plan import check_memory
+
+    try:
+        return int(check_memory(text))
+    except MLAError as error:
+        raise MLAError(str(error).replace("--memory", option)) from error
+
+
+def _load(
+    model: str,
+    dtype: str,
+    cache_format: str,
+    max_model_len: int | None,
+    budget: int | None,
+    api_key: str | None,
+    cache_dir: Path | None,
+    folder_size: int,
+) -> Any:
+    """The application, its model loaded; says what fits."""
+    missing = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MLAError(f"serving needs {', '.join(missing)}: pip install 'mla[serve]'")
+    from mla.integrations.serving.app import build_app
+    from mla.integrations.serving.loading import load_engine
+
+    served = load_engine(
+        model,
+        dtype=console.check_dtype(dtype),
+        cache_format=cache_format,
+        max_model_len=max_model_len,
+        budget=budget,
+        cache_dir=cache_dir,
+        cache_dir_size=folder_size,
+        note=_say,
+    )
+    _say(served.words())
+    return build_app(served.engine, api_key)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """The listening socket, before minutes go into loading a model."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise MLAError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+    return listener
+
+
+def _run(app: Any, listener: socket.socket, model: str, host: str, api_key: str | None) -> None:
+    import uvicorn
+
+    if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
+        _say(f"anybody who reaches {host} can use this server: --api-key asks for a key")
+    place = f"[{host}]" if ":" in host else host
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
+    listener.listen(1024)
+    _say(f"serving {model} at http://{place}:{listener.getsockname()[1]}/v1")
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _become_vllm(
+    model: str,
+    host: str,
+    port: int,
+    max_model_len: int | None,
+    cache_format: str,
+    budget: int | None,
+    api_key: str | None,
+    dtype: str,
+) -> None:
+    """Replace this process by vLLM's server, which finds our plugin by itself."""
+    options = ["--host", host, "--port", str(port), "--dtype", console.check_dtype(dtype)]
+    if max_model_len is not None:
+        options += ["--max-model-len", str(max_model_len)]
+    environment = dict(os.environ)
+    if cache_format != "auto":
+        if cache_format not in ("bf16", "int8"):
+            raise MLAError(f"--cache-format: vLLM takes auto, bf16 or int8, got {cache_format}")
+        environment["MLA_CACHE_FORMAT"] = cache_format
+    if budget is not None:
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, budget // 2**30))
+    if api_key is not None:  # not on the command line, where every user of the machine can read it
+        environment["VLLM_API_KEY"] = api_key
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *options]
+    os.execve(command[0], command, environment)
+
+
+def _say(text: str) -> None:
+    """One line for people."""
+    print(f"mla: {text}", file=sys.stderr, flush=True)

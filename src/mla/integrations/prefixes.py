@@ -1,0 +1,245 @@
+"""Prefixes that a model has read before: their latents are used again, from memory or from files."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mla.cache import LatentCache
+from mla.cache.folder import PrefixFolder
+from mla.cache.store import copy_prefix, is_storable, load_cache, save_cache
+from mla.config import MLAConfig
+from mla.errors import MLAError
+from mla.integrations.loading import require_memory
+
+#: So many tokens more must a file have in common with a prompt than memory has, to be read for it.
+_WORTH_READING = 32
+#: So many tokens may a kept conversation lose by being cut back for another; beyond that it is copied.
+_WORTH_KEEPING = 32
+#: So many new tokens make a conversation worth writing to the folder, and this share of its length.
+_WORTH_WRITING, _WORTH_WRITING_SHARE = 32, 8
+
+
+def fingerprint(model: Any, cache_format: str) -> dict[str, str]:
+    """What must be equal for latents of one model to be latents of another, by name, readable where short.
+
+    The weights are those in memory: a thousand numbers of every tensor, spread over it, so that merging an
+    adapter or training a single matrix gives another digest, and file names and layouts none. To be taken
+    before the model has run: the frequencies of dynamic RoPE change then.
+    """
+    config = model.config.to_dict()
+    # Neither says what the model computes.
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    text = model.config.get_text_config(decoder=True)
+    return {
+        "family": str(model.config.model_type),
+        "revision": str(getattr(model.config, "_commit_hash", None)),
+        "config": _digest(_json(config)),
+        "RoPE": _json(getattr(text, "rope_parameters", None)).decode(),
+        "weights": _digest(*_samples(model)),
+        "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        "cache format": cache_format,
+    }
+
+
+@dataclass
+class _Conversation:
+    """Token ids and the cache that holds exactly them."""
+
+    tokens: list[int]
+    cache: LatentCache
+
+
+class Prefixes:
+    """Makes the caches of a model, out of what earlier ones hold where a prompt begins as they do.
+
+    Not for several threads at once.
+
+    Args:
+        model: an absorbed model.
+        config: its dimensions.
+        cache_format: one of ``mla.formats.CACHE_FORMATS``.
+        budget: bytes that all caches may take together, the one in use included; the conversations not used
+            for longest make room. None keeps one conversation and asks the machine what is free.
+        folder: where prefixes are kept on disk, too; its fingerprint is the model's.
+        note: told once about every file that is not used, and why.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: MLAConfig,
+        cache_format: str,
+        *,
+        budget: int | None = None,
+        folder: PrefixFolder | None = None,
+        note: Callable[[str], object] = warnings.warn,
+    ) -> None:
+        self.config = config
+        self.cache_format = cache_format
+        self.budget = budget
+        self._model = model
+        self._folder = folder
+        self._note = note
+        self._kept: list[_Conversation] = []  # the one used last is the last
+        if folder is not None:
+            require_storable(model)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the caches that are kept."""
+        return sum(kept.cache.nbytes for kept in self._kept)
+
+    def new(self, wanted: int, capacity: int | None = None) -> LatentCache:
+        """An empty cache that may grow to ``wanted`` tokens, allocated for ``capacity`` (by default all).
+
+        Raises:
+            MLAError: they do not fit into the budget, or into the memory that is free now.
+        """
+        self._make_room(self._bytes(wanted), wanted)
+        text = self._model.config.get_text_config(decoder=True)
+        return LatentCache(text, capacity=min(wanted, capacity or wanted), format=self.cache_format)
+
+    def take(self, tokens: list[int], wanted: int, capacity: int | None = None) -> LatentCache:
+        """A cache that holds as long a beginning of ``tokens`` as is known, but never the last token: it must
+        run to give the logits of the next. Arguments and errors as for :meth:`new`."""
+        known = tokens[:-1]
+        kept, common = self._longest_kept(known)
+        if self._folder is not None:
+            file, stored = self._folder.longest(known)
+            if file is not None and stored >= common + _WORTH_READING:
+                cache = self.new(wanted, capacity)
+                try:
+                    self._folder.load(file, cache, stored, self._model.device)
+                    return cache
+                except MLAError as error:
+                    self._note(f"{error}; the prefix is computed again")
+        if kept is None:
+            return self.new(wanted, capacity)
+        self._kept.remove(kept)
+        lost = len(kept.tokens) - common
+        if self.budget is not None and lost > _WORTH_KEEPING and is_storable(kept.cache):
+            self._kept.append(kept)
+            cache = self.new(wanted, capacity)  # which may have had to drop what is copied here
+            copy_prefix(kept.cache, cache, common)
+            return cache
+        self._make_room(self._bytes(wanted) - kept.cache.nbytes, wanted)
+        kept.cache.crop(common - kept.cache.get_seq_length())
+        return kept.cache
+
+    def keep(self, tokens: list[int], cache: LatentCache) -> None:
+        """Remember a cache and the tokens it was given; the newest of them may not have been read yet."""
+        held = tokens[: cache.get_seq_length()]
+        if not held or not cache.is_croppable:
+            return
+        if self.budget is None:
+            self._kept.clear()
+        self._kept = [kept for kept in self._kept if kept.tokens != held[: len(kept.tokens)]]
+        self._kept.append(_Conversation(held, cache))
+        if self._folder is not None:
+            unwritten = len(held) - self._folder.longest(held)[1]
+            if unwritten >= max(_WORTH_WRITING, len(held) // _WORTH_WRITING_SHARE):
+                try:
+                    self._folder.save(cache, held)
+                except MLAError as error:
+                    self._note(str(error))
+
+    def save(self, file: Path, model: Mapping[str, str]) -> None:
+        """Write the conversation used last to a file, with the model's fingerprint.
+
+        Raises:
+            MLAError: there is none, or the file cannot be written.
+        """
+        require_storable(self._model)
+        if not self._kept:
+            raise MLAError(f"{file}: nothing has been read yet that could be saved")
+        save_cache(file, self._kept[-1].cache, self._kept[-1].tokens, model)
+
+    def load(self, file: Path, model: Mapping[str, str]) -> None:
+        """Keep the conversation that :meth:`save` wrote; errors as for ``load_cache``."""
+        require_storable(self._model)
+        cache = LatentCache(self._model.config.get_text_config(decoder=True), format=self.cache_format)
+        tokens = load_cache(file, cache, model, device=self._model.device)
+        self._kept.append(_Conversation(tokens, cache))
+
+    def _bytes(self, tokens: int) -> int:
+        return self.config.cache_bytes(tokens, self.cache_format)
+
+    def _longest_kept(self, tokens: list[int]) -> tuple[_Conversation | None, int]:
+        best: tuple[_Conversation | None, int] = (None, 0)
+        for kept in self._kept:
+            common = _common(kept.tokens, tokens)
+            if common > best[1]:
+                best = (kept, common)
+        return best
+
+    def _make_room(self, needed: int, tokens: int) -> None:
+        if self.budget is None:
+            self._kept.clear()
+        else:
+            while self._kept and self.nbytes + needed > self.budget:
+                del self._kept[0]
+            if needed > self.budget:
+                raise MLAError(
+                    f"a cache of {tokens} tokens would need {needed} bytes, the budget is {self.budget}"
+                )
+        if self._model.device.type == "cpu":
+            require_memory(needed, f"a cache of {tokens} tokens")
+
+
+def require_storable(model: Any) -> None:
+    """Refuse models whose caches hold more than latents.
+
+    Raises:
+        MLAError: the model has layers with linear attention or sliding windows.
+    """
+    if not is_storable(LatentCache(model.config.get_text_config(decoder=True))):
+        raise MLAError(
+            f"{model.config.model_type} has layers beside latent attention (linear attention or sliding "
+            "windows), whose states cannot be cut back to a prefix: its caches are not kept in files"
+        )
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    length = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
+
+
+def _samples(model: Any) -> Iterator[bytes]:
+    """Name, dtype, shape and a thousand numbers of every tensor of a model, buffers like RoPE's included."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+        for part in _plain(tensor.detach()):
+            flat = part.flatten()
+            yield flat[:: max(1, flat.numel() // 1000)].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _plain(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that a quantised one is made of; of a plain one, itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [plain for name in names for plain in _plain(getattr(tensor, name))]
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, default=str).encode()
+
+
+def _digest(*parts: bytes) -> str:
+    total = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        total.update(len(part).to_bytes(8, "little"))
+        total.update(part)
+    return total.hexdigest()

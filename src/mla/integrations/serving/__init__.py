@@ -1,0 +1,1 @@
+"""Transformers' own OpenAI server over an absorbed model: what it lacks, and nothing that it has."""

@@ -1,0 +1,213 @@
+"""Chat completions and completions: Transformers' handlers, with what OpenAI's clients rely on besides."""
+
+import inspect
+import json
+import time
+from typing import Any
+
+import torch
+from fastapi.responses import JSONResponse, Response
+from jinja2 import TemplateError
+from openai.types import Completion, CompletionChoice, CompletionUsage
+from openai.types.completion_choice import Logprobs
+from openai.types.completion_usage import PromptTokensDetails
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.utils import BaseHandler, Modality
+
+from mla.integrations.serving.generation import Engine, Generation, Scored, cut_at, read_all
+from mla.integrations.serving.requests import ApiError, Request, read_chat, read_completion, read_prompts
+
+
+class ChatEndpoint:
+    """``/v1/chat/completions``: a handler for every request, since each has its own ways to end."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Response:
+        """The answer; raises ApiError."""
+        request = read_chat(body, self.engine.name)
+        tokens = self._encode(body)
+        most = self.engine.check_length(len(tokens), request)
+        answer = _ChatAnswer(self.engine, request)
+        return await answer.give(request_id, tokens, most, tools=answer.tools(body))
+
+    def _encode(self, body: dict[str, Any]) -> list[int]:
+        tokenizer = self.engine.tokenizer
+        if tokenizer.chat_template is None:
+            raise ApiError("this model has no chat template: use /v1/completions", param="messages")
+        messages = BaseHandler.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
+        try:
+            tokens: list[int] = tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=True,
+                tools=_ChatAnswer.tools(body),
+                return_dict=True,
+                **(body.get("chat_template_kwargs") or {}),
+            )["input_ids"]
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise ApiError(f"the model's chat template refuses these messages: {error}") from error
+        return tokens
+
+
+class CompletionEndpoint:
+    """``/v1/completions``: one or several prompts, texts or token ids, with echo and logprobs."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Response:
+        """The answer; raises ApiError."""
+        engine = self.engine
+        request = read_completion(body, engine.name)
+        prompts = read_prompts(body.get("prompt"), engine.vocabulary)
+        tokens = [p if isinstance(p, list) else engine.tokenizer(p)["input_ids"] for p in prompts]
+        most = [engine.check_length(len(ids), request) for ids in tokens]
+        if not request.stream:
+            return await self._whole(request, request_id, tokens, most)
+        if len(tokens) > 1:
+            raise ApiError("several prompts are not available with stream", param="stream")
+        answer = _CompletionAnswer(engine, request)
+        return await answer.give(request_id, tokens[0], most[0])
+
+    async def _whole(
+        self, request: Request, request_id: str, prompts: list[list[int]], most: list[int]
+    ) -> Response:
+        usages = []
+        choices = []
+        for index, (tokens, limit) in enumerate(zip(prompts, most, strict=True)):
+            config = self.engine.generation_config(request, limit)
+            queue, stream = Generation(self.engine, request).generate_streaming(
+                self.engine.model, self.engine.tokenizer, _inputs(tokens), config, request_id
+            )
+            text = await read_all(queue, stream)
+            usages.append(stream.usage(len(tokens)))
+            if request.echo:
+                text = self.engine.tokenizer.decode(tokens, skip_special_tokens=True) + text
+            scores = None if request.logprobs is None else stream.prompt_scores + stream.scores
+            choices.append(
+                CompletionChoice(
+                    index=index,
+                    text=text,
+                    finish_reason="length" if config.max_new_tokens is not None else "stop",
+                    logprobs=None if scores is None else self._logprobs(scores),
+                )
+            )
+        result = Completion(
+            id=request_id,
+            object="text_completion",
+            created=int(time.time()),
+            model=self.engine.name,
+            choices=choices,
+            usage=_sum(usages),
+        )
+        return JSONResponse(result.model_dump(exclude_none=False))
+
+    def _logprobs(self, scores: list[Scored]) -> Logprobs:
+        texts = [self._word(scored.token) for scored in scores]
+        tops: list[Any] = []
+        for scored in scores:
+            if scored.logprob is None:
+                tops.append(None)
+                continue
+            top: dict[str, float] = {}
+            for token, logprob in [(scored.token, scored.logprob), *scored.top]:
+                # Several tokens may read alike, parts of letters for example: the most likely one counts.
+                word = self._word(token)
+                top[word] = max(logprob, top.get(word, logprob))
+            tops.append(top)
+        offsets = [0]
+        for text in texts[:-1]:
+            offsets.append(offsets[-1] + len(text))
+        return Logprobs.model_construct(
+            tokens=texts,
+            token_logprobs=[scored.logprob for scored in scores],
+            top_logprobs=tops,
+            text_offset=offsets,
+        )
+
+    def _word(self, token: int) -> str:
+        text: str = self.engine.tokenizer.decode([token])
+        return text
+
+
+class _Answer:
+    """What both handlers lack: OpenAI's end of a stream, and usage in it only where it was asked for."""
+
+    engine: Engine
+    request: Request
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        super().__init__(model_manager=None, generation_state=None)  # type: ignore[call-arg]
+        self.engine = engine
+        self.request = request
+        self.generation = Generation(engine, request)
+
+    async def give(self, request_id: str, tokens: list[int], most: int, **more: Any) -> Response:
+        """Generate and answer, as a stream or whole."""
+        engine = self.engine
+        handler: Any = self
+        answer = handler._streaming if self.request.stream else handler._non_streaming
+        # Transformers 5.19 finds tool calls without being told of the tools.
+        more = {name: value for name, value in more.items() if name in inspect.signature(answer).parameters}
+        config = engine.generation_config(self.request, most)
+        response = answer(
+            request_id,
+            engine.model,
+            engine.tokenizer,
+            engine.name,
+            _inputs(tokens),
+            config,
+            gen_manager=self.generation,
+            **more,
+        )
+        finished: Response = response if self.request.stream else await response
+        return finished
+
+    def _usage(self, plain: CompletionUsage) -> CompletionUsage:
+        """Usage with the tokens that were cached, which Transformers' handlers do not know."""
+        assert self.generation.stream is not None
+        return self.generation.stream.usage(plain.prompt_tokens)
+
+    def _build_chunk_sse(self, *args: Any, usage: Any = None, **kwargs: Any) -> str:
+        event: str = super()._build_chunk_sse(*args, **kwargs)  # type: ignore[misc]
+        if usage is None:
+            return event
+        if self.request.include_usage:
+            chunk = json.loads(event.removeprefix("data: "))
+            chunk.update(choices=[], usage=self._usage(usage).model_dump(exclude_none=True))
+            event += f"data: {json.dumps(chunk)}\n\n"
+        return event + "data: [DONE]\n\n"
+
+
+class _ChatAnswer(_Answer, ChatCompletionHandler):  # type: ignore[misc]
+    @staticmethod
+    def tools(body: dict[str, Any]) -> Any:
+        """The tools that the model is told of."""
+        return None if body.get("tool_choice") == "none" else body.get("tools")
+
+    def _build_completion(self, request_id: str, content: str, *args: Any, usage: Any, **kwargs: Any) -> Any:
+        # A model's response template reads the tokens, which go on to the end of a stop string.
+        found = cut_at(content, self.request.stop)
+        text = content if found is None else found
+        return super()._build_completion(request_id, text, *args, usage=self._usage(usage), **kwargs)
+
+
+class _CompletionAnswer(_Answer, CompletionHandler):  # type: ignore[misc]
+    """Streams only: whole answers have what Transformers' handler cannot give."""
+
+
+def _inputs(tokens: list[int]) -> dict[str, Any]:
+    return {"input_ids": torch.tensor([tokens])}
+
+
+def _sum(usages: list[CompletionUsage]) -> CompletionUsage:
+    details = [usage.prompt_tokens_details for usage in usages]
+    cached = sum(detail.cached_tokens or 0 for detail in details if detail is not None)
+    return CompletionUsage(
+        prompt_tokens=sum(usage.prompt_tokens for usage in usages),
+        completion_tokens=sum(usage.completion_tokens for usage in usages),
+        total_tokens=sum(usage.total_tokens for usage in usages),
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+    )

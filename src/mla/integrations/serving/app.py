@@ -1,0 +1,142 @@
+"""The application: Transformers' FastAPI app, without the routes that are not ours, behind key and errors."""
+
+import asyncio
+import contextlib
+import hmac
+import inspect
+import time
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.utils import GenerationState
+
+from mla.errors import MLAError
+from mla.integrations.serving.answers import ChatEndpoint, CompletionEndpoint
+from mla.integrations.serving.generation import Engine
+from mla.integrations.serving.requests import ApiError
+
+_ROUTES = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"}
+_NEEDED = {"model_manager", "chat_handler", "completion_handler", "generation_state"}
+
+
+class _OneModel:
+    """What the application asks its model manager for: the list of models, and to go."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._entry = {
+            "id": engine.name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "mla",
+            "max_model_len": engine.limit,
+        }
+
+    def get_gen_models(self) -> list[dict[str, Any]]:
+        return [self._entry]
+
+    def shutdown(self) -> None:
+        """The model goes with the process."""
+
+
+def build_app(engine: Engine, api_key: str | None = None) -> ASGIApp:
+    """The server's application.
+
+    Args:
+        engine: answers the requests.
+        api_key: what clients must send with every request below /v1; None asks for nothing.
+
+    Raises:
+        MLAError: the installed Transformers builds its server in a way that is not known here.
+    """
+    parameters = set(inspect.signature(build_server).parameters)
+    if not parameters >= _NEEDED:
+        raise MLAError(
+            f"this Transformers builds its server without {', '.join(sorted(_NEEDED - parameters))}; "
+            "mla serve works with 5.19 to 5.23: pip install 'transformers>=5.19,<5.24'"
+        )
+    # Handlers of routes that are taken away below.
+    unused = {name: None for name in parameters - _NEEDED if name.endswith("_handler")}
+    app: FastAPI = build_server(
+        model_manager=_OneModel(engine),
+        chat_handler=ChatEndpoint(engine),
+        completion_handler=CompletionEndpoint(engine),
+        generation_state=GenerationState(),
+        **unused,
+    )
+    # Among the others are two that load and unload models for anybody who asks.
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in _ROUTES]
+    app.add_exception_handler(ApiError, _refuse)
+    app.add_exception_handler(HTTPException, _refuse)
+    app.add_exception_handler(RequestValidationError, _refuse)
+    return _Gate(app, api_key)
+
+
+async def _refuse(request: Request, error: Exception) -> JSONResponse:
+    """Any refusal in OpenAI's form."""
+    if isinstance(error, HTTPException):
+        error = ApiError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
+    elif not isinstance(error, ApiError):
+        error = ApiError("the body of the request: expected a JSON object")
+    return JSONResponse(error.body, status_code=error.status)
+
+
+class _Gate:
+    """Asks for the key, and ends the work on a request when its client has gone.
+
+    Transformers' server notices that only while it streams; an answer that is to come whole would be written
+    to its end for nobody.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self._app = app
+        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif scope["path"].startswith("/v1") and not self._knows(scope):
+            error = ApiError("Incorrect API key provided", status=401, code="invalid_api_key")
+            refusal = JSONResponse(error.body, status_code=401, headers={"WWW-Authenticate": "Bearer"})
+            await refusal(scope, receive, send)
+        else:
+            await self._while_connected(scope, receive, send)
+
+    def _knows(self, scope: Scope) -> bool:
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return self._expected is None or hmac.compare_digest(given, self._expected)
+
+    async def _while_connected(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body: list[Message] = []
+        while not body or body[-1].get("more_body", False):
+            body.append(await receive())
+            if body[-1]["type"] == "http.disconnect":
+                return
+        gone = asyncio.Event()
+
+        async def replay() -> Message:
+            if body:
+                return body.pop(0)
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone.set()
+
+        answer = asyncio.ensure_future(self._app(scope, replay, send))
+        watcher = asyncio.create_task(watch())
+        try:
+            await asyncio.wait({answer, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                answer.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await answer
+        finally:
+            watcher.cancel()
+            answer.cancel()

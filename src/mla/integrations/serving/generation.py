@@ -1,0 +1,411 @@
+"""One model, one thread, one request after another: Transformers' ``generate`` on latents that are kept."""
+
+import asyncio
+import contextlib
+import copy
+import json
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from openai.types import CompletionUsage
+from openai.types.completion_usage import PromptTokensDetails
+from torch import Tensor
+from transformers.cli.serving.utils import (
+    BaseGenerateManager,
+    InferenceThread,
+    _StreamError,
+    response_events_to_chunks,
+)
+
+from mla.cache import LatentCache
+from mla.errors import MLAError
+from mla.integrations.prefixes import Prefixes
+from mla.integrations.serving.requests import ApiError, Request, check_tokens
+
+_log = logging.getLogger(__name__)
+
+#: Tokens read in one step: between steps a request whose client has gone ends. Scores of the prompt take a
+#: number per word of the vocabulary, so steps are shorter then.
+_STEP, _SCORED_STEP = 1024, 128
+#: Tokens of the answer that a cache has room for before it grows: most answers end long before their limit.
+_ANSWER_ROOM = 256
+
+
+class Engine:
+    """What serves all requests: the model, its tokenizer, its caches, and the thread that they run on.
+
+    Args:
+        model: an absorbed model; tokenizer: its tokenizer; name: what clients call it.
+        prefixes: makes the caches.
+        limit: tokens that prompt and answer may have together.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str, prefixes: Prefixes, limit: int) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.prefixes = prefixes
+        self.limit = limit
+        self.thread = InferenceThread()
+        ends = model.generation_config.eos_token_id
+        self.end_tokens = set(ends if isinstance(ends, list) else [ends]) - {None}
+
+    def check_length(self, prompt: int, request: Request) -> int:
+        """How many tokens the answer to a prompt of ``prompt`` tokens may have.
+
+        Raises:
+            ApiError: the prompt is empty, or it and the answer do not fit.
+        """
+        if prompt == 0:
+            raise ApiError("the prompt is empty", param="prompt")
+        answer = max(self.limit - prompt, 1) if request.max_tokens is None else request.max_tokens
+        if prompt + answer > self.limit:
+            raise ApiError(
+                f"This model's maximum context length is {self.limit} tokens here. However, you requested "
+                f"{prompt + answer} tokens ({prompt} in the prompt, {answer} in the answer)",
+                code="context_length_exceeded",
+            )
+        return answer
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids there are."""
+        size: int = self.model.get_input_embeddings().num_embeddings
+        return size
+
+    def generation_config(self, request: Request, max_new_tokens: int) -> Any:
+        """The model's own generation config with what the request asks for."""
+        config = copy.deepcopy(self.model.generation_config)
+        config.max_length, config.max_new_tokens = None, max_new_tokens
+        if config.pad_token_id is None:
+            config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
+        if request.temperature == 0:
+            config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
+        elif request.temperature is not None or request.top_p is not None:
+            config.do_sample = True
+            config.temperature = 1.0 if request.temperature is None else request.temperature
+            # OpenAI's nucleus of 0 is the most likely token alone.
+            config.top_p = max(request.top_p, 1e-9) if request.top_p is not None else config.top_p
+        if config.do_sample and config.top_k is None:
+            config.top_k = 0  # Transformers' default of 50 is not OpenAI's
+        if request.logit_bias:
+            check_tokens("logit_bias", request.logit_bias, self.vocabulary)
+            config.sequence_bias = {(token,): value for token, value in request.logit_bias.items()}
+        return config
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A token, its log probability (None where nothing stands before it), and the most likely ones there."""
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class _Gone(Exception):  # noqa: N818 - not an error
+    """The client has gone: nobody reads the answer any more."""
+
+
+class Stream:
+    """Text of an answer as it is written: a streamer for ``generate``, a queue for the handler.
+
+    The queue carries what Transformers' handlers expect: text, reasoning, tool calls, ``_StreamError``, and
+    None at the end. Text after a stop string is never sent, nor what may yet become one.
+    """
+
+    def __init__(self, engine: Engine, request: Request, config: Any, parser: Any) -> None:
+        self.written: list[int] = []
+        self.reused = 0  # tokens of the prompt whose latents were there already
+        self.prompt_scores: list[Scored] = []
+        self.scores: list[Scored] = []
+        self.error: BaseException | None = None
+        self.queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._engine = engine
+        self._request = request
+        self._config = config
+        self._parser = parser
+        self._logits: Tensor | None = None
+        self._gone = threading.Event()
+        self._stopped = False
+        self._prompt = True
+        self._shown = 0  # tokens whose text has been taken
+        self._start = 0  # where decoding starts, so that spaces between tokens come out right
+        self._held = ""  # text that may be the beginning of a stop string
+        for item in [] if parser is None else response_events_to_chunks(parser.initial_events):
+            self._send(item)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens written so far."""
+        return len(self.written)
+
+    def cancel(self) -> None:
+        """Nobody reads any more: generation ends at its next step."""
+        self._gone.set()
+
+    def usage(self, prompt_tokens: int) -> CompletionUsage:
+        """What the answer has cost so far."""
+        return CompletionUsage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=self.total_tokens,
+            total_tokens=prompt_tokens + self.total_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self.reused),
+        )
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the client has gone."""
+        return self._gone.is_set()
+
+    def check(self) -> None:
+        """Raise _Gone if the client has gone."""
+        if self.is_gone:
+            raise _Gone
+
+    def see(self, logits: Tensor) -> None:
+        """The logits [1, V] from which the next token is drawn."""
+        self._logits = logits
+
+    def is_stopped(self, ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """The stopping criterion of ``generate``: [b]."""
+        return torch.full((ids.shape[0],), self._stopped, dtype=torch.bool, device=ids.device)
+
+    def put(self, value: Tensor) -> None:
+        """A new token, from ``generate``; the prompt comes first."""
+        self.check()
+        if self._prompt:
+            self._prompt = False
+            return
+        for token in value.tolist():
+            self.written.append(token)
+            if self._logits is not None:
+                self.scores += score(self._logits, [token], self._request.logprobs or 0)
+        self._show(self._new_text())
+
+    def end(self) -> None:
+        """The answer is complete."""
+        self._show(self._new_text(last=True))
+        if self._parser is not None:
+            try:
+                _, events = self._parser.finalize()
+            except (ValueError, RuntimeError):  # it ended within a tool call: there is none, then
+                events = []
+            self._take(response_events_to_chunks(events))
+        self._send_held()
+        if self._stopped or (self.written and self.written[-1] in self._engine.end_tokens):
+            # Transformers' handlers tell "length" from "stop" by this number alone, wrongly where an answer
+            # ends of itself at the last token it may have.
+            self._config.max_new_tokens = None
+        self._send(None)
+
+    def finish(self, job: Future[None]) -> None:
+        """The job that wrote this is over: what went wrong is the client's to know."""
+        self.error = job.exception()
+        if self.error is not None:
+            if not isinstance(self.error, MLAError):
+                _log.error("a request failed", exc_info=self.error)
+            # The handlers put it between quotes as it is.
+            self._send(_StreamError(json.dumps(str(self.error))[1:-1]))
+
+    def _new_text(self, last: bool = False) -> str:
+        """Text that the newest tokens add. A token may be a part of a letter: then it waits for the rest."""
+        decode = self._engine.tokenizer.decode
+        skip = self._parser is None  # the parser looks for special tokens
+        before = decode(self.written[self._start : self._shown], skip_special_tokens=skip)
+        now = decode(self.written[self._start :], skip_special_tokens=skip)
+        if len(now) <= len(before) or (now.endswith("\ufffd") and not last):
+            return ""
+        self._start, self._shown = self._shown, len(self.written)
+        text: str = now[len(before) :]
+        return text
+
+    def _show(self, text: str) -> None:
+        if text:
+            self._take([text] if self._parser is None else response_events_to_chunks(self._parser.feed(text)))
+
+    def _take(self, items: Sequence[Any]) -> None:
+        for item in items:
+            if self._stopped:
+                return
+            if type(item) is not str:  # tool calls, and reasoning, a subclass of str
+                self._send_held()
+                self._send(item)
+                continue
+            self._held += item
+            found = cut_at(self._held, self._request.stop)
+            if found is not None:
+                self._held, self._stopped = found, True
+                self._send_held()
+                return
+            keep = _beginning_of_stop(self._held, self._request.stop)
+            ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+            if ready:
+                self._send(ready)
+
+    def _send_held(self) -> None:
+        if self._held:
+            self._send(self._held)
+            self._held = ""
+
+    def _send(self, item: Any) -> None:
+        self._loop.call_soon_threadsafe(self.queue.put_nowait, item)
+
+
+class Generation(BaseGenerateManager):  # type: ignore[misc]
+    """The generation of one request, in the form in which Transformers' handlers ask for it."""
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self.engine = engine
+        self.request = request
+        self.stream: Stream | None = None
+
+    def generate_streaming(
+        self,
+        model: Any,
+        processor: Any,
+        inputs: dict[str, Any],
+        gen_config: Any,
+        request_id: str,
+        response_parser: Any = None,
+    ) -> tuple[asyncio.Queue[Any], Stream]:
+        """Queue the request; text comes out of the queue returned."""
+        self.stream = stream = Stream(self.engine, self.request, gen_config, response_parser)
+        tokens: list[int] = inputs["input_ids"][0].tolist()
+        # The task that answers the request ends when the answer is sent, or the client has gone.
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(lambda _: stream.cancel())
+        job = self.engine.thread.submit(
+            _run, self.engine, tokens, self.request, copy.copy(gen_config), stream
+        )
+        job.add_done_callback(stream.finish)
+        return stream.queue, stream
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: dict[str, Any], gen_config: Any, request_id: str
+    ) -> tuple[str, int, list[int]]:
+        """(text, tokens in the prompt, tokens of the answer); raises ApiError."""
+        queue, stream = self.generate_streaming(model, processor, inputs, gen_config, request_id)
+        return await read_all(queue, stream), inputs["input_ids"].shape[1], stream.written
+
+    def stop(self) -> None:
+        """Nothing is left to stop: the thread is the engine's."""
+
+
+async def read_all(queue: asyncio.Queue[Any], stream: Stream) -> str:
+    """The whole text of an answer; raises ApiError where generation failed."""
+    text = ""
+    while (item := await queue.get()) is not None:
+        if isinstance(item, _StreamError):
+            raise ApiError(str(stream.error), status=503 if isinstance(stream.error, MLAError) else 500)
+        text += item
+    return text
+
+
+def _run(engine: Engine, tokens: list[int], request: Request, config: Any, stream: Stream) -> None:
+    """On the engine's thread: answer one request."""
+    if stream.is_gone:
+        return
+    most = len(tokens) + config.max_new_tokens
+    room = len(tokens) + min(config.max_new_tokens, _ANSWER_ROOM)
+    # The scores of a prompt need all of it to be read anew.
+    anew = request.echo and request.logprobs is not None
+    cache = engine.prefixes.new(most, room) if anew else engine.prefixes.take(tokens, most, room)
+    stream.reused = cache.get_seq_length()
+    with contextlib.suppress(_Gone):
+        _read(engine, tokens, request, stream, cache)
+        _write(engine, tokens, request, config, stream, cache)
+    # Gone or not: the stream ends generation between two steps only, when the cache holds whole tokens.
+    if not anew:
+        engine.prefixes.keep(tokens + stream.written, cache)
+
+
+@torch.no_grad()
+def _read(engine: Engine, tokens: list[int], request: Request, stream: Stream, cache: LatentCache) -> None:
+    """Read a prompt but for its last step, which is left to ``generate``; keep its scores if asked for."""
+    scored = request.echo and request.logprobs is not None
+    step, end = (_SCORED_STEP, len(tokens) - 1) if scored else (_STEP, len(tokens) - _STEP)
+    if scored:
+        stream.prompt_scores.append(Scored(tokens[0], None))
+    for first in range(cache.get_seq_length(), end, step):
+        stream.check()
+        last = min(first + step, len(tokens) - 1)
+        ids = torch.tensor([tokens[first:last]], device=engine.model.device)
+        keep = last - first if scored else 1
+        output = engine.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+        if scored:
+            stream.prompt_scores += score(
+                output.logits[0], tokens[first + 1 : last + 1], request.logprobs or 0
+            )
+
+
+def _write(
+    engine: Engine, tokens: list[int], request: Request, config: Any, stream: Stream, cache: LatentCache
+) -> None:
+    stream.check()
+    if config.max_new_tokens == 0:
+        stream.end()
+        return
+    if request.seed is None:
+        torch.seed()
+    else:
+        torch.manual_seed(request.seed)
+    ids = torch.tensor([tokens], device=engine.model.device)
+    with _watched(engine.model, stream if request.logprobs is not None else None):
+        engine.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            generation_config=config,
+            streamer=stream,
+            stopping_criteria=[stream.is_stopped],
+        )
+
+
+@contextlib.contextmanager
+def _watched(model: Any, stream: Stream | None) -> Iterator[None]:
+    """Show the stream the logits as the model gives them, before temperature and the like change them."""
+    if stream is None:
+        yield
+        return
+    handle = model.register_forward_hook(lambda _, inputs, output: stream.see(output.logits[0, -1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def score(logits: Tensor, tokens: Sequence[int], top: int) -> list[Scored]:
+    """Log probabilities of ``tokens`` [n] under ``logits`` [n, V], each with the ``top`` most likely ones."""
+    logprobs = logits.float().log_softmax(-1)
+    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    best = logprobs.topk(top)
+    likely = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [
+        Scored(token, logprob, tuple(zip(*rivals, strict=True)))
+        for token, logprob, rivals in zip(tokens, own, likely, strict=True)
+    ]
+
+
+def cut_at(text: str, stops: Sequence[str]) -> str | None:
+    """The text before the first stop string in it; None without one."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(places)] if places else None
+
+
+def _beginning_of_stop(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of the text with which a stop string begins."""
+    longest = 0
+    for stop in stops:
+        for length in range(min(len(stop) - 1, len(text)), longest, -1):
+            if text.endswith(stop[:length]):
+                longest = length
+                break
+    return longest

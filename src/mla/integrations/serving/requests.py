@@ -1,0 +1,230 @@
+"""What an OpenAI client may ask for: read, checked, and refused with a reason where it is not served."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# They say nothing about the answer.
+_IGNORED = {
+    "metadata",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+}
+# Only these values: they ask for what happens anyway.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "parallel_tool_calls": (True, False),
+    "tool_choice": ("auto", "none"),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+}
+_SHARED = {
+    "model",
+    "stream",
+    "stream_options",
+    "temperature",
+    "top_p",
+    "seed",
+    "max_tokens",
+    "stop",
+    "logit_bias",
+}
+_CHAT = _SHARED | {"messages", "max_completion_tokens", "tools", "tool_choice", "chat_template_kwargs"}
+_COMPLETION = _SHARED | {"prompt", "echo", "logprobs"}
+_CHAT_NEUTRAL: dict[str, tuple[object, ...]] = {"logprobs": (False,), "top_logprobs": (0,)}
+
+#: OpenAI's legacy default, which vLLM keeps.
+_COMPLETION_TOKENS = 16
+_MOST_LOGPROBS = 20
+
+
+class ApiError(Exception):
+    """A refusal as OpenAI's clients expect it: an HTTP status and the fields of the error object."""
+
+    def __init__(
+        self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What chat completions and completions have in common.
+
+    ``max_tokens`` None is as much as fits. ``temperature`` and ``top_p`` None are the model's own.
+    ``logprobs`` is how many of the most likely tokens to report beside each one; None reports nothing.
+    """
+
+    stream: bool
+    include_usage: bool
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    seed: int | None
+    stop: tuple[str, ...]
+    logit_bias: Mapping[int, float]
+    echo: bool = False
+    logprobs: int | None = None
+
+
+def read_chat(body: Mapping[str, Any], model: str) -> Request:
+    """The request in the body of a chat completion; raises ApiError."""
+    given = _check_fields(body, _CHAT, _CHAT_NEUTRAL, model)
+    _check_messages(given.get("messages"))
+    if not isinstance(given.get("tools", []), list):
+        raise _wrong("tools", "a list", given["tools"])
+    if not isinstance(given.get("chat_template_kwargs", {}), dict):
+        raise _wrong("chat_template_kwargs", "an object", given["chat_template_kwargs"])
+    name = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
+    return _read_shared(given, _integer(given, name, 1))
+
+
+def read_completion(body: Mapping[str, Any], model: str) -> Request:
+    """The request in the body of a completion; raises ApiError."""
+    given = _check_fields(body, _COMPLETION, {}, model)
+    echo = _flag(given, "echo")
+    tokens = _integer(given, "max_tokens", 0 if echo else 1)
+    logprobs = _integer(given, "logprobs", 0, _MOST_LOGPROBS)
+    request = _read_shared(given, _COMPLETION_TOKENS if tokens is None else tokens, echo, logprobs)
+    if request.stream and (echo or logprobs is not None):
+        raise ApiError("echo and logprobs are not available with stream", param="stream")
+    return request
+
+
+def read_prompts(prompt: object, vocabulary: int) -> list[str] | list[list[int]]:
+    """The prompts of a completion: texts, or token ids below ``vocabulary``; raises ApiError."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(part, str) for part in prompt):
+            return list(prompt)
+        lists = [prompt] if all(isinstance(part, int) for part in prompt) else prompt
+        if all(isinstance(ids, list) and all(type(x) is int for x in ids) for ids in lists):
+            for ids in lists:
+                check_tokens("prompt", ids, vocabulary)
+            return [list(ids) for ids in lists]
+    raise ApiError("prompt: expected a string, token ids, or a list of either", param="prompt")
+
+
+def check_tokens(name: str, tokens: Iterable[int], vocabulary: int) -> None:
+    """Refuse token ids that the model does not have; raises ApiError."""
+    for token in tokens:
+        if not 0 <= token < vocabulary:
+            raise _wrong(name, f"token ids from 0 to {vocabulary - 1}", token)
+
+
+def _check_fields(
+    body: Mapping[str, Any], known: set[str], neutral: Mapping[str, tuple[object, ...]], model: str
+) -> dict[str, Any]:
+    """The fields that have a value and a meaning."""
+    given = {name: value for name, value in body.items() if value is not None and name not in _IGNORED}
+    asked = given.get("model", model)
+    if asked != model:
+        raise ApiError(
+            f"The model `{asked}` does not exist; this server has `{model}`",
+            status=404,
+            param="model",
+            code="model_not_found",
+        )
+    for name, value in given.items():
+        accepted = {**_NEUTRAL, **neutral}.get(name)
+        if accepted is not None and value not in accepted:
+            shown = " or ".join(repr(choice) for choice in accepted)
+            raise ApiError(f"{name}: this server supports {shown} only, got {value!r}", param=name)
+        if accepted is None and name not in known:
+            raise ApiError(f"{name} is not supported by this server", param=name)
+    return given
+
+
+def _check_messages(messages: object) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise _wrong("messages", "a list of at least one message", messages)
+    for index, message in enumerate(messages):
+        name = f"messages[{index}]"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise _wrong(name, "an object with role and content", message)
+        content = message.get("content")
+        if content is None and "tool_calls" in message:
+            continue
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        if not all(_is_text(part) for part in parts):
+            raise ApiError(f"{name}: expected text, got something else; this server reads text", param=name)
+
+
+def _is_text(part: object) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _read_shared(
+    given: Mapping[str, Any], max_tokens: int | None, echo: bool = False, logprobs: int | None = None
+) -> Request:
+    options = given.get("stream_options", {})
+    if not isinstance(options, dict):
+        raise _wrong("stream_options", "an object", options)
+    return Request(
+        stream=_flag(given, "stream"),
+        include_usage=_flag(options, "include_usage"),
+        max_tokens=max_tokens,
+        temperature=_number(given, "temperature", 0, 2),
+        top_p=_number(given, "top_p", 0, 1),
+        seed=_integer(given, "seed", -(2**63), 2**63 - 1),
+        stop=_stop(given.get("stop", [])),
+        logit_bias=_bias(given.get("logit_bias", {})),
+        echo=echo,
+        logprobs=logprobs,
+    )
+
+
+def _wrong(name: str, expected: str, got: object) -> ApiError:
+    return ApiError(f"{name}: expected {expected}, got {str(got)[:80]!r}", param=name)
+
+
+def _flag(given: Mapping[str, Any], name: str) -> bool:
+    value = given.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise _wrong(name, "true or false", value)
+    return bool(value)
+
+
+def _integer(given: Mapping[str, Any], name: str, least: int, most: int | None = None) -> int | None:
+    value = given.get(name)
+    if value is None:
+        return None
+    if type(value) is not int or value < least or (most is not None and value > most):
+        shown = f"an integer from {least}" + ("" if most is None else f" to {most}")
+        raise _wrong(name, shown, value)
+    return value
+
+
+def _number(given: Mapping[str, Any], name: str, least: float, most: float) -> float | None:
+    value = given.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise _wrong(name, f"a number from {least} to {most}", value)
+    return float(value)
+
+
+def _stop(stop: object) -> tuple[str, ...]:
+    texts = [stop] if isinstance(stop, str) else stop
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise _wrong("stop", "a text or a list of texts, none of them empty", stop)
+    return tuple(texts)
+
+
+def _bias(bias: object) -> dict[int, float]:
+    try:
+        assert isinstance(bias, dict)
+        return {int(token): float(value) for token, value in bias.items()}
+    except (AssertionError, TypeError, ValueError) as error:
+        raise _wrong("logit_bias", "an object of numbers by token id", bias) from error

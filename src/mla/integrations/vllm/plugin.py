@@ -1,0 +1,168 @@
+"""Putting the backend in place: vLLM's version, the seams that it must have, and three small changes."""
+
+import importlib
+import inspect
+import logging
+from typing import Any
+
+from mla.ops import native
+
+#: Releases of vLLM that the tests have passed with.
+TESTED = ("0.32.0",)
+
+#: Tokens per page where the user asks for none.
+BLOCK_SIZE = 64
+
+# Below "vllm", so that vLLM's own settings of the log govern it.
+_log = logging.getLogger("vllm.mla")
+
+_BACKEND = "mla.integrations.vllm.backend.Backend"
+_MINICPM3 = "mla.integrations.vllm.minicpm3:TransformersForCausalLM"
+_MLA = "vllm.model_executor.layers.attention.mla_attention"
+_V1 = "vllm.v1.attention.backend"
+
+# What is used of vLLM: an object, and the parameters or fields that it must have.
+_SEAMS = {
+    "vllm.platforms.cpu:CpuPlatform.check_and_update_config": "vllm_config",
+    "vllm.v1.attention.backends.registry:register_backend": "backend class_path",
+    "vllm.v1.attention.backends.registry:AttentionBackendEnum.CPU_MLA": "",
+    "vllm.v1.attention.backends.registry:AttentionBackendEnum.AMX_MLA": "",
+    "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding.forward_cpu": "positions query key",
+    "vllm.model_executor.models:ModelRegistry.register_model": "model_arch model_cls",
+    "vllm.model_executor.models.transformers:TransformersForCausalLM": "",
+    "vllm.v1.kv_cache_interface:MLAAttentionSpec": "head_size dtype cache_dtype_str state_content_bytes",
+    f"{_V1}:CommonAttentionMetadata": (
+        "query_start_loc query_start_loc_cpu seq_lens num_reqs num_actual_tokens max_query_len max_seq_len "
+        "block_table_tensor slot_mapping causal"
+    ),
+    f"{_V1}:AttentionMetadataBuilder.build": "common_prefix_len common_attn_metadata fast_build",
+    f"{_V1}:AttentionMetadataBuilder._init_reorder_batch_threshold": "reorder_batch_threshold",
+    f"{_V1}:MultipleOf": "base",
+    f"{_MLA}:MLACommonMetadata": "num_decodes num_decode_tokens num_prefills",
+    f"{_MLA}:MLACommonImpl": "num_heads head_size scale kv_cache_dtype kv_lora_rank kv_b_proj",
+    f"{_MLA}:MLACommonImpl.forward_mha": (
+        "q kv_c_normed k_pe kv_c_and_k_pe_cache attn_metadata k_scale output output_scale"
+    ),
+    f"{_MLA}:MLACommonImpl.do_kv_cache_update": "kv_c_normed k_pe kv_cache slot_mapping",
+    f"{_MLA}:MLACommonImpl.process_weights_after_loading": "act_dtype",
+    f"{_MLA}:split_kv_b_proj": "kv_b_proj out_dtype kv_lora_rank num_heads qk_nope_head_dim v_head_dim",
+    f"{_MLA}:MLAAttention.get_kv_cache_spec": "vllm_config",
+}
+
+
+def missing_seams(seams: dict[str, str]) -> list[str]:
+    """Those of ``seams`` that the installed vLLM does not have, in words."""
+    missing = []
+    for seam, names in seams.items():
+        module, _, path = seam.partition(":")
+        try:
+            found: Any = importlib.import_module(module)
+            for name in path.split("."):
+                found = getattr(found, name)
+        except (ImportError, AttributeError):
+            missing.append(f"{module}.{path}")
+            continue
+        lost = set(names.split()) - set(inspect.signature(found).parameters) if names else set()
+        if lost:
+            missing.append(f"{', '.join(sorted(lost))} of {module}.{path}")
+    return missing
+
+
+def register() -> None:
+    """vLLM calls this in each of its processes, before it builds a model.
+
+    Where the kernels or a seam are missing it says so in one line and changes nothing.
+
+    Raises:
+        MLAError: ``MLA_CACHE_FORMAT`` names no format.
+    """
+    import vllm
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    if native.best() is None:
+        _log.warning("mla was installed without its C++ kernels: vLLM keeps its own MLA backend")
+        return
+    missing = missing_seams(_SEAMS)
+    if missing:
+        _log.error(
+            "mla does not fit vLLM %s (tested with %s), which lacks %s: vLLM keeps its own MLA backend",
+            vllm.__version__,
+            ", ".join(TESTED),
+            "; ".join(missing),
+        )
+        return
+    if vllm.__version__ not in TESTED:
+        _log.warning(
+            "mla was tested with vLLM %s, this is %s: compare its answers before you rely on them",
+            ", ".join(TESTED),
+            vllm.__version__,
+        )
+    _install()
+
+
+def _install() -> None:
+    from vllm.model_executor.layers.attention.mla_attention import MLAAttention
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    # Read here: a wrong MLA_CACHE_FORMAT ends the start, not a worker half an hour later.
+    from mla.integrations.vllm import backend, settings
+
+    if AttentionBackendEnum.CPU_MLA.get_path() == _BACKEND:
+        return
+    ModelRegistry.register_model("MiniCPM3ForCausalLM", _MINICPM3)
+    for name in (AttentionBackendEnum.CPU_MLA, AttentionBackendEnum.AMX_MLA):
+        register_backend(name, _BACKEND)
+    CpuPlatform.check_and_update_config = classmethod(
+        keeping_settings(CpuPlatform.check_and_update_config.__func__)
+    )
+    MLAAttention.get_kv_cache_spec = backend.with_rows(MLAAttention.get_kv_cache_spec)
+    RotaryEmbedding.forward_cpu = for_strided(RotaryEmbedding.forward_cpu)
+    _log.info(
+        "mla: attention on latents in C++ (%s), cache format %s",
+        native.best(),
+        settings.WANTED or "as the model",
+    )
+
+
+def keeping_settings(original: Any) -> Any:
+    """vLLM's adaptation of a configuration to CPUs, without the limits of its own MLA backend, which takes
+    pages of 16 only and neither chunks of a prompt nor cached prefixes."""
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        cache, scheduler, model = (
+            vllm_config.cache_config,
+            vllm_config.scheduler_config,
+            vllm_config.model_config,
+        )
+        block_size = cache.block_size if cache.user_specified_block_size else BLOCK_SIZE
+        prefixes = cache.enable_prefix_caching
+        chunks, tokens = scheduler.enable_chunked_prefill, scheduler.max_num_batched_tokens
+        original(cls, vllm_config)
+        # DeepSeek-V4 has backends of its own, whose settings stay.
+        if model is not None and model.use_mla and model.hf_config.model_type != "deepseek_v4":
+            cache.block_size = block_size
+            cache.enable_prefix_caching = prefixes
+            scheduler.enable_chunked_prefill, scheduler.max_num_batched_tokens = chunks, tokens
+            _log.info(
+                "mla: pages of %d tokens, chunked prefill %s and prefix caching %s after all",
+                block_size,
+                *("on" if each else "off" for each in (chunks, prefixes)),
+            )
+
+    return check_and_update_config
+
+
+def for_strided(original: Any) -> Any:
+    """vLLM's rotary operator reads queries as if their heads lay side by side. The rotated parts of MLA's
+    queries do not: they take the way in torch."""
+
+    def forward_cpu(self: Any, positions: Any, query: Any, key: Any = None) -> Any:
+        dense = all(x is None or x.is_contiguous() for x in (query, key))
+        return original(self, positions, query, key) if dense else self.forward_native(positions, query, key)
+
+    return forward_cpu

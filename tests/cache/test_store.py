@@ -1,0 +1,267 @@
+"""Latents in files: exact, whole or absent, and refused whenever they are not what was asked for."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from mla.cache import LatentCache
+from mla.cache.folder import PrefixFolder
+from mla.cache.store import copy_prefix, is_storable, load_cache, read_tokens, save_cache
+from mla.errors import MLAError
+from mla.integrations.prefixes import fingerprint
+from mla.integrations.transformers import absorb
+from tests.families import build
+
+CPU = torch.device("cpu")
+MODEL = {"weights": "abc", "dtype": "float32"}
+TOKENS = [5, 3, 8, 1, 9, 2, 7]
+
+
+def filled(tokens=TOKENS, format=None, seed=0) -> LatentCache:  # noqa: A002
+    generator = torch.Generator().manual_seed(seed)
+    cache = LatentCache(format=format)
+    for layer in range(2):
+        c_kv, k_rope = (torch.randn(1, 1, len(tokens), width, generator=generator) for width in (16, 4))
+        cache.update(c_kv, k_rope, layer)
+    return cache
+
+
+def equal(one: LatentCache, other: LatentCache) -> bool:
+    pairs = zip(one.latent_layers, other.latent_layers, strict=True)
+    return all(torch.equal(a.held()[name], b.held()[name]) for a, b in pairs for name in a.held())
+
+
+@pytest.mark.parametrize("format", [None, "fp32", "bf16", "fp16", "int8"])
+@pytest.mark.parametrize("keep", [None, 7, 4, 1])
+def test_what_is_saved_comes_back(tmp_path, format, keep):  # noqa: A002
+    cache = filled(format=format)
+    save_cache(tmp_path / "file", cache, TOKENS, MODEL)
+    back = LatentCache(format=format)
+    assert load_cache(tmp_path / "file", back, MODEL, device=CPU, keep=keep) == TOKENS[:keep]
+    cache.layers[0].crop((keep or 7) - 7)
+    cache.layers[1].crop((keep or 7) - 7)
+    assert equal(cache, back)
+    for layer, other in zip(cache.layers, back.layers, strict=True):
+        assert torch.equal(layer.keys, other.keys)
+        assert torch.equal(layer.values, other.values)
+        assert (layer.dtype, layer.rank, layer.rope) == (other.dtype, other.rank, other.rope)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v32"])
+def test_a_model_goes_on_from_a_file(tmp_path, family):
+    model = absorb(build(family))
+    ids = torch.randint(2, 200, (1, 40))
+    text = model.config.get_text_config(decoder=True)
+    cache = LatentCache(text)
+    model(ids[:, :30], past_key_values=cache)
+    save_cache(tmp_path / "file", cache, ids[0, :30].tolist(), MODEL)
+    back = LatentCache(text, capacity=40)
+    load_cache(tmp_path / "file", back, MODEL, device=CPU)
+    want = model(ids[:, 30:], past_key_values=cache).logits
+    assert torch.equal(model(ids[:, 30:], past_key_values=back).logits, want)
+
+
+def test_a_copy_is_independent():
+    cache, copy = filled(format="int8"), LatentCache(format="int8", capacity=20)
+    copy_prefix(cache, copy, 3)
+    assert copy.get_seq_length() == 3
+    before = copy.layers[0].held()["rows"].clone()
+    cache.layers[0].held()["rows"].zero_()
+    assert torch.equal(copy.layers[0].held()["rows"], before)
+
+
+def test_only_latents_are_stored(tmp_path):
+    model = build("kimi_linear")
+    cache = LatentCache(model.config)
+    assert not is_storable(cache)
+    with pytest.raises(ValueError, match="latents only"):
+        save_cache(tmp_path / "file", cache, TOKENS, MODEL)
+    with pytest.raises(ValueError, match="expected rows"):
+        save_cache(tmp_path / "file", filled(), TOKENS[:3], MODEL)
+
+
+def refused(path, match, model=MODEL):
+    cache = LatentCache()
+    with pytest.raises(MLAError, match=match):
+        load_cache(path, cache, model, device=CPU)
+    assert not cache.layers
+
+
+def test_what_is_not_such_a_file_is_refused(tmp_path):
+    refused(tmp_path / "none", "no such file")
+    (tmp_path / "empty").touch()
+    refused(tmp_path / "empty", "damaged")
+    (tmp_path / "pickle").write_bytes(b"\x80\x04\x95cos\nsystem\n" * 20)
+    refused(tmp_path / "pickle", "damaged")
+    save_file({"w": torch.zeros(3)}, tmp_path / "weights")
+    refused(tmp_path / "weights", "expected a file of format 'mla latent cache 1', got None")
+
+
+def test_a_file_of_another_model_is_refused_with_the_reason(tmp_path):
+    save_cache(tmp_path / "file", filled(), TOKENS, MODEL)
+    refused(tmp_path / "file", "its weights is abc, expected def", {**MODEL, "weights": "def"})
+    refused(tmp_path / "file", "its dtype is float32, expected bfloat16", {**MODEL, "dtype": "bfloat16"})
+    refused(tmp_path / "file", "its RoPE is missing, expected yarn", {**MODEL, "RoPE": "yarn"})
+    refused(tmp_path / "file", "its weights is abc, expected none", {"dtype": "float32"})
+
+
+def with_header(source: Path, target: Path, **changes) -> None:
+    """The content of a file under another header, its checksum left as it was."""
+    with safe_open(source, framework="pt") as file:
+        header = {**file.metadata(), **changes}
+    save_file(load_file(source), target, metadata=header)
+
+
+def test_every_damaged_file_is_refused(tmp_path):
+    """A thousand of them: flipped bytes, cut ends, added ends, parts of two files put together."""
+    one, two, bad = tmp_path / "one", tmp_path / "two", tmp_path / "bad"
+    save_cache(one, filled(), TOKENS, MODEL)
+    save_cache(two, filled(seed=1), TOKENS[::-1], {**MODEL, "weights": "other"})
+    good, foreign = one.read_bytes(), two.read_bytes()
+    with safe_open(one, framework="pt") as file:
+        header = file.metadata()
+    draw = random.Random(0)
+    used = 0
+    for round_ in range(1000):
+        kind = round_ % 6
+        data = bytearray(good)
+        if kind in (0, 1):  # one flipped bit; a few random bytes
+            for _ in range(1 if kind == 0 else draw.randrange(2, 9)):
+                place = draw.randrange(len(data))
+                data[place] ^= 1 << draw.randrange(8) if kind == 0 else draw.randrange(1, 256)
+            bad.write_bytes(data)
+        elif kind == 2:
+            bad.write_bytes(data[: draw.randrange(len(data))])
+        elif kind == 3:
+            bad.write_bytes(data + bytes(draw.randrange(1, 100)))
+        elif kind == 4:  # the beginning of one file and the end of the other
+            place = draw.randrange(8, len(data) - 1)
+            bad.write_bytes(data[:place] + foreign[place:])
+            if bad.read_bytes() in (good, foreign):
+                continue
+        else:  # tokens, model, widths or dtype changed by hand
+            changes = [
+                {"fingerprint": json.dumps({**MODEL, "weights": str(round_)})},
+                {"layers": header["layers"].replace("16", str(draw.randrange(1, 16)))},
+                {"layers": header["layers"].replace("float32", "bfloat16")},
+                {"checksum": f"{draw.getrandbits(256):064x}"},
+                {},
+            ][draw.randrange(5)]
+            with_header(one, bad, **changes)
+            if not changes:
+                tensors = load_file(one)
+                tensors["tokens"][draw.randrange(len(TOKENS))] += 1
+                save_file(tensors, bad, metadata=header)
+        cache = LatentCache()
+        try:
+            tokens = load_cache(bad, cache, MODEL, device=CPU)
+        except MLAError:
+            continue
+        # A space of the header may have become another one: then everything that counts is as it was.
+        assert kind in (0, 1)
+        assert tokens == TOKENS
+        assert equal(cache, filled())
+        used += 1
+    assert used <= 5
+
+
+def test_a_failed_save_leaves_nothing(tmp_path):
+    with pytest.raises(MLAError, match="cannot be written there"):
+        save_cache(tmp_path / "none" / "file", filled(), TOKENS, MODEL)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(MLAError, match="cannot be written there"):
+        save_cache(tmp_path / "folder", filled(), TOKENS, MODEL)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_killed_savers_and_shared_folders(tmp_path):
+    (tmp_path / "kill").mkdir()
+    command = [sys.executable, "-m", "tests.cache.killing", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    assert "100 killed" in run.stdout
+
+
+def test_the_folder_finds_the_longest_prefix(tmp_path):
+    shelf = PrefixFolder(tmp_path / "new", MODEL, limit=10**6)
+    assert shelf.longest([1, 2, 3]) == (None, 0)
+    shelf.save(filled([1, 2, 3]), [1, 2, 3])
+    shelf.save(filled([1, 2, 9, 9]), [1, 2, 9, 9])
+    file, common = shelf.longest([1, 2, 9, 4])
+    assert common == 3
+    assert read_tokens(file).tolist() == [1, 2, 9, 9]
+    other = PrefixFolder(tmp_path / "new", {**MODEL, "weights": "other"}, limit=10**6)
+    assert other.longest([1, 2, 9, 4]) == (None, 0)
+    shelf.save(filled([1, 2, 3, 4]), [1, 2, 3, 4])  # the file with [1, 2, 3] has nothing of its own now
+    assert len(list((tmp_path / "new").iterdir())) == 2
+
+
+def test_the_folder_stays_within_its_size(tmp_path):
+    size = filled(list(range(100))).nbytes
+    shelf = PrefixFolder(tmp_path, MODEL, limit=4 * size)
+    for start in range(3):
+        shelf.save(filled(list(range(start, start + 100))), list(range(start, start + 100)))
+    for age, start in enumerate((1, 2, 0)):  # the one saved first is the one used last
+        file, _ = shelf.longest(list(range(start, start + 100)))
+        os.utime(file, (time.time() - 100 + age,) * 2)
+    shelf.save(filled(list(range(50, 150))), list(range(50, 150)))
+    held = [shelf.longest(list(range(start, start + 100)))[1] for start in range(3)]
+    assert held == [100, 0, 100]
+    shelf.save(filled(list(range(500))), list(range(500)))  # larger than all of the folder may be
+    assert shelf.longest(list(range(500)))[1] == 100
+
+
+def test_a_damaged_file_in_the_folder_is_told_once(tmp_path):
+    shelf = PrefixFolder(tmp_path, MODEL, limit=10**6)
+    shelf.save(filled(), TOKENS)
+    file, _ = shelf.longest(TOKENS)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(MLAError, match="damaged"):
+        shelf.load(file, LatentCache(), 7, CPU)
+    assert shelf.longest(TOKENS) == (None, 0)
+    shelf.save(filled(), TOKENS)  # and written anew
+    shelf.load(shelf.longest(TOKENS)[0], LatentCache(), 7, CPU)
+
+
+def test_a_cut_file_in_the_folder_is_told_once(tmp_path):
+    notes = []
+    shelf = PrefixFolder(tmp_path, MODEL, limit=10**6, note=notes.append)
+    shelf.save(filled(), TOKENS)
+    file, _ = shelf.longest(TOKENS)
+    shelf = PrefixFolder(tmp_path, MODEL, limit=10**6, note=notes.append)
+    file.write_bytes(file.read_bytes()[:-5])
+    for _ in range(2):
+        assert shelf.longest(TOKENS) == (None, 0)
+    (note,) = notes
+    assert f"{file} is damaged" in note
+
+
+def test_a_folder_that_cannot_be_used(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(MLAError, match="expected a folder to keep latents in"):
+        PrefixFolder(tmp_path / "file", MODEL, limit=1)
+
+
+def test_the_fingerprint_tells_models_apart():
+    model = build("deepseek_v3")
+    first = fingerprint(absorb(model), "fp32")
+    assert first == fingerprint(build("deepseek_v3"), "fp32")
+    assert fingerprint(model, "int8") != first
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.add_(1e-4)
+    tuned = fingerprint(model, "fp32")
+    assert [name for name in first if tuned[name] != first[name]] == ["weights"]
+    changed = fingerprint(build("deepseek_v3").to(torch.bfloat16), "fp32")
+    assert {"dtype", "weights"} <= {name for name in first if changed[name] != first[name]}

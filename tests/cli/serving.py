@@ -1,0 +1,56 @@
+"""A real server in a process of its own, on a free port of this machine."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import openai
+
+
+class Server:
+    """``mla serve`` as a context: ``url``, ``client()``, and what it wrote to standard error."""
+
+    def __init__(self, model: Path, log: Path, *options: object, **environment: str) -> None:
+        self.model = str(model)
+        self.log = log
+        command = [sys.executable, "-m", "mla", "serve", self.model, "--port", "0", *map(str, options)]
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=stream,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+            )
+        self.url = self._wait()
+
+    def _wait(self) -> str:
+        end = time.monotonic() + 300
+        while time.monotonic() < end:
+            if found := re.search(r"serving .* at (http://\S+)", self.notes()):
+                return found[1]
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.05)
+        self.stop()
+        raise RuntimeError(f"no server: {self.notes()}")
+
+    def notes(self) -> str:
+        return self.log.read_text()
+
+    def client(self, key: str = "none", **options) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=300, **options)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(timeout=30)
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process.poll() is None:
+            self.stop(signal.SIGKILL)

@@ -1,0 +1,221 @@
+"""The engine in this process: what ends a generation, what it keeps, and what does not fit."""
+
+import asyncio
+import json
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mla.config import MLAConfig
+from mla.integrations.prefixes import Prefixes
+from mla.integrations.serving import app as application
+from mla.integrations.serving.answers import ChatEndpoint, CompletionEndpoint
+from mla.integrations.serving.generation import Engine, Generation, Stream, _beginning_of_stop, cut_at
+from mla.integrations.serving.loading import _fitting
+from mla.integrations.serving.requests import ApiError, read_completion, read_prompts
+from mla.integrations.transformers import absorb
+from tests.cli.conftest import make_tokenizer
+from tests.families import build
+
+
+def make_engine(family="deepseek_v3", budget=10**7, **options) -> Engine:
+    model = absorb(build(family, vocab_size=256))
+    config = MLAConfig.from_transformers(model.config)
+    prefixes = Prefixes(model, config, "fp32", budget=budget, **options)
+    return Engine(model, make_tokenizer(), "tiny", prefixes, limit=512)
+
+
+def complete(engine, prompt, **body):
+    answer = CompletionEndpoint(engine).handle_request({"prompt": prompt, "temperature": 0, **body}, "id")
+    return json.loads(asyncio.run(answer).body)
+
+
+def test_generation_ends_when_its_task_does():
+    """The task that answers a request is cancelled when the client has gone."""
+    engine = make_engine()
+    steps = []
+    engine.model.register_forward_pre_hook(lambda *_: steps.append(None))
+
+    async def run() -> int:
+        request = CompletionEndpoint(engine).handle_request({"prompt": "Hi", "max_tokens": 400}, "id")
+        task = asyncio.create_task(request)
+        while len(steps) < 3:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return len(steps)
+
+    seen = asyncio.run(run())
+    engine.thread.submit(lambda: None).result(timeout=60)  # nothing is running any more
+    assert len(steps) <= seen + 3
+    assert engine.prefixes.nbytes > 0  # what was read is kept
+    assert complete(engine, "Hi" * 20, max_tokens=3)["usage"]["completion_tokens"] == 3
+
+
+def test_a_request_that_has_gone_before_its_turn_costs_nothing():
+    engine = make_engine()
+    steps = []
+    engine.model.register_forward_pre_hook(lambda *_: steps.append(None))
+
+    async def run() -> None:
+        request = read_completion({"prompt": "Hi"}, "tiny")
+        inputs = {"input_ids": torch.tensor([[1, 2, 3]])}
+        blocked = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        gate = threading.Event()
+        engine.thread.submit(lambda: (loop.call_soon_threadsafe(blocked.set), gate.wait(30)))
+        await blocked.wait()
+        generation = Generation(engine, request)
+        generation.generate_streaming(None, None, inputs, engine.generation_config(request, 5), "id")
+        generation.stream.cancel()
+        gate.set()
+
+    asyncio.run(run())
+    engine.thread.submit(lambda: None).result(timeout=60)
+    assert steps == []
+
+
+def test_an_answer_that_ends_of_itself_at_its_last_token_has_stopped():
+    engine = make_engine()
+    text = complete(engine, "Hello", max_tokens=3)["choices"][0]
+    assert text["finish_reason"] == "length"
+    ids = engine.tokenizer("Hello")["input_ids"]
+    third = int(engine.model.generate(torch.tensor([ids]), max_new_tokens=3, do_sample=False)[0, -1])
+    engine.model.generation_config.eos_token_id = third
+    engine.end_tokens = {third}
+    assert complete(engine, "Hello", max_tokens=3)["choices"][0]["finish_reason"] == "stop"
+
+
+def test_what_goes_wrong_is_told_and_the_next_request_is_served():
+    engine = make_engine()
+    honest = engine.model.generate
+
+    def broken(*args, **kwargs):
+        raise RuntimeError('a "broken" kernel')
+
+    engine.model.generate = broken
+    with pytest.raises(ApiError, match='a "broken" kernel') as error:
+        complete(engine, "Hello")
+    assert error.value.status == 500
+    engine.model.generate = honest
+    assert complete(engine, "Hello")["usage"]["completion_tokens"] == 16
+
+
+def test_a_budget_too_small_is_an_error_of_the_request():
+    engine = make_engine(budget=480 * 100)
+    with pytest.raises(ApiError, match="a cache of 110 tokens would need 52800 bytes") as error:
+        complete(engine, "x" * 100, max_tokens=10)
+    assert error.value.status == 503
+    assert complete(engine, "x" * 50, max_tokens=10)["usage"]["total_tokens"] == 60
+
+
+def test_conversations_share_a_beginning_and_keep_their_own():
+    engine = make_engine()
+    start = "a common beginning of both conversations, "
+    texts = [start + end * 30 for end in ("one", "two")]
+    first, second = (complete(engine, text, max_tokens=40) for text in texts)
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == len(start)
+    again = complete(engine, texts[0], max_tokens=40)
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == len(texts[0]) - 1
+    assert again["choices"] == first["choices"]
+    fresh = make_engine()
+    assert complete(fresh, texts[1], max_tokens=40)["choices"] == second["choices"]
+
+
+def test_memory_stays_within_the_budget():
+    engine = make_engine(budget=480 * 600)
+    for number in range(8):
+        complete(engine, chr(97 + number) * (50 + 40 * number), max_tokens=30)
+        assert engine.prefixes.nbytes <= engine.prefixes.budget
+
+
+def test_models_with_other_layers_are_served_without_reuse():
+    engine = make_engine("kimi_linear")
+    first, again = (complete(engine, "Hello there", max_tokens=8) for _ in range(2))
+    assert first == {**again, "created": first["created"], "id": first["id"]}
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v32", "minicpm3", "kimi_linear"])
+def test_long_prompts_are_read_in_steps(family, monkeypatch):
+    want = complete(make_engine(family), "abcdefg" * 20, max_tokens=12)["choices"]
+    monkeypatch.setattr("mla.integrations.serving.generation._STEP", 16)
+    assert complete(make_engine(family), "abcdefg" * 20, max_tokens=12)["choices"] == want
+
+
+def test_text_comes_out_whole_however_it_is_cut():
+    """Letters of several tokens, stop strings over several pieces, invalid bytes at the end."""
+    engine = SimpleNamespace(tokenizer=make_tokenizer(), end_tokens=set())
+
+    async def stream(text: bytes, stop) -> str:
+        request = read_completion({"prompt": "", "stop": stop}, "tiny")
+        one = Stream(engine, request, SimpleNamespace(max_new_tokens=100), None)
+        one.put(torch.tensor([0]))
+        for token in byte_tokens(engine, text):
+            one.put(torch.tensor([token]))
+            if bool(one.is_stopped(torch.zeros(1, 1), None)):
+                break
+        one.end()
+        await asyncio.sleep(0.01)
+        pieces = []
+        while (item := one.queue.get_nowait()) is not None:
+            pieces.append(item)
+        return "".join(pieces)
+
+    for text, stop, want in (
+        ("größer 日本 🙂 end".encode(), [], "größer 日本 🙂 end"),
+        ("größer 日本 🙂 end".encode(), ["🙂"], "größer 日本 "),
+        (b"one two three", ["two t", "zz"], "one "),
+        (b"one two", ["two t"], "one two"),
+        (b"ok \xe6\x97", [], "ok \ufffd"),
+    ):
+        assert asyncio.run(stream(text, stop)) == want
+
+
+def byte_tokens(engine, text: bytes) -> list[int]:
+    """The token of every byte; GPT-2's alphabet writes those that do not print as the letters from 256 on."""
+    prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in prints]
+    letters = {byte: chr(byte) for byte in prints} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return engine.tokenizer.convert_tokens_to_ids([letters[byte] for byte in text])
+
+
+def test_stop_strings():
+    assert cut_at("one two", ["two", "ne"]) == "o"
+    assert cut_at("one two", ["three"]) is None
+    assert _beginning_of_stop("text a", ["ab", "t abc"]) == 3
+    assert _beginning_of_stop("text", []) == 0
+
+
+def test_prompts():
+    assert read_prompts("a", 10) == ["a"]
+    assert read_prompts(["a", "b"], 10) == ["a", "b"]
+    assert read_prompts([1, 2], 10) == [[1, 2]]
+    assert read_prompts([[1], [2, 3]], 10) == [[1], [2, 3]]
+    for wrong in ([], None, [1, "a"], [[1], "a"], [True], 5, [[-1]], [10]):
+        with pytest.raises(ApiError, match="prompt: expected"):
+            read_prompts(wrong, 10)
+
+
+def test_templates_that_refuse_are_the_clients_error():
+    engine = make_engine()
+    body = {"messages": [{"role": "user", "content": "Hi"}]}
+    engine.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ApiError, match="roles must alternate"):
+        asyncio.run(ChatEndpoint(engine).handle_request(body, "id"))
+    engine.tokenizer.chat_template = None
+    with pytest.raises(ApiError, match="this model has no chat template: use /v1/completions"):
+        asyncio.run(ChatEndpoint(engine).handle_request(body, "id"))
+
+
+def test_another_transformers_is_refused_with_the_reason(monkeypatch):
+    monkeypatch.setattr(application, "build_server", lambda model_manager, chat_handler: None)
+    with pytest.raises(ValueError, match=r"without completion_handler, generation_state.*5\.19 to 5\.23"):
+        application.build_app(make_engine())
+
+
+def test_what_fits():
+    config = MLAConfig.from_transformers(build("deepseek_v3").config)
+    assert [_fitting(config, "fp32", budget) for budget in (0, 479, 480, 4800, 10**9)] == [0, 0, 1, 10, 512]

@@ -1,0 +1,57 @@
+"""What the plugin does when vLLM loads it: nothing where it does not fit."""
+
+import logging
+
+import pytest
+
+from mla.integrations.vllm import plugin
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # vLLM's logger keeps its lines
+    caplog.set_level(logging.INFO, logger="vllm.mla")
+    return caplog
+
+
+@pytest.fixture
+def state():
+    """What the plugin changes in vLLM."""
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return lambda: (AttentionBackendEnum.CPU_MLA.get_path(), CpuPlatform.check_and_update_config)
+
+
+def test_the_tested_version_has_every_seam(vllm):
+    assert vllm.__version__ in plugin.TESTED
+    assert plugin.missing_seams(plugin._SEAMS) == []
+
+
+def test_a_missing_seam_leaves_vllm_as_it_is(monkeypatch, log, state):
+    before = state()
+    monkeypatch.setitem(plugin._SEAMS, "vllm.platforms.cpu:CpuPlatform.gone", "")
+    plugin.register()
+    assert state() == before
+    (line,) = log.messages
+    assert "lacks vllm.platforms.cpu.CpuPlatform.gone: vLLM keeps its own MLA backend" in line
+
+
+def test_without_kernels_vllm_keeps_its_own(monkeypatch, log):
+    monkeypatch.setattr(plugin.native, "best", lambda: None)
+    monkeypatch.setattr(plugin, "_install", lambda: pytest.fail("installed"))
+    plugin.register()
+    (line,) = log.messages
+    assert "without its C++ kernels" in line
+
+
+def test_an_untested_version_warns(monkeypatch, log, vllm):
+    installed = []
+    monkeypatch.setattr(vllm, "__version__", "9.9")
+    monkeypatch.setattr(plugin, "_install", lambda: installed.append(True))
+    plugin.register()
+    assert installed
+    (line,) = log.messages
+    assert line.startswith(f"mla was tested with vLLM {', '.join(plugin.TESTED)}, this is 9.9")
