@@ -50,6 +50,22 @@ def test_convert_heals(mla, llama_folder, tmp_path):
     assert DeepseekV3ForCausalLM.from_pretrained(tmp_path / "out").config.kv_lora_rank == 6
 
 
+def test_explore_then_choose(mla, llama_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("mla.convert.explore.BUDGETS", (0.5, 0.25))
+    page = tmp_path / "curve.html"
+    run = mla("convert", llama_folder, page, "--explore", *SMALL, "--json")
+    assert run.status == 0, run.err
+    points = json.loads(run.out)["points"]
+    assert "<svg" in page.read_text()
+    assert list(tmp_path.iterdir()) == [page]
+    allowed = max(point["kl"] for point in points)
+    out = tmp_path / "out"
+    run = mla("convert", llama_folder, out, "--max-kl", allowed, *SMALL, "--json")
+    assert run.status == 0, run.err
+    assert json.loads(run.out)["quality"]["kl"] <= allowed * 1.001
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.html", "out"]
+
+
 def test_convert_writes_bfloat16(mla, llama_folder, tmp_path):
     assert mla("convert", llama_folder, tmp_path / "out", "--dtype", "bfloat16", *SMALL).status == 0
     model = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
@@ -67,6 +83,10 @@ def test_convert_writes_bfloat16(mla, llama_folder, tmp_path):
         (("--calibration", "{short}"), "calibration text is too short"),
         (("--windows", 0), "at least 1 window"),
         (("--heal", -1), "heal takes minutes, 0 or more, got -1"),
+        (("--explore", "--cache", 0.5), "choose the cache: leave out --cache"),
+        (("--explore", "--heal", 1), "--explore compares untrained conversions"),
+        (("--max-kl", 0), "the largest KL must be above 0"),
+        (("--max-kl", 1e-9), "no cache below the original's"),
     ],
 )
 def test_mistakes_leave_nothing(mla, llama_folder, tmp_path, tmp_path_factory, options, message):

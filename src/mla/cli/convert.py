@@ -1,16 +1,25 @@
 """``mla convert``: an MHA, GQA or MQA model becomes an MLA checkpoint that stock software loads."""
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mla.cli import console
+from mla.errors import MLAError
 
 
 def convert(
     model: console.Model,
-    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist, or --overwrite.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder to write; must not exist, or --overwrite. With --explore: the page, OUT.html."
+        ),
+    ],
     cache: Annotated[
         float | None,
         typer.Option(help="Cache of the result as a share of the original's, such as 0.5 (the default)."),
@@ -26,6 +35,20 @@ def convert(
     heal: Annotated[
         float, typer.Option(help="Minutes of training against the original after the conversion.")
     ] = 0.0,
+    explore: Annotated[
+        bool,
+        typer.Option(
+            "--explore", help="Convert nothing: draw quality against cache size, several conversions."
+        ),
+    ] = False,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="Choose the smallest cache whose KL to the original stays below this, in nats."),
+    ] = None,
+    max_ppl_increase: Annotated[
+        float | None,
+        typer.Option(help="Choose the smallest cache that raises perplexity by less than this share: 0.05."),
+    ] = None,
     windows: Annotated[int, typer.Option(help="Windows of calibration text.")] = 48,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     seed: Annotated[int, typer.Option(help="Of the calibration text and the order of training.")] = 0,
@@ -40,11 +63,22 @@ def convert(
     """
     import torch
 
-    from mla.convert import Request, check_convertible, check_output, run
+    from mla.cli.explore import check_page, choose_command, explore_command
+    from mla.convert import Request, check_convertible, check_output, run, workspace
     from mla.integrations.loading import load_config, load_model, load_tokenizer
 
     console.check_dtype(dtype, "float32", "bfloat16", "float16")
-    if cache is None and rank is None and rope is None:
+    promised = max_kl is not None or max_ppl_increase is not None
+    sized = cache is not None or rank is not None or rope is not None
+    if (explore or promised) and sized:
+        raise MLAError(
+            "--explore, --max-kl and --max-ppl-increase choose the cache: leave out --cache, --rank, --rope"
+        )
+    if explore and (promised or heal):
+        raise MLAError(
+            "--explore compares untrained conversions: leave out --max-kl, --max-ppl-increase, --heal"
+        )
+    if not (sized or explore or promised):
         cache = 0.5
     request = Request(
         cache=cache,
@@ -59,20 +93,34 @@ def convert(
     )
     with console.quiet_libraries():
         # Everything that the configuration alone can refuse comes before the weights are read.
-        check_output(out, dtype=getattr(torch, dtype), overwrite=overwrite)
+        if explore:
+            check_page(out)
+        else:
+            check_output(out, dtype=getattr(torch, dtype), overwrite=overwrite)
         check_convertible(load_config(model))
         tokenizer = load_tokenizer(model)
         teacher = load_model(model, dtype="float32")
-        with console.progress("converting") as advance:
-            facts = run(
-                model,
-                teacher,
-                tokenizer,
-                out,
-                request,
-                overwrite=overwrite,
-                on_progress=lambda label, done, total: advance(done, total, label),
-            )
+        with ExitStack() as stack:
+            if explore or promised:
+                # The search does not heal, and calibrates on the same windows whatever the minutes.
+                search = replace(request, heal=0.0)
+                with console.progress("writing calibration text") as advance:
+                    work = stack.enter_context(
+                        workspace(teacher, tokenizer, out, search, "exploring", _teller(advance))
+                    )
+                texts, state = (work.calibration, work.held_out), work.place / "points"
+            if explore:
+                explore_command(teacher, *texts, source=model, out=out, state=state, as_json=as_json)
+                return
+            if promised:
+                point = choose_command(
+                    teacher, *texts, max_kl=max_kl, max_ppl_increase=max_ppl_increase, state=state
+                )
+                request = replace(request, rank=point.rank, rope=point.rope)
+            with console.progress("converting") as advance:
+                facts = run(
+                    model, teacher, tokenizer, out, request, overwrite=overwrite, on_progress=_teller(advance)
+                )
     if as_json:
         console.print_json(facts)
         return
@@ -84,3 +132,8 @@ def convert(
         f"{quality['perplexity']:.2f}, KL {quality['kl']:.3f}. Report: {out / 'report.html'}. "
         f"Next: mla generate {out} 'Hello'"
     )
+
+
+def _teller(advance: Any) -> Callable[[str, float, float], None]:
+    """The bar's own order of arguments."""
+    return lambda label, done, total: advance(done, total, label)

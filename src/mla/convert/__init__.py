@@ -2,7 +2,7 @@
 
 from mla.convert.check import check_convertible
 from mla.convert.pipeline import convert
-from mla.convert.run import Request, run
+from mla.convert.run import Request, run, workspace
 from mla.convert.saving import check_output, save
 from mla.convert.text import tokenize_windows, write_windows
 
@@ -14,5 +14,6 @@ __all__ = [
     "run",
     "save",
     "tokenize_windows",
+    "workspace",
     "write_windows",
 ]

@@ -7,11 +7,12 @@ folder goes when the result is in place.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,16 +97,44 @@ def run(
     if request.heal < 0:
         raise MLAError(f"heal takes minutes, 0 or more, got {request.heal}")
     budget_for(teacher.config, cache=request.cache, rank=request.rank, rope=request.rope)
+    with workspace(teacher, tokenizer, out, request, "converting", on_progress) as work:
+        return _finish(source, teacher, tokenizer, out, work, request, overwrite, on_progress)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder for finished parts, and token ids [w, t] to calibrate on, to heal on and to measure on."""
+
+    place: Path
+    calibration: Tensor
+    training: Tensor
+    held_out: Tensor
+
+
+@contextlib.contextmanager
+def workspace(
+    teacher: PreTrainedModel,
+    tokenizer: Any,
+    out: Path,
+    request: Request,
+    purpose: str,
+    on_progress: Progress | None = None,
+) -> Iterator[Workspace]:
+    """The folder ``.OUT.PURPOSE`` beside ``out`` while inside: found again after a kill, gone after success.
+
+    Raises:
+        MLAError: the text or the windows cannot be used. Raised inside it is a mistake in the request, of
+            which nothing is worth keeping: the folder goes as well.
+    """
     check_windows(request.windows, request.window)
     text = _read(request.calibration)
-    place = _workspace(out, _identity(teacher, request, text))
+    place = _place(out, purpose, _identity(teacher, request, text))
     try:
-        facts = _finish(source, teacher, tokenizer, out, place, request, text, overwrite, on_progress)
-    except MLAError:  # a mistake in the request: nothing of it is worth keeping
+        yield Workspace(place, *_windows(place, teacher, tokenizer, request, text, on_progress))
+    except MLAError:
         shutil.rmtree(place, ignore_errors=True)
         raise
     shutil.rmtree(place, ignore_errors=True)
-    return facts
 
 
 def _finish(
@@ -113,21 +142,19 @@ def _finish(
     teacher: PreTrainedModel,
     tokenizer: Any,
     out: Path,
-    place: Path,
+    work: Workspace,
     request: Request,
-    text: str | None,
     overwrite: bool,
     on_progress: Progress | None,
 ) -> dict[str, Any]:
     started = time.monotonic()
-    calibration, training, held_out = _windows(place, teacher, tokenizer, request, text, on_progress)
     student = convert(
         teacher,
-        calibration=calibration,
+        calibration=work.calibration,
         cache=request.cache,
         rank=request.rank,
         rope=request.rope,
-        state=place,
+        state=work.place,
         on_progress=on_progress,
     )
     healing = None
@@ -135,17 +162,17 @@ def _finish(
         healing = heal(
             student,
             teacher,
-            training,
-            held_out,
+            work.training,
+            work.held_out,
             minutes=request.heal,
             seed=request.seed,
-            state=place / "healing.pt",
+            state=work.place / "healing.pt",
             on_progress=on_progress,
         )
     facts = _facts(source, teacher, student, request)
     facts["heal"] = None if healing is None else {"minutes": request.heal} | asdict(healing)
-    facts["quality"] = _quality(teacher, student, held_out, request, on_progress)
-    facts["layer_errors"] = layer_errors(student, teacher, held_out)
+    facts["quality"] = _quality(teacher, student, work.held_out, request, on_progress)
+    facts["layer_errors"] = layer_errors(student, teacher, work.held_out)
     facts["seconds"] = round(time.monotonic() - started, 1)
     save(student, tokenizer, out, report=facts, dtype=getattr(torch, request.dtype), overwrite=overwrite)
     return facts
@@ -228,9 +255,9 @@ def _identity(teacher: PreTrainedModel, request: Request, text: str | None) -> d
     }
 
 
-def _workspace(out: Path, identity: dict[str, Any]) -> Path:
+def _place(out: Path, purpose: str, identity: dict[str, Any]) -> Path:
     """The folder for finished parts of this very request: found again, or new and empty."""
-    place = out.absolute().parent / f".{out.name}.converting"
+    place = out.absolute().parent / f".{out.name}.{purpose}"
     described = place / "request.json"
     content = json.dumps(identity, sort_keys=True)
     if place.is_dir() and described.exists() and described.read_text(encoding="utf-8") == content:
