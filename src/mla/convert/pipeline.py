@@ -94,7 +94,7 @@ def convert(
         for layer in range(layers):
             block = teacher.model.layers[layer]
             weights = attention_weights(teacher, layer)
-            theirs, mine = _norm(block.input_layernorm, hidden), _norm(block.input_layernorm, own)
+            theirs, mine = input_norm(block.input_layernorm, hidden), input_norm(block.input_layernorm, own)
             factors = None if state is None else _stored(state, layer)
             if factors is None:
                 statistics, output = collect(weights, theirs)
@@ -109,9 +109,9 @@ def convert(
                 )
             write_layer(student, layer, factors, stream=stream)
             hidden += output
-            hidden += _mlp(block, hidden)
+            hidden += feed_forward(block, hidden)
             own += own_output
-            own += _mlp(block, own)
+            own += feed_forward(block, own)
             if on_progress is not None:
                 on_progress("converting", layer + 1, layers)
     return student
@@ -137,7 +137,7 @@ def budget_for(config: Any, *, cache: float | None, rank: int | None, rope: int 
 def factor_layer(weights: AttentionWeights, statistics: LayerStatistics, budget: Budget) -> LayerFactors:
     """One layer's converted attention from its weights and statistics."""
     split = split_rope(statistics, weights.inv_freq, ladder(budget.rope, budget.theta))
-    factors = factorise(_terms(weights, statistics, split), budget.rank)
+    factors = factorise(terms_of(weights, statistics, split), budget.rank)
     queries = weights.q.double()
     key_rope, query_rope = balance(rotary_keys(split, weights.k.double()), rotary_queries(split, queries))
     heads = weights.heads
@@ -152,7 +152,7 @@ def factor_layer(weights: AttentionWeights, statistics: LayerStatistics, budget:
     )
 
 
-def _terms(weights: AttentionWeights, statistics: LayerStatistics, split: RopeSplit) -> Terms:
+def terms_of(weights: AttentionWeights, statistics: LayerStatistics, split: RopeSplit) -> Terms:
     """Keys and values of every head as one list of quadratic forms in the same unit."""
     H, d = weights.heads, weights.head_dim
     group = [weights.group_of(h) for h in range(H)]
@@ -177,18 +177,18 @@ def _trace(x: Tensor) -> Tensor:
     return x.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def _norm(norm: Any, hidden: Tensor) -> Tensor:
+def input_norm(norm: Any, hidden: Tensor) -> Tensor:
     """The teacher's RMSNorm in fp32, whatever its dtype."""
     scale = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + norm.variance_epsilon)
     normed: Tensor = hidden * scale * norm.weight.float()
     return normed
 
 
-def _mlp(block: Any, hidden: Tensor) -> Tensor:
+def feed_forward(block: Any, hidden: Tensor) -> Tensor:
     """The layer's MLP in the teacher's own dtype, one window at a time."""
     dtype = block.mlp.gate_proj.weight.dtype
     norm = block.post_attention_layernorm
-    return torch.stack([block.mlp(_norm(norm, window).to(dtype)).float() for window in hidden])
+    return torch.stack([block.mlp(input_norm(norm, window).to(dtype)).float() for window in hidden])
 
 
 def _block(weights: AttentionWeights, x: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM, PreTrainedModel
@@ -39,7 +38,6 @@ Progress = Callable[[str, float, float], None]
 _CALIBRATING_PER_MEASURING = 6
 # Self-written windows more per minute of healing: each is read a few times until the time is over.
 _WINDOWS_PER_MINUTE = 6
-FORMAT = 2  # of report.json
 
 
 @dataclass(frozen=True)
@@ -175,7 +173,8 @@ def _finish(
     facts["layer_errors"] = layer_errors(student, teacher, work.held_out)
     facts["seconds"] = round(time.monotonic() - started, 1)
     save(student, tokenizer, out, report=facts, dtype=getattr(torch, request.dtype), overwrite=overwrite)
-    return facts
+    told: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    return told
 
 
 def _read(calibration: str) -> str | None:
@@ -271,41 +270,24 @@ def _place(out: Path, purpose: str, identity: dict[str, Any]) -> Path:
 def _facts(
     source: str, teacher: PreTrainedModel, student: DeepseekV3ForCausalLM, request: Request
 ) -> dict[str, Any]:
+    """What only this run knows; :func:`save` adds dims, dtype and versions."""
     config, old = student.config, teacher.config
     groups = old.num_key_value_heads or old.num_attention_heads
     original = 2 * groups * head_dim(old)
     cached = config.kv_lora_rank + config.qk_rope_head_dim
     size = 4 if request.dtype == "float32" else 2
     return {
-        "format": FORMAT,
         "source": source,
-        "dims": {
-            "layers": config.num_hidden_layers,
-            "hidden": config.hidden_size,
-            "heads": config.num_attention_heads,
-            "rank": config.kv_lora_rank,
-            "rope": config.qk_rope_head_dim,
-            "nope": config.qk_nope_head_dim,
-            "value": config.v_head_dim,
-            "rope_theta": config.rope_parameters["rope_theta"],
-            "cached_numbers_per_token_and_layer": cached,
-            "original_numbers_per_token_and_layer": original,
-        },
+        "dims": {"original_numbers_per_token_and_layer": original},
         "calibration": {
             "text": request.calibration,
             "windows": request.windows,
             "window": request.window,
             "seed": request.seed,
         },
-        "dtype": request.dtype,
         "cache_bytes_per_token": {
             "original": original * size * config.num_hidden_layers,
             "converted": cached * size * config.num_hidden_layers,
-        },
-        "versions": {
-            "mla": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
         },
     }
 

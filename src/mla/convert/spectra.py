@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from mla.convert.checkpoint import attention_weights
 from mla.convert.factorise import spectrum
-from mla.convert.pipeline import _mlp, _norm, _terms
+from mla.convert.pipeline import feed_forward, input_norm, terms_of
 from mla.convert.rope_split import ladder, split_rope
 from mla.convert.statistics import collect
 
@@ -57,11 +57,11 @@ def layer_spectra(
         layers = teacher.model.layers
         for layer, block in enumerate(layers):
             weights = attention_weights(teacher, layer)
-            statistics, output = collect(weights, _norm(block.input_layernorm, hidden))
+            statistics, output = collect(weights, input_norm(block.input_layernorm, hidden))
             split = split_rope(statistics, weights.inv_freq, ladder(rope, theta))
-            found.append(_summary(spectrum(_terms(weights, statistics, split))))
+            found.append(_summary(spectrum(terms_of(weights, statistics, split))))
             hidden += output
-            hidden += _mlp(block, hidden)
+            hidden += feed_forward(block, hidden)
             if on_progress is not None:
                 on_progress("spectra", layer + 1, len(layers))
     return tuple(found)
