@@ -28,9 +28,12 @@ from mla.errors import MLAError
 
 _TRAINED = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 # Steps are relative to each matrix's root mean square, so that matrices of every scale learn alike.
-_RATE = 0.015
+# A good conversion is easily shaken: ten times as much first triples its KL, and half an hour does not bring it
+# back.
+_RATE = 5e-4
+_LAYER_RATE = 1e-3
 _WARM_UP = 0.02  # share of the time
-_LAYER_SHARE = 0.25  # of the minutes for the layer-wise stage
+_LAYER_SHARE = 0.1  # of the minutes for the layer-wise stage
 _TOKENS_PER_STEP = 1024
 _ROWS = 256  # logits of so many tokens exist at a time
 _SAVE_EVERY = 90.0  # seconds
@@ -68,7 +71,7 @@ def heal(
 ) -> Healing:
     """Train the converted attention against the teacher for ``minutes`` of wall time.
 
-    A quarter of the time every attention block learns the teacher block's output on the student's own inputs,
+    A tenth of the time every attention block learns the teacher block's output on the student's own inputs,
     front to back, by mean squared error; the rest the whole student learns the teacher's next-token
     distribution, by KL divergence. AdamW; the best weights on ``held_out`` are kept.
 
@@ -143,7 +146,7 @@ class _Run:
 
     def finish(self) -> Healing:
         layers = len(self.student.model.layers)
-        if self.layer < layers and _LAYER_SHARE > 0:
+        if self.layer < layers:
             self._match_layers()
             self._check()
         self._match_logits()
@@ -200,7 +203,7 @@ class _Run:
         with _trainable(parameters):
             optimiser = _adam(parameters)
             while (now := self.seconds()) < end:
-                _set_rate(optimiser, (now - start) / (end - start))
+                _set_rate(optimiser, _LAYER_RATE, (now - start) / (end - start))
                 pick = torch.randint(0, len(inputs), (per_step,), generator=chance)
                 error = block(inputs[pick], position_embeddings=turn, attention_mask=None)[0] - target[pick]
                 (error.square().mean() / energy).backward()
@@ -227,7 +230,7 @@ class _Run:
             # A step is not begun that would not end in time.
             longest = 0.0
             while (now := self.seconds()) + longest < self.total:
-                _set_rate(optimiser, (now - start) / (self.total - start))
+                _set_rate(optimiser, _RATE, (now - start) / (self.total - start))
                 ids = self.windows[self._next(per_step)]
                 reference = _hidden(self.teacher, ids)
                 hidden = self.student.model(input_ids=ids, use_cache=False).last_hidden_state
@@ -362,11 +365,11 @@ def _adam(parameters: list[Tensor]) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
 
 
-def _set_rate(optimiser: torch.optim.Optimizer, done: float) -> None:
+def _set_rate(optimiser: torch.optim.Optimizer, rate: float, done: float) -> None:
     """Linear warm-up, then half a cosine down to zero; ``done`` is the share of the time that is over."""
     shape = min(1.0, max(done, 1e-3) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
     for group in optimiser.param_groups:
-        group["lr"] = _RATE * group["unit"] * shape
+        group["lr"] = rate * group["unit"] * shape
 
 
 def _attend(layer: Any, hidden: Tensor, turn: Any) -> Tensor:
