@@ -28,8 +28,8 @@ from mla.errors import MLAError
 
 _TRAINED = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 # Steps are relative to each matrix's root mean square, so that matrices of every scale learn alike.
-# A good conversion is easily shaken: ten times as much first triples its KL, and half an hour does not bring it
-# back.
+# A good conversion is easily shaken: ten times as much first triples its KL, and half an hour does not
+# bring it back.
 _RATE = 5e-4
 _LAYER_RATE = 1e-3
 _WARM_UP = 0.02  # share of the time
