@@ -9,6 +9,8 @@ from tests.vllm import engine, models
 pytestmark = pytest.mark.vllm
 
 NAMES = [*models.MODELS, *(["converted"] if models.converted() else [])]
+# vLLM alone has no kernel at all for heads of 20 + 26.
+IN_STOCK = [name for name in NAMES if name != "odd"]
 TOKENS = 12
 
 _random = random.Random(0)
@@ -73,7 +75,7 @@ def ours(paths):
 
 @pytest.fixture(scope="session")
 def ours_bf16(paths):
-    return ask({name: job(path, dtype="bfloat16") for name, path in paths.items()})
+    return ask({name: job(paths[name], dtype="bfloat16") for name in IN_STOCK})
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +97,7 @@ def ask_stock(paths, **options):
     """Answers of vLLM alone: its own MLA where that has the widths, else keys and values of every head."""
     wide = ("deepseek-v2-lite", "deepseek-v3")
     found = {}
-    for names, env in ((wide, {}), (set(paths) - set(wide), {"VLLM_MLA_DISABLE": "1"})):
+    for names, env in ((wide, {}), (set(IN_STOCK) - set(wide), {"VLLM_MLA_DISABLE": "1"})):
         jobs = {name: job(paths[name], **engine.STOCK_OPTIONS, **options) for name in names}
         found |= ask(jobs, {**engine.STOCK, **env})
     return found
@@ -116,12 +118,12 @@ def test_text_and_logits_are_those_of_transformers(name, ours, references, texts
     assert deviation(references[name], ours[name]) < 5e-3
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", IN_STOCK)
 def test_text_is_that_of_stock_vllm(name, ours, stock):
     assert tokens(ours[name]) == tokens(stock[name])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", IN_STOCK)
 def test_bf16_rounds_no_more_than_stock_vllm(name, ours_bf16, stock_bf16, references):
     theirs = deviation(references[name], stock_bf16[name])
     assert deviation(references[name], ours_bf16[name]) < 1.5 * theirs + 0.02
@@ -166,11 +168,16 @@ def test_int8_latents(ours, with_settings, references, paths):
         assert answer["cache_tokens"] / ours["deepseek-v3"]["cache_tokens"] == pytest.approx(2304 / 644, 0.01)
 
 
-def test_what_we_have_no_format_for_is_refused(paths):
-    (refused,) = engine.run([job(paths["odd"], kv_cache_dtype="fp8")])
-    assert "expected one of auto, bfloat16, int8_per_token_head" in refused["error"] + refused["log"]
-    with pytest.raises(RuntimeError, match="MLA_CACHE_FORMAT: expected one of bf16, int8, fp32, got 'int7'"):
-        engine.run([job(paths["odd"])], {"MLA_CACHE_FORMAT": "int7"})
+@pytest.mark.parametrize(
+    ("options", "env", "expected"),
+    [
+        ({"kv_cache_dtype": "fp8"}, {}, "expected one of auto, bfloat16, int8_per_token_head"),
+        ({}, {"MLA_CACHE_FORMAT": "int7"}, "MLA_CACHE_FORMAT: expected one of bf16, int8, fp32, got 'int7'"),
+    ],
+)
+def test_what_we_have_no_format_for_is_refused(options, env, expected, paths):
+    (refused,) = engine.run([job(paths["odd"], **options)], env)
+    assert expected in refused["error"]
 
 
 def test_two_ranks_say_the_same(paths, texts):
