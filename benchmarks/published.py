@@ -93,7 +93,7 @@ class RopeSplit:
 
 
 def rorope(weights: AttentionWeights, moments: Tensor, *, rope: int, fold: int) -> RopeSplit:
-    """RoRoPE with FreqFold (TransMLA, sections 4.2 and 4.3).
+    """RoRoPE with FreqFold (TransMLA, arXiv 2502.07864).
 
     RoPE commutes with a real rotation across heads that both parts of a pair share. At each frequency this
     is the eigenbasis of the keys' second moments summed over both parts. With ``fold`` f, blocks of f
@@ -142,7 +142,7 @@ def rorope(weights: AttentionWeights, moments: Tensor, *, rope: int, fold: int) 
 def joint_pca(
     key_nope: Tensor, value: Tensor, moments: Tensor, rank: int, *, balance: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Low rank of keys and values together, from the outputs on calibration text (TransMLA, section 4.4).
+    """Low rank of keys and values together, from the outputs on calibration text (TransMLA, arXiv 2502.07864).
 
     The left singular vectors of W C^½ are the eigenvectors of W C Wᵀ, so without the balance this is also
     CARE's decomposition of C^½ Wᵀ.
@@ -226,7 +226,7 @@ def transmla(
 
 @torch.no_grad()
 def pair_contributions(teacher: PreTrainedModel, calibration: Tensor, *, batch: int = 8) -> Tensor:
-    """mean‖q_j‖ · mean‖k_j‖ of every rotary pair (MHA2MLA, section 3.1, "2-norm contribution").
+    """mean‖q_j‖ · mean‖k_j‖ of every rotary pair (MHA2MLA, arXiv 2502.14837, "2-norm contribution").
 
     The bound that Cauchy and Schwarz give for what a pair adds to the logits. The query heads of a group are
     averaged.
