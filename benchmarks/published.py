@@ -142,7 +142,7 @@ def rorope(weights: AttentionWeights, moments: Tensor, *, rope: int, fold: int) 
 def joint_pca(
     key_nope: Tensor, value: Tensor, moments: Tensor, rank: int, *, balance: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Low rank of keys and values together, from the outputs on calibration text (TransMLA, arXiv 2502.07864).
+    """Low rank of keys and values together, from outputs on calibration text (TransMLA, arXiv 2502.07864).
 
     The left singular vectors of W C^½ are the eigenvectors of W C Wᵀ, so without the balance this is also
     CARE's decomposition of C^½ Wᵀ.
