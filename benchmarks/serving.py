@@ -23,6 +23,7 @@ from typing import IO, Any
 import psutil
 
 from benchmarks import timing
+from mla.integrations.loading import computes_in_half
 
 STOCK, OURS = "vLLM", "vLLM + mla"
 VOCABULARY = 512
@@ -192,7 +193,7 @@ def make_model(folder: Path, layers: int, hidden: int) -> str:
     from tests.vllm import models
 
     kind, options = models.MODELS["deepseek-v2-lite"]
-    size = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
+    size = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
     models.MODELS["benchmark"] = (kind, {**options, **size, "first_k_dense_replace": layers})
     return models.write("benchmark", folder)
 
@@ -203,7 +204,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it runs")
     parser.add_argument("--model", help="a folder; random weights with DeepSeek-V2-Lite's attention if none")
     parser.add_argument("--layers", type=int, default=4, help="of the random model")
-    parser.add_argument("--dtype", default="bfloat16", help="of weights and arithmetic, for both")
+    parser.add_argument("--hidden", type=int, default=1024, help="width of the random model")
+    parser.add_argument("--dtype", help="of weights and arithmetic, for both; what this CPU multiplies")
     parser.add_argument("--cache-format", help="bf16 or int8, for ours; as the model if none")
     parser.add_argument("--context", type=int, nargs="+", default=[1024, 4096, 16384])
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8])
@@ -218,19 +220,20 @@ def main(arguments: list[str] | None = None) -> None:
     if chosen.worker:
         worker(json.loads(chosen.worker), chosen.answers)
         return
-    hidden = 2048
+    # vLLM's linear layers take seconds per token in bf16 on a CPU without such products.
+    chosen.dtype = chosen.dtype or ("bfloat16" if computes_in_half("cpu") else "float32")
     if chosen.quick:
         chosen.context, chosen.requests, chosen.shared, chosen.tokens = [64, 256], [1, 2], 128, 4
-        chosen.turns, chosen.layers, chosen.space, hidden = 1, 1, 1, 256
+        chosen.turns, chosen.layers, chosen.space, chosen.hidden = 1, 1, 1, 256
     cases = [
         Case(context, requests, shared)
         for context in chosen.context
         for requests in chosen.requests
-        for shared in (0, chosen.shared)
+        for shared in sorted({0, chosen.shared})
         if shared < context
     ]
     with tempfile.TemporaryDirectory() as folder:
-        path = chosen.model or make_model(Path(folder), chosen.layers, hidden)
+        path = chosen.model or make_model(Path(folder), chosen.layers, chosen.hidden)
         heads = json.loads((Path(path) / "config.json").read_text())["num_attention_heads"]
         options = {
             "model": path,

@@ -12,7 +12,7 @@ import openai
 
 
 class Server:
-    """``mla serve`` as a context: ``url``, ``client()``, and what it wrote to standard error."""
+    """``mla serve`` as a context: ``url``, ``client()``, and what it wrote."""
 
     def __init__(self, model: Path, log: Path, *options: object, **environment: str) -> None:
         self.model = str(model)
@@ -21,7 +21,7 @@ class Server:
         with log.open("w") as stream:
             self.process = subprocess.Popen(
                 command,
-                stdout=subprocess.DEVNULL,
+                stdout=stream,
                 stderr=stream,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
             )

@@ -385,7 +385,7 @@ def test_the_vllm_engine_is_vllms_own_server(mla, mla_folder, monkeypatch):
     options = ("--port", 9000, "--max-model-len", 256, "--cache-format", "int8", "--memory", "3GiB")
     assert mla("serve", mla_folder, *options, "--api-key", KEY).status == 0
     (_, command, environment), *_ = became
-    assert command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", str(mla_folder)]
+    assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", str(mla_folder)]
     assert " ".join(command[5:]) == "--host 127.0.0.1 --port 9000 --dtype auto --max-model-len 256"
     assert environment["MLA_CACHE_FORMAT"] == "int8"
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "3"

@@ -115,13 +115,13 @@ class Reference:
         return out[0, len(prompt) :].tolist()
 
     @torch.no_grad()
-    def deviation(self, prompt: list[int], answer: dict[str, Any]) -> float:
-        """How far vLLM's log-probabilities lie from ours for the same text, at most."""
+    def deviations(self, prompt: list[int], answer: dict[str, Any]) -> list[float]:
+        """How far each of vLLM's log-probabilities lies from ours for the same text."""
         tokens = answer["tokens"]
         logits = self.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
         expected = logits.float().log_softmax(-1)
-        return max(
+        return [
             abs(value - float(expected[i, int(token)]))
             for i, step in enumerate(answer["logprobs"])
             for token, value in step.items()
-        )
+        ]

@@ -1,6 +1,7 @@
 """vLLM with the plugin against Transformers in fp32, and against stock vLLM."""
 
 import random
+import statistics
 
 import pytest
 
@@ -108,8 +109,12 @@ def tokens(answer, which=0):
     return [each["tokens"] for each in answer["rounds"][which]]
 
 
+def deviations(reference, answer):
+    return [d for p, a in zip(PROMPTS, answer["rounds"][0], strict=True) for d in reference.deviations(p, a)]
+
+
 def deviation(reference, answer):
-    return max(reference.deviation(p, a) for p, a in zip(PROMPTS, answer["rounds"][0], strict=True))
+    return max(deviations(reference, answer))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,8 +130,10 @@ def test_text_is_that_of_stock_vllm(name, ours, stock):
 
 @pytest.mark.parametrize("name", IN_STOCK)
 def test_bf16_rounds_no_more_than_stock_vllm(name, ours_bf16, stock_bf16, references):
-    theirs = deviation(references[name], stock_bf16[name])
-    assert deviation(references[name], ours_bf16[name]) < 1.5 * theirs + 0.02
+    # Each goes its own way after a near tie, and a text that makes no sense is far off in any bf16.
+    theirs = statistics.median(deviations(references[name], stock_bf16[name]))
+    ours = statistics.median(deviations(references[name], ours_bf16[name]))
+    assert ours < 1.25 * theirs + 0.005
 
 
 @pytest.mark.parametrize("name", NAMES)

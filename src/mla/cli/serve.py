@@ -155,7 +155,8 @@ def _become_vllm(
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, budget // 2**30))
     if api_key is not None:  # not on the command line, where every user of the machine can read it
         environment["VLLM_API_KEY"] = api_key
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *options]
+    # The command line of vllm-cpu asks for the version of a package called vllm, and ends.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options]
     os.execve(command[0], command, environment)
 
 

@@ -238,7 +238,7 @@ def _loading() -> str:
     absorbed = (
         f"{stock}\n\nfrom mla import absorb\n\nabsorb(model)  # decodes on the latents as they are cached"
     )
-    shell = "mla generate OUT 'Hello'\nvllm serve OUT"
+    shell = "mla generate OUT 'Hello'\nmla serve OUT"
     return (
         "<p>OUT is the folder that this page lies in. Stock software loads it, without remote code. In "
         f"Python, absorbed:</p><pre>{drawing.text(absorbed)}</pre>"

@@ -1,0 +1,129 @@
+"""``mla serve --engine vllm``: the openai package against vLLM's own server with the plugin in it."""
+
+import socket
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+
+from tests.cli.serving import Server
+from tests.vllm import models
+
+pytestmark = pytest.mark.vllm
+
+KEY = "secret"
+LIMIT = 256
+QUESTIONS = ["Why is the sky blue?", "Name three rivers.", "What is 7 times 8?", "Write a haiku about rain."]
+
+
+class VLLMServer(Server):
+    """It takes this process over, so it says in vLLM's way that it is ready."""
+
+    def __init__(self, model, log, *options, **environment):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        super().__init__(model, log, "--engine", "vllm", "--port", self.port, *options, **environment)
+
+    def _wait(self):
+        end = time.monotonic() + 600
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                    return f"http://127.0.0.1:{self.port}/v1"
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        self.__exit__()
+        raise RuntimeError(f"no server: {self.notes()[-6000:]}")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    model = models.converted()
+    if model is None:
+        pytest.skip("needs a converted model with its tokenizer: make vllm")
+    log = tmp_path_factory.mktemp("serve") / "log"
+    options = ("--dtype", "float32", "--max-model-len", LIMIT, "--memory", "1GiB")
+    with VLLMServer(model, log, *options, MLA_API_KEY=KEY, VLLM_NO_USAGE_STATS="1") as server:
+        yield server
+        assert server.process.poll() is None
+        assert "Traceback" not in server.notes()
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return server.client(KEY)
+
+
+@pytest.fixture(scope="module")
+def chat(server, client):
+    def ask(text, **options):
+        options = {"temperature": 0, "max_tokens": 16, **options}
+        messages = [{"role": "user", "content": text}]
+        return client.chat.completions.create(model=server.model, messages=messages, **options)
+
+    return ask
+
+
+def test_the_plugin_attends(server):
+    assert "mla: attention on latents in C++" in server.notes()
+    assert "CPU KV cache size: " in server.notes()  # how many tokens fit
+
+
+def test_models(server, client):
+    assert [model.id for model in client.models.list().data] == [server.model]
+
+
+def test_chat_says_what_transformers_says(server, chat):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(server.model)
+    reference = models.Reference(server.model)
+    for question in QUESTIONS:
+        messages = [{"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        answer = chat(question, extra_body={"ignore_eos": True})
+        expected = tokenizer.decode(reference.greedy(ids, 16), skip_special_tokens=True)
+        assert answer.choices[0].message.content == expected
+        assert answer.usage.prompt_tokens == len(ids)
+
+
+def test_streams_add_up_to_the_answer(chat, server, client):
+    whole = chat(QUESTIONS[0]).choices[0].message.content
+    parts = [chunk.choices[0].delta.content or "" for chunk in chat(QUESTIONS[0], stream=True)]
+    assert len(parts) > 2
+    assert "".join(parts) == whole
+    options = {"model": server.model, "prompt": "The river", "max_tokens": 16, "temperature": 0}
+    whole = client.completions.create(**options).choices[0].text
+    stream = client.completions.create(stream=True, **options)
+    assert "".join(chunk.choices[0].text for chunk in stream) == whole
+
+
+def test_at_once_as_alone(chat):
+    alone = [chat(question).choices[0].message.content for question in QUESTIONS]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda text: chat(text).choices[0].message.content, QUESTIONS * 2))
+    assert together == alone * 2
+
+
+def test_a_wrong_key_is_refused(server):
+    with pytest.raises(openai.AuthenticationError):
+        server.client("wrong").models.list()
+
+
+def test_what_cannot_fit_is_refused_and_the_server_lives(chat):
+    with pytest.raises(openai.BadRequestError, match=str(LIMIT)):
+        chat("word " * 2 * LIMIT)
+    assert chat(QUESTIONS[0]).choices[0].message.content
+
+
+def test_a_client_that_goes_away_disturbs_nobody(chat):
+    expected = chat(QUESTIONS[1]).choices[0].message.content
+    for _ in range(4):
+        stream = chat(QUESTIONS[0], stream=True, max_tokens=150)
+        next(iter(stream))
+        stream.close()
+    assert chat(QUESTIONS[1]).choices[0].message.content == expected
