@@ -232,6 +232,8 @@ def main(arguments: list[str] | None = None) -> None:
         for shared in sorted({0, chosen.shared})
         if shared < context
     ]
+    if chosen.shared:  # another question about the same document
+        cases.append(Case(chosen.shared + chosen.shared // 16, 1, chosen.shared))
     with tempfile.TemporaryDirectory() as folder:
         path = chosen.model or make_model(Path(folder), chosen.layers, chosen.hidden)
         heads = json.loads((Path(path) / "config.json").read_text())["num_attention_heads"]

@@ -108,7 +108,7 @@ def test_what_was_not_measured_is_left_out() -> None:
     text = page(bare)
     check(text)
     assert "<svg" not in text
-    assert "no training" in text
+    assert "the model as a whole was not trained" in text
     assert "not measured" in text
     assert "not measured" in card("out", bare)
     check(page({**FACTS, "heal": None, "layer_errors": []}))

@@ -50,7 +50,7 @@ def _summary(exploration: Exploration) -> str:
     sizes = len({point.numbers for point in exploration.points})
     return (
         f"The attention was converted to Multi-head Latent Attention {len(exploration.points)} times, "
-        f"without training: {sizes} sizes of the cache, several splits between latent and rotary key. Each "
+        f"without healing: {sizes} sizes of the cache, several splits between latent and rotary key. Each "
         f"was measured on the same {windows:,} held-out windows of {length:,} tokens."
     )
 

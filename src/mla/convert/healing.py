@@ -1,9 +1,9 @@
-"""Healing: the converted attention learns from the teacher, first layer by layer, then on the logits.
+"""Healing: the converted attention learns the teacher's next-token distribution.
 
-Only what the conversion wrote is trained (q_proj, kv_a_proj_with_mqa, kv_b_proj, o_proj); everything else is
-the teacher's and stays so. Both stages run on a clock, not for a number of steps: the learning rate falls to
-zero when the minutes are over, whatever the machine. Held-out windows decide: on them the result is never
-worse than what came in.
+Layer by layer the conversion has already matched the teacher's block outputs (refit.py). Only what it wrote
+is trained (q_proj, kv_a_proj_with_mqa, kv_b_proj, o_proj); everything else is the teacher's and stays so.
+Healing runs on a clock, not for a number of steps: the learning rate falls to zero when the minutes are over,
+whatever the machine. Held-out windows decide: on them the result is never worse than what came in.
 
 The latent norm is folded out while training (checkpoint.py has why it is folded in): under it the latent rows
 are 2^-30 of their size and their gradients as much too large.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
-from mla.convert.checkpoint import LATENT_GAIN, LATENT_SCALE, stream_scale
+from mla.convert.checkpoint import LATENT_GAIN, LATENT_SCALE
 from mla.errors import MLAError
 
 _TRAINED = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
@@ -31,9 +31,7 @@ _TRAINED = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 # A good conversion is easily shaken: ten times as much first triples its KL, and half an hour does not
 # bring it back.
 _RATE = 5e-4
-_LAYER_RATE = 1e-3
 _WARM_UP = 0.02  # share of the time
-_LAYER_SHARE = 0.1  # of the minutes for the layer-wise stage
 _TOKENS_PER_STEP = 1024
 _ROWS = 256  # logits of so many tokens exist at a time
 _SAVE_EVERY = 90.0  # seconds
@@ -46,7 +44,7 @@ class Healing:
 
     Attributes:
         kl_before, kl_after: as it came in, and as it is now.
-        tokens: trained on by the logits stage, with repetition.
+        tokens: trained on, with repetition.
         seconds: spent, over all runs when it was resumed.
         curve: (seconds, kl) at every check.
     """
@@ -71,9 +69,7 @@ def heal(
 ) -> Healing:
     """Train the converted attention against the teacher for ``minutes`` of wall time.
 
-    A tenth of the time every attention block learns the teacher block's output on the student's own inputs,
-    front to back, by mean squared error; the rest the whole student learns the teacher's next-token
-    distribution, by KL divergence. AdamW; the best weights on ``held_out`` are kept.
+    AdamW on KL(teacher ‖ student) over the full vocabulary; the best weights on ``held_out`` are kept.
 
     Args:
         student: fp32, from :func:`mla.convert.convert`; changed in place.
@@ -131,7 +127,7 @@ class _Run:
         self.reference = _hidden(teacher, held_out)
         self.mark = _mark(windows, held_out, seconds, seed, self.parameters)
         self.started, self.spent, self.saved_at = time.monotonic(), 0.0, 0.0
-        self.layer, self.step, self.tokens = 0, 0, 0
+        self.step, self.tokens = 0, 0
         self.curve: list[tuple[float, float]] = []
         self.optimiser_state: dict[str, Any] | None = None
         if state is not None and state.exists():
@@ -145,11 +141,7 @@ class _Run:
         return self.spent + time.monotonic() - self.started
 
     def finish(self) -> Healing:
-        layers = len(self.student.model.layers)
-        if self.layer < layers:
-            self._match_layers()
-            self._check()
-        self._match_logits()
+        self._learn()
         self._restore(self.best)
         if self.state is not None:
             self.state.unlink(missing_ok=True)
@@ -157,70 +149,11 @@ class _Run:
             self.curve[0][1], self.best_kl, self.tokens, round(self.seconds(), 1), tuple(self.curve)
         )
 
-    # The two stages.
-
-    def _match_layers(self) -> None:
-        """Front to back: each attention block learns the teacher block's output from the student's stream."""
-        student, teacher = self.student, self.teacher
-        layers = len(student.model.layers)
-        stream = stream_scale(teacher)
-        ids = self.windows[self.order(0)[: max(1, 16 * _TOKENS_PER_STEP // self.windows.shape[1])]]
-        with torch.no_grad():
-            wanted = teacher.get_input_embeddings()(ids).float()
-            own = student.get_input_embeddings()(ids)
-        places = torch.arange(ids.shape[1])[None]
-        turns = (
-            teacher.model.rotary_emb(wanted[:1], places),
-            student.model.rotary_emb(own[:1], places),
-        )
-        per_step = max(1, _TOKENS_PER_STEP // ids.shape[1])
-        for index in range(layers):
-            old, new = teacher.model.layers[index], student.model.layers[index]
-            with torch.no_grad():
-                target = _attend(old, wanted, turns[0])
-                inputs = new.input_layernorm(own)
-            if index >= self.layer:
-                end = self.total * _LAYER_SHARE * (index + 1) / layers
-                self._match_layer(index, inputs, target * stream, turns[1], per_step, end)
-                self.layer = index + 1
-                self._save_now_and_then()
-            with torch.no_grad():
-                wanted += target
-                wanted += _feed(old, wanted)
-                own += _attend(new, own, turns[1])
-                own += _feed(new, own)
-
-    def _match_layer(
-        self, index: int, inputs: Tensor, target: Tensor, turn: Any, per_step: int, end: float
-    ) -> None:
-        block = self.student.model.layers[index].self_attn
-        parameters = [self.parameters[f"{index}.{name}"] for name in _TRAINED]
-        start = self.seconds()
-        energy = float(target.square().mean()) + 1e-12
-        chance = torch.Generator().manual_seed(index)
-        before = [parameter.detach().clone() for parameter in parameters]
-        first = _block_error(block, inputs, target, turn)
-        with _trainable(parameters):
-            optimiser = _adam(parameters)
-            while (now := self.seconds()) < end:
-                _set_rate(optimiser, _LAYER_RATE, (now - start) / (end - start))
-                pick = torch.randint(0, len(inputs), (per_step,), generator=chance)
-                error = block(inputs[pick], position_embeddings=turn, attention_mask=None)[0] - target[pick]
-                (error.square().mean() / energy).backward()
-                optimiser.step()
-                optimiser.zero_grad()
-                self._tell("heal layers")
-        if _block_error(block, inputs, target, turn) > first:
-            with torch.no_grad():
-                for parameter, old in zip(parameters, before, strict=True):
-                    parameter.copy_(old)
-
-    def _match_logits(self) -> None:
+    def _learn(self) -> None:
         """The whole student against the teacher's next-token distribution."""
         parameters = list(self.parameters.values())
         per_step = max(1, _TOKENS_PER_STEP // self.windows.shape[1])
-        start = self.total * _LAYER_SHARE
-        check_every = max(1.0, (self.total - start) / _CHECKS)
+        check_every = max(1.0, self.total / _CHECKS)
         next_check = self.curve[-1][0] + check_every
         with _trainable(parameters):
             optimiser = _adam(parameters)
@@ -230,7 +163,7 @@ class _Run:
             # A step is not begun that would not end in time.
             longest = 0.0
             while (now := self.seconds()) + longest < self.total:
-                _set_rate(optimiser, _RATE, (now - start) / (self.total - start))
+                _set_rate(optimiser, _RATE, now / self.total)
                 ids = self.windows[self._next(per_step)]
                 reference = _hidden(self.teacher, ids)
                 hidden = self.student.model(input_ids=ids, use_cache=False).last_hidden_state
@@ -242,7 +175,7 @@ class _Run:
                 self.step += 1
                 self.tokens += ids.numel()
                 longest = max(longest, self.seconds() - now)
-                self._tell("heal logits")
+                self._tell()
                 if self.seconds() > next_check:
                     self._check()
                     next_check = self.seconds() + check_every
@@ -262,8 +195,6 @@ class _Run:
         self.curve.append((round(self.seconds(), 1), kl))
         if kl < self.best_kl:
             self.best_kl, self.best = kl, self._copy()
-        elif self.step == 0:
-            self._restore(self.best)  # the layer-wise stage did harm: the logits stage starts from before it
 
     def _measure(self) -> float:
         with torch.no_grad():
@@ -281,21 +212,20 @@ class _Run:
             for name, parameter in self.parameters.items():
                 parameter.copy_(weights[name])
 
-    def _save_now_and_then(self, optimiser: torch.optim.Optimizer | None = None) -> None:
+    def _save_now_and_then(self, optimiser: torch.optim.Optimizer) -> None:
         """A killed run loses at most what it did since the last time."""
         if self.state is None or self.seconds() - self.saved_at < _SAVE_EVERY:
             return
         content = {
             "mark": self.mark,
             "spent": self.seconds(),
-            "layer": self.layer,
             "step": self.step,
             "tokens": self.tokens,
             "curve": self.curve,
             "best_kl": self.best_kl,
             "best": self.best,
             "weights": self._copy(),
-            "optimiser": None if optimiser is None else optimiser.state_dict(),
+            "optimiser": optimiser.state_dict(),
         }
         partial = self.state.with_suffix(".partial")
         torch.save(content, partial)
@@ -312,14 +242,14 @@ class _Run:
             )
         self._restore(content["weights"])
         self.spent = self.saved_at = content["spent"]
-        self.layer, self.step, self.tokens = content["layer"], content["step"], content["tokens"]
+        self.step, self.tokens = content["step"], content["tokens"]
         self.curve = [tuple(point) for point in content["curve"]]
         self.best_kl, self.best = content["best_kl"], content["best"]
         self.optimiser_state = content["optimiser"]
 
-    def _tell(self, stage: str) -> None:
+    def _tell(self) -> None:
         if self.on_progress is not None:
-            self.on_progress(stage, min(self.seconds(), self.total), self.total)
+            self.on_progress("healing", min(self.seconds(), self.total), self.total)
 
 
 # The pieces.
@@ -370,30 +300,6 @@ def _set_rate(optimiser: torch.optim.Optimizer, rate: float, done: float) -> Non
     shape = min(1.0, max(done, 1e-3) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
     for group in optimiser.param_groups:
         group["lr"] = rate * group["unit"] * shape
-
-
-def _attend(layer: Any, hidden: Tensor, turn: Any) -> Tensor:
-    """What the layer's attention adds to ``hidden`` [w, t, d], one window at a time."""
-    outputs = [
-        layer.self_attn(
-            hidden_states=layer.input_layernorm(x[None]), position_embeddings=turn, attention_mask=None
-        )[0]
-        for x in hidden
-    ]
-    return torch.cat(outputs)
-
-
-def _feed(layer: Any, hidden: Tensor) -> Tensor:
-    """What the layer's MLP adds to ``hidden`` [w, t, d], one window at a time."""
-    return torch.cat([layer.mlp(layer.post_attention_layernorm(x[None])) for x in hidden])
-
-
-@torch.no_grad()
-def _block_error(block: nn.Module, inputs: Tensor, target: Tensor, turn: Any) -> float:
-    return sum(
-        float((block(x[None], position_embeddings=turn, attention_mask=None)[0] - y).square().sum())
-        for x, y in zip(inputs, target, strict=True)
-    )
 
 
 @torch.no_grad()

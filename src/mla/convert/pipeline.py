@@ -52,8 +52,9 @@ def convert(
     state: Path | None = None,
     on_progress: Callable[[str, float, float], None] | None = None,
 ) -> DeepseekV3ForCausalLM:
-    """Convert a Llama-type model (MHA, GQA or MQA) to Multi-head Latent Attention, without training.
+    """Convert a Llama-type model (MHA, GQA or MQA) to Multi-head Latent Attention, block by block.
 
+    Each block is fitted to the teacher's on the calibration text; the model as a whole is not trained.
     Exact where the target can be: one key-value head with ``rope`` = d and ``rank`` = d. Otherwise the
     squared error of every attention block's output on the calibration text is made small; docs/conversion.md
     has the mathematics.

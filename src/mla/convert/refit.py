@@ -3,14 +3,15 @@
 The factors are found from the teacher's inputs. In the student, earlier layers have erred already, and
 attention weighs keys that went through the latent. For these inputs the value read-outs and the output
 projection have closed forms: ridge regressions against the teacher's values and outputs, drawn towards the
-factors as they are. A step is taken only where it lowers the error of windows that it did not see.
+factors as they are. From there gradient descent lowers the squared error of the block's output in all factors
+at once; no gradient leaves the block. A step is taken only where it lowers the error of windows that it did
+not see.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,8 +26,11 @@ _RIDGE = 0.02
 _HELD_OUT = 8
 # Relative squared error of fp32 arithmetic.
 _ROUNDING = 1e-10
-
-_Step = Callable[[LayerFactors, AttentionWeights, Tensor, list[tuple[Tensor, int]], Tensor], LayerFactors]
+# Of the descent: rounds over the windows, windows per step, and the largest steps relative to each factor's
+# root mean square.
+_ROUNDS = 6
+_WINDOWS_PER_STEP = 4
+_RATE = 3e-3
 
 
 def refit(
@@ -38,7 +42,7 @@ def refit(
     *,
     theta: float,
 ) -> tuple[LayerFactors, Tensor]:
-    """Fit the value read-outs, then the output projection, to what the teacher makes of its own inputs.
+    """Fit a layer to what the teacher makes of its own inputs: value read-outs, output projection, then all.
 
     Args:
         factors: of this layer.
@@ -55,19 +59,20 @@ def refit(
     fitted = [index for index in range(len(own)) if index % _HELD_OUT != _HELD_OUT - 1]
     unseen = [index for index in range(len(own)) if index not in fitted] or fitted
 
-    def error(candidate: LayerFactors) -> float:
+    def error(candidate: LayerFactors, seen: list[Tensor]) -> float:
         return sum(float((block_output(candidate, seen[i]) - output[i]).square().sum()) for i in unseen)
 
-    best = error(factors)
-    if best <= _ROUNDING * sum(float(output[i].square().sum()) for i in unseen):
-        steps: tuple[_Step, ...] = ()  # exact already: a ridge could only blur it
-    else:
-        steps = (_values, _outputs)
-    for step in steps:
-        candidate = step(factors, weights, theirs, [(seen[i], i) for i in fitted], output)
-        found = error(candidate)
-        if found < best:
-            factors, best = candidate, found
+    best = error(factors, seen)
+    if best > _ROUNDING * sum(float(output[i].square().sum()) for i in unseen):
+        for step in (_values, _outputs):
+            candidate = step(factors, weights, theirs, [(seen[i], i) for i in fitted], output)
+            found = error(candidate, seen)
+            if found < best:
+                factors, best = candidate, found
+        candidate = _descend(factors, own[fitted], output[fitted], theta)
+        read = [read_latents(candidate, x, theta) for x in own]
+        if error(candidate, read) < best:
+            factors, seen = candidate, read
     return factors, torch.stack([block_output(factors, latents) for latents in seen])
 
 
@@ -132,6 +137,35 @@ def _outputs(
         cross += (heads.T @ output[index]).double()
     fitted = _ridge(gram, cross, _stacked(factors.output))
     return dataclasses.replace(factors, output=fitted.view(H, d, D).mT.contiguous())
+
+
+@torch.enable_grad()
+def _descend(factors: LayerFactors, own: Tensor, output: Tensor, theta: float) -> LayerFactors:
+    """All factors at once, by Adam on the squared error of the block's output."""
+    moving = {name: value.float().requires_grad_() for name, value in vars(factors).items()}
+    student = LayerFactors(**moving)
+    groups = [
+        {"params": [x], "lr": _RATE * float(x.detach().square().mean().sqrt())} for x in moving.values()
+    ]
+    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.98))
+    steps = -(-_ROUNDS * len(own) // _WINDOWS_PER_STEP)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _course((step + 1) / steps))
+    chance = torch.Generator().manual_seed(0)
+    places = torch.cat([torch.randperm(len(own), generator=chance) for _ in range(_ROUNDS)])
+    energy = float(output.square().sum(-1).mean()) * _WINDOWS_PER_STEP * output.shape[1]
+    for batch in torch.split(places, _WINDOWS_PER_STEP):
+        for place in batch:  # one graph at a time: attention weights are large
+            made = block_output(student, read_latents(student, own[place], theta))
+            torch.autograd.backward((made - output[place]).square().sum() / energy)
+        optimiser.step()
+        optimiser.zero_grad()
+        schedule.step()
+    return LayerFactors(**{name: value.detach().double() for name, value in moving.items()})
+
+
+def _course(done: float) -> float:
+    """Size of a step when a share of all is ``done``: a short rise, then half a cosine down to zero."""
+    return min(1.0, done / 0.05) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def _stacked(output: Tensor) -> Tensor:

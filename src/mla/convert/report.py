@@ -87,7 +87,7 @@ def summary(facts: Mapping[str, Any]) -> str:
         )
     heal = facts.get("heal")
     if heal is None:
-        return f"{said}; no training."
+        return f"{said}; each block was fitted to the original's, the model as a whole was not trained."
     return (
         f"{said}; then healed for {_duration(heal['seconds'])} against the original "
         f"({heal['tokens']:,} tokens)."
