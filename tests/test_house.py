@@ -17,6 +17,7 @@ LEVELS = {
     "errors": 0,
     "families": 0,
     "formats": 0,
+    "digest": 1,
     "ops": 1,
     "cache": 2,
     "nn": 3,

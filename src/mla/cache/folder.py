@@ -1,8 +1,6 @@
 """A folder of stored prefixes, bounded in size, that several processes may share."""
 
 import contextlib
-import hashlib
-import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from mla.cache.contiguous import LatentCache
 from mla.cache.store import load_cache, read_tokens, save_cache
+from mla.digest import canonical, digest
 from mla.errors import MLAError
 
 _SUFFIX = ".latents.safetensors"
@@ -46,7 +45,7 @@ class PrefixFolder:
         self.fingerprint = dict(fingerprint)
         self.limit = limit
         self._note = note
-        self._model = _digest(json.dumps(self.fingerprint, sort_keys=True).encode())
+        self._model = digest(canonical(self.fingerprint))
         self._tokens: dict[tuple[str, int], Tensor | None] = {}
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -88,7 +87,7 @@ class PrefixFolder:
         if cache.nbytes > self.limit:
             return
         new = torch.tensor(tokens, dtype=torch.int32)
-        file = self.folder / f"{self._model}-{_digest(new.numpy().tobytes())}{_SUFFIX}"
+        file = self.folder / f"{self._model}-{digest(new.numpy().tobytes())}{_SUFFIX}"
         save_cache(file, cache, tokens, self.fingerprint)
         for old, held in self._known().items():
             if old != file and _common(held, new) == len(held):
@@ -138,10 +137,6 @@ def _common(one: Tensor, other: Tensor) -> int:
     length = min(len(one), len(other))
     different = (one[:length] != other[:length]).nonzero()
     return int(different[0]) if len(different) else length
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=12).hexdigest()
 
 
 def _remove(file: Path) -> None:

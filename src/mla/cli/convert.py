@@ -49,7 +49,9 @@ def convert(
         float | None,
         typer.Option(help="Choose the smallest cache that raises perplexity by less than this share: 0.05."),
     ] = None,
-    windows: Annotated[int, typer.Option(help="Windows of calibration text.")] = 48,
+    windows: Annotated[
+        int, typer.Option(help="Windows of calibration text; below a third of the cache 128 are better.")
+    ] = 48,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     seed: Annotated[int, typer.Option(help="Of the calibration text and the order of training.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of the written weights: float32 or bfloat16.")] = "float32",

@@ -6,7 +6,6 @@ that was killed goes on, and a search after an exploration starts from what that
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -15,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,6 +23,7 @@ from mla.convert.checkpoint import head_dim
 from mla.convert.evaluation import evaluate
 from mla.convert.pipeline import budget_for, convert
 from mla.convert.spectra import Spectrum, layer_spectra
+from mla.digest import canonical, digest, digest_of_weights
 from mla.errors import MLAError
 from mla.formats import cache_format
 
@@ -395,13 +394,8 @@ class _Lab:
 
     def _mark(self) -> str:
         """What has to agree for a state to belong to a run."""
-        digest = hashlib.sha256(__version__.encode())
-        for ids in (self.calibration, self.held_out):
-            digest.update(f"{list(ids.shape)} {ids.flatten().tolist()}".encode())
-        with torch.no_grad():
-            for name, weight in self.teacher.named_parameters():
-                digest.update(f"{name} {list(weight.shape)} {float(weight.double().sum())!r}".encode())
-        return digest.hexdigest()
+        texts = [canonical(ids.tolist()) for ids in (self.calibration, self.held_out)]
+        return digest(__version__.encode(), *texts, digest_of_weights(self.teacher).encode())
 
     def _load(self, name: str) -> dict[str, Any] | None:
         if self.state is None or not (self.state / f"{name}.json").exists():

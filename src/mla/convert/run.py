@@ -8,7 +8,6 @@ folder goes when the result is in place.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 import time
@@ -30,6 +29,7 @@ from mla.convert.healing import heal
 from mla.convert.pipeline import budget_for, convert
 from mla.convert.saving import check_output, save
 from mla.convert.text import check_windows, tokenize_windows, write_windows
+from mla.digest import canonical, digest, digest_of_weights
 from mla.errors import MLAError
 
 Progress = Callable[[str, float, float], None]
@@ -241,14 +241,11 @@ def _cut(text: str, tokenizer: Any, request: Request, measuring: int) -> tuple[T
 
 def _identity(teacher: PreTrainedModel, request: Request, text: str | None) -> dict[str, Any]:
     """Everything that the finished parts depend on."""
-    digest = hashlib.sha256(json.dumps(teacher.config.to_dict(), sort_keys=True, default=str).encode())
-    with torch.no_grad():
-        for name, value in teacher.state_dict().items():
-            digest.update(f"{name} {value.double().sum():.17g} {value.flatten()[:64].tolist()}".encode())
     return {
         "version": __version__,
-        "model": digest.hexdigest(),
-        "text": None if text is None else hashlib.sha256(text.encode()).hexdigest(),
+        "config": digest(canonical(teacher.config.to_dict())),
+        "weights": digest_of_weights(teacher),
+        "text": None if text is None else digest(text.encode()),
         "request": asdict(request),
         "torch": torch.__version__,
     }

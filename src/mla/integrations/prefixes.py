@@ -1,20 +1,16 @@
 """Prefixes that a model has read before: their latents are used again, from memory or from files."""
 
-import hashlib
-import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from mla.cache import LatentCache
 from mla.cache.folder import PrefixFolder
 from mla.cache.store import copy_prefix, is_storable, load_cache, save_cache
 from mla.config import MLAConfig
+from mla.digest import canonical, digest, digest_of_weights
 from mla.errors import MLAError
 from mla.integrations.loading import require_memory
 
@@ -41,9 +37,9 @@ def fingerprint(model: Any, cache_format: str) -> dict[str, str]:
     return {
         "family": str(model.config.model_type),
         "revision": str(getattr(model.config, "_commit_hash", None)),
-        "config": _digest(_json(config)),
-        "RoPE": _json(getattr(text, "rope_parameters", None)).decode(),
-        "weights": _digest(*_samples(model)),
+        "config": digest(canonical(config)),
+        "RoPE": canonical(getattr(text, "rope_parameters", None)).decode(),
+        "weights": digest_of_weights(model),
         "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
         "cache format": cache_format,
     }
@@ -214,32 +210,3 @@ def _common(one: list[int], other: list[int]) -> int:
             break
         length += 1
     return length
-
-
-def _samples(model: Any) -> Iterator[bytes]:
-    """Name, dtype, shape and a thousand numbers of every tensor of a model, buffers like RoPE's included."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-        for part in _plain(tensor.detach()):
-            flat = part.flatten()
-            yield flat[:: max(1, flat.numel() // 1000)].cpu().contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _plain(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that a quantised one is made of; of a plain one, itself."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    return [plain for name in names for plain in _plain(getattr(tensor, name))]
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, default=str).encode()
-
-
-def _digest(*parts: bytes) -> str:
-    total = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        total.update(len(part).to_bytes(8, "little"))
-        total.update(part)
-    return total.hexdigest()
