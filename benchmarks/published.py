@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
 from mla.convert.checkpoint import (
-    AttentionWeights,
     LayerFactors,
     attention_weights,
     empty_student,
@@ -31,6 +31,7 @@ from mla.convert.checkpoint import (
     student_config,
     write_layer,
 )
+from mla.convert.statistics import AttentionWeights
 
 # ------------------------------------------------------------------------------------------ calibration
 
@@ -65,13 +66,18 @@ def input_moments(model: PreTrainedModel, calibration: Tensor, *, batch: int = 8
         layer.self_attn.register_forward_pre_hook(watch(index), with_kwargs=True)
         for index, layer in enumerate(layers)
     ]
+    _run(model, calibration, batch, hooks)
+    return sums / calibration.numel()
+
+
+def _run(model: PreTrainedModel, calibration: Tensor, batch: int, hooks: list[RemovableHandle]) -> None:
+    """One pass over the calibration windows, after which the hooks are gone."""
     try:
         for ids in calibration.split(batch):
             model.model(ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return sums / calibration.numel()
 
 
 # --------------------------------------------------------------------------------------------- TransMLA
@@ -249,12 +255,7 @@ def pair_contributions(teacher: PreTrainedModel, calibration: Tensor, *, batch: 
 
     watched = [linear for block in blocks for linear in (block.q_proj, block.k_proj)]
     hooks = [linear.register_forward_hook(add) for linear in watched]
-    try:
-        for ids in calibration.split(batch):
-            teacher.model(ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    _run(teacher, calibration, batch, hooks)
     groups = teacher.config.num_key_value_heads
     queries = torch.stack([sums[block.q_proj].view(groups, -1, d // 2).mean(1) for block in blocks])
     keys = torch.stack([sums[block.k_proj] for block in blocks])

@@ -12,7 +12,6 @@ are 2^-30 of their size and their gradients as much too large.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,12 +23,12 @@ from torch import Tensor, nn
 from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
 from mla.convert.checkpoint import LATENT_GAIN, LATENT_SCALE
+from mla.convert.descent import relative_adam, set_rate
 from mla.errors import MLAError
 
 _TRAINED = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
-# Steps are relative to each matrix's root mean square, so that matrices of every scale learn alike.
-# A good conversion is easily shaken: ten times as much first triples its KL, and half an hour does not
-# bring it back.
+# Relative to each matrix's root mean square. A good conversion is easily shaken: ten times as much first
+# triples its KL, and half an hour does not bring it back.
 _RATE = 5e-4
 _WARM_UP = 0.02  # share of the time
 _TOKENS_PER_STEP = 1024
@@ -156,14 +155,14 @@ class _Run:
         check_every = max(1.0, self.total / _CHECKS)
         next_check = self.curve[-1][0] + check_every
         with _trainable(parameters):
-            optimiser = _adam(parameters)
+            optimiser = relative_adam(parameters)
             if self.optimiser_state is not None:
                 optimiser.load_state_dict(self.optimiser_state)
                 self.optimiser_state = None
             # A step is not begun that would not end in time.
             longest = 0.0
             while (now := self.seconds()) + longest < self.total:
-                _set_rate(optimiser, _RATE, now / self.total)
+                set_rate(optimiser, _RATE, max(now / self.total, 1e-3), warm_up=_WARM_UP)
                 ids = self.windows[self._next(per_step)]
                 reference = _hidden(self.teacher, ids)
                 hidden = self.student.model(input_ids=ids, use_cache=False).last_hidden_state
@@ -285,21 +284,6 @@ def _trainable(parameters: list[Tensor]) -> Iterator[None]:
         for parameter in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
-
-
-def _adam(parameters: list[Tensor]) -> torch.optim.AdamW:
-    groups = [
-        {"params": [parameter], "unit": float(parameter.detach().square().mean().sqrt())}
-        for parameter in parameters
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
-
-
-def _set_rate(optimiser: torch.optim.Optimizer, rate: float, done: float) -> None:
-    """Linear warm-up, then half a cosine down to zero; ``done`` is the share of the time that is over."""
-    shape = min(1.0, max(done, 1e-3) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-    for group in optimiser.param_groups:
-        group["lr"] = rate * group["unit"] * shape
 
 
 @torch.no_grad()

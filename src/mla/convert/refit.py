@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mla.convert.checkpoint import LayerFactors
+from mla.convert.descent import relative_adam, set_rate
 from mla.convert.rope_split import ladder
 from mla.convert.statistics import AttentionWeights, attend, causal
 
@@ -31,6 +32,7 @@ _ROUNDING = 1e-10
 _ROUNDS = 6
 _WINDOWS_PER_STEP = 4
 _RATE = 3e-3
+_WARM_UP = 0.05  # share of the steps
 
 
 def refit(
@@ -144,28 +146,19 @@ def _descend(factors: LayerFactors, own: Tensor, output: Tensor, theta: float) -
     """All factors at once, by Adam on the squared error of the block's output."""
     moving = {name: value.float().requires_grad_() for name, value in vars(factors).items()}
     student = LayerFactors(**moving)
-    groups = [
-        {"params": [x], "lr": _RATE * float(x.detach().square().mean().sqrt())} for x in moving.values()
-    ]
-    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.98))
-    steps = -(-_ROUNDS * len(own) // _WINDOWS_PER_STEP)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _course((step + 1) / steps))
+    optimiser = relative_adam(moving.values())
     chance = torch.Generator().manual_seed(0)
     places = torch.cat([torch.randperm(len(own), generator=chance) for _ in range(_ROUNDS)])
+    batches = torch.split(places, _WINDOWS_PER_STEP)
     energy = float(output.square().sum(-1).mean()) * _WINDOWS_PER_STEP * output.shape[1]
-    for batch in torch.split(places, _WINDOWS_PER_STEP):
+    for step, batch in enumerate(batches, 1):
+        set_rate(optimiser, _RATE, step / len(batches), warm_up=_WARM_UP)
         for place in batch:  # one graph at a time: attention weights are large
             made = block_output(student, read_latents(student, own[place], theta))
             torch.autograd.backward((made - output[place]).square().sum() / energy)
         optimiser.step()
         optimiser.zero_grad()
-        schedule.step()
     return LayerFactors(**{name: value.detach().double() for name, value in moving.items()})
-
-
-def _course(done: float) -> float:
-    """Size of a step when a share of all is ``done``: a short rise, then half a cosine down to zero."""
-    return min(1.0, done / 0.05) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def _stacked(output: Tensor) -> Tensor:
