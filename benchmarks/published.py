@@ -223,7 +223,7 @@ def transmla(
             value=to_value.view(groups, d, rank)[group],
             output=weights.o.double(),
         )
-        write_layer(student, layer, factors, stream=stream_scale(teacher))
+        write_layer(student, layer, factors, constant=weights.constant, stream=stream_scale(teacher))
     return student
 
 

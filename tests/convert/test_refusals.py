@@ -33,11 +33,10 @@ _LLAMA3 = {
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (Qwen2Config(), "biases"),
+        (Qwen2Config(use_sliding_window=True, sliding_window=4096), "4096.*max_position_embeddings"),
         (Qwen3Config(), "QK-norm"),
         (GPT2Config(), "gpt2"),
         (DeepseekV3Config(), "already"),
-        (LlamaConfig(attention_bias=True), "attention_bias"),
         (LlamaConfig(mlp_bias=True), "mlp_bias"),
         (LlamaConfig(rope_parameters=_LLAMA3), "llama3.*original_max_position_embeddings"),
         (LlamaConfig(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}), "linear"),
@@ -67,6 +66,8 @@ def test_odd_head_dim_is_refused() -> None:
     "config",
     [
         LlamaConfig(),
+        LlamaConfig(attention_bias=True),
+        Qwen2Config(),
         MistralConfig(sliding_window=None),
         MistralConfig(sliding_window=4096, max_position_embeddings=4096),
     ],

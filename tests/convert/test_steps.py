@@ -17,7 +17,7 @@ from mla.convert.rope_split import (
     rotary_queries,
     split_rope,
 )
-from mla.convert.statistics import AttentionWeights, collect, rotate, to_complex
+from mla.convert.statistics import AttentionWeights, collect, rotate, teacher_block, to_complex
 from mla.convert.text import tokenize_windows, write_windows
 from mla.errors import MLAError
 from tests.convert.tiny import teacher
@@ -32,6 +32,7 @@ def _weights(groups: int = 2) -> AttentionWeights:
         v=torch.randn(groups, d, D) * 0.3,
         o=torch.randn(H, D, d) * 0.3,
         inv_freq=100.0 ** -(torch.arange(0, d, 2, dtype=torch.float64) / d),
+        constant=torch.zeros(D),
     )
 
 
@@ -39,7 +40,8 @@ def _weights(groups: int = 2) -> AttentionWeights:
 def test_statistics_equal_their_definition(groups: int) -> None:
     weights = _weights(groups)
     x = torch.randn(2, 7, 24)
-    found, output = collect(weights, x)
+    found = collect(weights, x)
+    output = torch.stack([teacher_block(weights, each) for each in x])
     H, d = 4, 8
     z = x.double() @ found.basis.T
     key_cov = torch.zeros_like(found.key_cov)
@@ -78,7 +80,7 @@ def test_slots_and_residual_rebuild_every_logit_when_nothing_is_static() -> None
     # One group, all of RoPE: slots alone give the rotated logits; the pair order is the interleaved one.
     weights = _weights(1)
     x = torch.randn(1, 9, 24)
-    statistics, _ = collect(weights, x)
+    statistics = collect(weights, x)
     split = split_rope(statistics, weights.inv_freq, ladder(8, 100.0))
     assert not residual_keys(split, weights.k.double()).any()
     key = x[0].double() @ rotary_keys(split, weights.k.double()).T  # [t, p]
@@ -120,7 +122,7 @@ def test_expected_rotation_turns_pairs() -> None:
 
 def test_more_slots_lose_less() -> None:
     weights = _weights(2)
-    statistics, _ = collect(weights, torch.randn(4, 32, 24))
+    statistics = collect(weights, torch.randn(4, 32, 24))
     lost = [split_rope(statistics, weights.inv_freq, ladder(p, 100.0 ** (p / 8))).lost for p in (2, 4, 6, 8)]
     assert lost == sorted(lost, reverse=True)
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 VOCABULARY = 97
 
 
 def teacher(
     kind: str = "llama", *, seed: int = 0, **changes: object
-) -> LlamaForCausalLM | MistralForCausalLM:
-    """A tiny random teacher in fp32; ``changes`` go into its config."""
+) -> LlamaForCausalLM | MistralForCausalLM | Qwen2ForCausalLM:
+    """A tiny random teacher in fp32; ``changes`` go into its config. Biases, if any, are large."""
     torch.manual_seed(seed)
     settings: dict[str, object] = {
         "vocab_size": VOCABULARY,
@@ -33,7 +40,15 @@ def teacher(
     settings |= changes
     if kind == "mistral":
         return MistralForCausalLM(MistralConfig(sliding_window=None, **settings)).eval()
-    return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    model = (
+        Qwen2ForCausalLM(Qwen2Config(**settings))
+        if kind == "qwen2"
+        else LlamaForCausalLM(LlamaConfig(**settings))
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith("_proj.bias"):
+            torch.nn.init.normal_(parameter, std=1.0)
+    return model.eval()
 
 
 def tokens(windows: int, length: int, *, seed: int = 1) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What the plugin does when vLLM loads it: nothing where it does not fit."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,3 +56,12 @@ def test_an_untested_version_warns(monkeypatch, log, vllm):
     assert installed
     (line,) = log.messages
     assert line.startswith(f"mla was tested with vLLM {', '.join(plugin.TESTED)}, this is 9.9")
+
+
+def test_biases_that_vllm_would_leave_out_are_refused():
+    model = SimpleNamespace(
+        model="qwen-mla", use_mla=True, hf_text_config=SimpleNamespace(attention_bias=True)
+    )
+    adapt = plugin.keeping_settings(lambda cls, config: pytest.fail("went on"))
+    with pytest.raises(ValueError, match=r"attention_bias.*--engine transformers"):
+        adapt(None, SimpleNamespace(model_config=model))

@@ -7,11 +7,10 @@ from typing import Any
 from mla.convert.checkpoint import head_dim
 from mla.errors import MLAError
 
-_LLAMA_LIKE = {"llama", "mistral"}
+_LLAMA_LIKE = {"llama", "mistral", "qwen2"}
 
 # Why a family that people will try cannot be stored, by model_type.
 _REASONS = {
-    "qwen2": "its q, k and v projections have biases, which the target checkpoint cannot hold",
     "qwen3": "its QK-norm normalises every key after projection, which no shared latent can absorb",
     "gemma3_text": "its QK-norm normalises every key after projection, which no shared latent can absorb",
     "olmo2": "its QK-norm normalises every key after projection, which no shared latent can absorb",
@@ -38,12 +37,11 @@ def check_convertible(config: Any) -> None:
     if kind not in _LLAMA_LIKE:
         known = ", ".join(sorted(_LLAMA_LIKE))
         raise MLAError(f"cannot convert a model of type {kind!r}: expected Llama-type attention ({known})")
-    for key, where in (("attention_bias", "attention"), ("mlp_bias", "MLP")):
-        if getattr(config, key, False):
-            raise MLAError(
-                f"cannot convert: {key} is true, and the target checkpoint has no {where} biases; "
-                "a model trained without them is needed"
-            )
+    if getattr(config, "mlp_bias", False):
+        raise MLAError(
+            "cannot convert: mlp_bias is true, and the target checkpoint has no MLP biases; a model trained "
+            "without them is needed"
+        )
     _check_window(config)
     _check_rope(config)
     width = head_dim(config)

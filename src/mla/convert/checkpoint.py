@@ -12,6 +12,12 @@ key must be 1e-6. Many Llama models have 1e-5 for their layer norms. A norm with
 one with eps f of the stream sqrt(f/e)·x, so everything that writes to the residual stream (embedding,
 attention output, MLP output) is scaled by sqrt(f/e), and nothing else changes.
 
+Biases (Qwen2). The target's ``attention_bias`` gives one to ``kv_a_proj_with_mqa`` and to ``o_proj``: the
+bias of keys fits the first, those of values and output together the second. The bias of queries has no
+place until the query has a low-rank projection, whose first half has a bias too: it hands on the input and
+a 1, scaled like the latent, and the second half is the query projection with the bias as one more column.
+All of it is exact. Transformers loads it; vLLM has no biases in its DeepSeek and would leave them out.
+
 The scale. The target divides logits by sqrt(nope + rope), the teacher by sqrt(d): the ratio goes into q.
 """
 
@@ -37,7 +43,8 @@ class LayerFactors:
     """The converted attention of one layer before any folding; real fp64, logits still over sqrt(d).
 
     Shapes: ``latent`` [r, D], ``key_rope`` [p, D] and ``query_rope`` [h, p, D] in interleaved pairs,
-    ``query_nope`` [h, n, D], ``key_nope`` [h, n, r], ``value`` [h, d, r], ``output`` [h, D, d].
+    ``query_nope`` [h, n, D], ``key_nope`` [h, n, r], ``value`` [h, d, r], ``output`` [h, D, d]. With biases
+    the factors that read the input have one more column (:class:`AttentionWeights`).
     """
 
     latent: Tensor
@@ -55,6 +62,7 @@ def student_config(
     """Config of the dense stock model with latent ``rank``, rotary width ``rope`` and base ``theta``."""
     config = teacher.config
     layers, heads = config.num_hidden_layers, config.num_attention_heads
+    biased = has_biases(config)
     student = DeepseekV3Config(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -67,13 +75,13 @@ def student_config(
         initializer_range=config.initializer_range,
         rms_norm_eps=LATENT_NORM_EPS,
         kv_lora_rank=rank,
-        q_lora_rank=None,
+        q_lora_rank=config.hidden_size + 1 if biased else None,
         qk_nope_head_dim=nope,
         qk_rope_head_dim=rope,
         v_head_dim=head_dim(config),
         rope_parameters={"rope_type": "default", "rope_theta": float(theta)},
         rope_interleave=True,
-        attention_bias=False,
+        attention_bias=biased,
         attention_dropout=config.attention_dropout,
         tie_word_embeddings=False,
         # Dense throughout: the expert fields only have to be integers that loaders can read.
@@ -102,21 +110,39 @@ def head_dim(config: object) -> int:
     return int(width)
 
 
+def has_biases(config: object) -> bool:
+    """Whether a model with this config has biases in its attention; Qwen2 always has."""
+    kind, asked = getattr(config, "model_type", None), getattr(config, "attention_bias", False)
+    return kind == "qwen2" or bool(asked)
+
+
 def attention_weights(teacher: PreTrainedModel, layer: int) -> AttentionWeights:
     """One teacher block as fp32 matrices (copies when the teacher is not fp32)."""
     config, block = teacher.config, teacher.model.layers[layer].self_attn
     d, width = head_dim(config), config.hidden_size
     theta = float(config.rope_parameters["rope_theta"])
 
-    def rows(linear: torch.nn.Linear) -> Tensor:
-        return linear.weight.detach().float().view(-1, d, width)
+    def rows(linear: torch.nn.Linear, *, bias: bool) -> Tensor:
+        found = linear.weight.detach().float()
+        if has_biases(config):
+            last = linear.bias.detach().float()[:, None] if bias else found.new_zeros(len(found), 1)
+            found = torch.cat([found, last], dim=1)
+        return found.view(-1, d, found.shape[1])
 
+    constant = torch.zeros(width)
+    if block.v_proj.bias is not None:
+        value = block.v_proj.bias.detach().float().view(-1, d)
+        each = value.repeat_interleave(config.num_attention_heads // len(value), 0).flatten()
+        constant += block.o_proj.weight.detach().float() @ each
+    if block.o_proj.bias is not None:
+        constant += block.o_proj.bias.detach().float()
     return AttentionWeights(
-        q=rows(block.q_proj),
-        k=rows(block.k_proj),
-        v=rows(block.v_proj),
+        q=rows(block.q_proj, bias=True),
+        k=rows(block.k_proj, bias=True),
+        v=rows(block.v_proj, bias=False),
         o=block.o_proj.weight.detach().float().view(width, -1, d).transpose(0, 1).contiguous(),
         inv_freq=theta ** -(torch.arange(0, d, 2, dtype=torch.float64) / d),
+        constant=constant,
     )
 
 
@@ -155,16 +181,30 @@ def stream_scale(teacher: PreTrainedModel) -> float:
     return 1.0 if abs(eps / LATENT_NORM_EPS - 1) < 1e-5 else math.sqrt(LATENT_NORM_EPS / eps)
 
 
-def write_layer(student: DeepseekV3ForCausalLM, layer: int, factors: LayerFactors, *, stream: float) -> None:
-    """Fold and store one layer's factors in place."""
+def write_layer(
+    student: DeepseekV3ForCausalLM, layer: int, factors: LayerFactors, *, constant: Tensor, stream: float
+) -> None:
+    """Fold and store one layer's factors, and its constant output [D], in place."""
     block = student.model.layers[layer].self_attn
     H, n, _ = factors.query_nope.shape
     d, p = factors.value.shape[1], factors.key_rope.shape[0]
     scale = math.sqrt((n + p) / d)
-    query = torch.cat([factors.query_nope, factors.query_rope], dim=1) * scale
+    query = torch.cat([factors.query_nope, factors.query_rope], dim=1).flatten(0, 1) * scale
+    latent = torch.cat([factors.latent * LATENT_SCALE, factors.key_rope])
     with torch.no_grad():
-        block.q_proj.weight.copy_(query.flatten(0, 1))
-        block.kv_a_proj_with_mqa.weight.copy_(torch.cat([factors.latent * LATENT_SCALE, factors.key_rope]))
+        if student.config.attention_bias:
+            # Powers of two in the half that bf16 rounds alike for every query, the rest in the other.
+            unit = 2.0**-30
+            block.q_a_proj.weight.zero_().fill_diagonal_(unit)
+            block.q_a_proj.bias.zero_()[-1] = unit
+            block.q_a_layernorm.weight.fill_(LATENT_GAIN)
+            block.q_b_proj.weight.copy_(query * (LATENT_SCALE / unit))
+            latent, last = latent[:, :-1], latent[:, -1]
+            block.kv_a_proj_with_mqa.bias.copy_(last)
+            block.o_proj.bias.copy_(constant * stream)
+        else:
+            block.q_proj.weight.copy_(query)
+        block.kv_a_proj_with_mqa.weight.copy_(latent)
         block.kv_a_layernorm.weight.fill_(LATENT_GAIN)
         block.kv_b_proj.weight.copy_(torch.cat([factors.key_nope, factors.value], dim=1).flatten(0, 1))
         block.o_proj.weight.copy_(factors.output.transpose(0, 1).reshape(-1, H * d) * stream)

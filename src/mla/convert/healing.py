@@ -1,9 +1,10 @@
 """Healing: the converted attention learns the teacher's next-token distribution.
 
 Layer by layer the conversion has already matched the teacher's block outputs (refit.py). Only what it wrote
-is trained (q_proj, kv_a_proj_with_mqa, kv_b_proj, o_proj); everything else is the teacher's and stays so.
-Healing runs on a clock, not for a number of steps: the learning rate falls to zero when the minutes are over,
-whatever the machine. Held-out windows decide: on them the result is never worse than what came in.
+is trained (the query projection, kv_a_proj_with_mqa, kv_b_proj, o_proj); everything else is the teacher's
+and stays so. Healing runs on a clock, not for a number of steps: the learning rate falls to zero when the
+minutes are over, whatever the machine. Held-out windows decide: on them the result is never worse than what
+came in.
 
 The latent norm is folded out while training (checkpoint.py has why it is folded in): under it the latent rows
 are 2^-30 of their size and their gradients as much too large.
@@ -12,6 +13,7 @@ are 2^-30 of their size and their gradients as much too large.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,15 +25,14 @@ from torch import Tensor, nn
 from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
 from mla.convert.checkpoint import LATENT_GAIN, LATENT_SCALE
-from mla.convert.descent import relative_adam, set_rate
+from mla.convert.descent import Muon, Views, schedule
 from mla.errors import MLAError
 
-_TRAINED = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
-# Relative to each matrix's root mean square. A good conversion is easily shaken: ten times as much first
-# triples its KL, and half an hour does not bring it back.
-_RATE = 5e-4
+# Relative to each matrix's root mean square, at a KL of one nat. A conversion that is close already is shaken
+# by steps that a rough one needs: the rate goes with the root of the KL that it starts from.
+_RATE = 1e-3
 _WARM_UP = 0.02  # share of the time
-_TOKENS_PER_STEP = 1024
+_TOKENS_PER_STEP = 512
 _ROWS = 256  # logits of so many tokens exist at a time
 _SAVE_EVERY = 90.0  # seconds
 _CHECKS = 8  # measurements on the held-out windows while healing
@@ -68,7 +69,7 @@ def heal(
 ) -> Healing:
     """Train the converted attention against the teacher for ``minutes`` of wall time.
 
-    AdamW on KL(teacher ‖ student) over the full vocabulary; the best weights on ``held_out`` are kept.
+    Muon on KL(teacher ‖ student) over the full vocabulary; the best weights on ``held_out`` are kept.
 
     Args:
         student: fp32, from :func:`mla.convert.convert`; changed in place.
@@ -117,11 +118,13 @@ class _Run:
         self.student, self.teacher, self.windows = student, teacher, windows
         self.total, self.state, self.on_progress = seconds, state, on_progress
         self.order = _order(len(windows), seed)
+        matrices = _matrices(student.config)
         self.parameters = {
             f"{index}.{name}": getattr(layer.self_attn, name).weight
             for index, layer in enumerate(student.model.layers)
-            for name in _TRAINED
+            for name in matrices
         }
+        self.views = [matrices[name.partition(".")[2]] for name in self.parameters]
         self.held_out = held_out
         self.reference = _hidden(teacher, held_out)
         self.mark = _mark(windows, held_out, seconds, seed, self.parameters)
@@ -154,23 +157,22 @@ class _Run:
         per_step = max(1, _TOKENS_PER_STEP // self.windows.shape[1])
         check_every = max(1.0, self.total / _CHECKS)
         next_check = self.curve[-1][0] + check_every
+        largest = _RATE * math.sqrt(min(1.0, self.curve[0][1]))
         with _trainable(parameters):
-            optimiser = relative_adam(parameters)
+            optimiser = Muon(parameters, self.views)
             if self.optimiser_state is not None:
                 optimiser.load_state_dict(self.optimiser_state)
                 self.optimiser_state = None
             # A step is not begun that would not end in time.
             longest = 0.0
             while (now := self.seconds()) + longest < self.total:
-                set_rate(optimiser, _RATE, max(now / self.total, 1e-3), warm_up=_WARM_UP)
+                rate = largest * schedule(max(now / self.total, 1e-3), warm_up=_WARM_UP)
                 ids = self.windows[self._next(per_step)]
                 reference = _hidden(self.teacher, ids)
                 hidden = self.student.model(input_ids=ids, use_cache=False).last_hidden_state
                 _, gradient = _kl(self.student, self.teacher, hidden.detach(), reference, gradient=True)
                 hidden.backward(gradient)
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimiser.step()
-                optimiser.zero_grad()
+                optimiser.step(rate)
                 self.step += 1
                 self.tokens += ids.numel()
                 longest = max(longest, self.seconds() - now)
@@ -211,7 +213,7 @@ class _Run:
             for name, parameter in self.parameters.items():
                 parameter.copy_(weights[name])
 
-    def _save_now_and_then(self, optimiser: torch.optim.Optimizer) -> None:
+    def _save_now_and_then(self, optimiser: Muon) -> None:
         """A killed run loses at most what it did since the last time."""
         if self.state is None or self.seconds() - self.saved_at < _SAVE_EVERY:
             return
@@ -254,22 +256,39 @@ class _Run:
 # The pieces.
 
 
+def _matrices(config: Any) -> dict[str, Views]:
+    """The weights that are trained, and the matrices of every head in them."""
+    heads, rank = config.num_attention_heads, config.kv_lora_rank
+    nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    return {
+        "q_proj" if config.q_lora_rank is None else "q_b_proj": lambda w: w.view(
+            heads, nope + rope, -1
+        ).split([nope, rope], 1),
+        "kv_a_proj_with_mqa": lambda w: w.split([rank, rope]),
+        "kv_b_proj": lambda w: w.view(heads, nope + value, -1).split([nope, value], 1),
+        "o_proj": lambda w: [w.view(-1, heads, value).transpose(0, 1)],
+    }
+
+
 @contextlib.contextmanager
 def _unfolded(student: DeepseekV3ForCausalLM) -> Iterator[None]:
     """The latent norm gone while inside: the rows at their own size, the norm an identity."""
     blocks = [layer.self_attn for layer in student.model.layers]
     norms = [block.kv_a_layernorm for block in blocks]
     rank = student.config.kv_lora_rank
+    rows = [x for block in blocks for x in block.kv_a_proj_with_mqa.parameters()]  # weights, biases if any
     with torch.no_grad():
+        for parameter in rows:
+            parameter[:rank] /= LATENT_SCALE
         for block in blocks:
-            block.kv_a_proj_with_mqa.weight[:rank] /= LATENT_SCALE
             block.kv_a_layernorm = nn.Identity()
     try:
         yield
     finally:
         with torch.no_grad():
+            for parameter in rows:
+                parameter[:rank] *= LATENT_SCALE
             for block, norm in zip(blocks, norms, strict=True):
-                block.kv_a_proj_with_mqa.weight[:rank] *= LATENT_SCALE
                 block.kv_a_layernorm = norm
                 assert float(norm.weight[0]) == LATENT_GAIN
 

@@ -23,7 +23,7 @@ from mla.convert.checkpoint import (
     write_layer,
 )
 from mla.convert.factorise import Terms, factorise
-from mla.convert.refit import block_output, read_latents, refit
+from mla.convert.refit import refit, student_block
 from mla.convert.rope_split import (
     RopeSplit,
     balance,
@@ -34,12 +34,15 @@ from mla.convert.rope_split import (
     rotary_queries,
     split_rope,
 )
-from mla.convert.statistics import AttentionWeights, LayerStatistics, attend, collect
+from mla.convert.statistics import AttentionWeights, LayerStatistics, collect, teacher_block
 from mla.errors import MLAError
 
 # Share of the plain covariance in each head's own: attention's weights are heavy-tailed, a few thousand
 # tokens leave directions unseen.
 _PLAIN_SHARE = 0.03
+# The statistics take at most so many windows: they are second moments, and cost as much as the descent, which
+# reads every window.
+_MEASURED = 96
 
 
 def convert(
@@ -86,7 +89,8 @@ def convert(
         teacher,
         student_config(teacher, rank=budget.rank, rope=budget.rope, nope=d, theta=budget.theta),
     )
-    stream = stream_scale(teacher)
+    scale = stream_scale(teacher)
+    measured = _spread(len(calibration), _MEASURED)
     with torch.no_grad():
         # The teacher's residual stream, and the student's in the teacher's scale: it carries what earlier
         # layers have lost.
@@ -95,23 +99,21 @@ def convert(
         for layer in range(layers):
             block = teacher.model.layers[layer]
             weights = attention_weights(teacher, layer)
-            theirs, mine = input_norm(block.input_layernorm, hidden), input_norm(block.input_layernorm, own)
+            theirs, mine = (
+                weights.inputs(input_norm(block.input_layernorm, stream)) for stream in (hidden, own)
+            )
+            output = torch.stack([teacher_block(weights, x) for x in theirs])
             factors = None if state is None else _stored(state, layer)
             if factors is None:
-                statistics, output = collect(weights, theirs)
-                found = factor_layer(weights, statistics, budget)
-                factors, own_output = refit(found, weights, theirs, mine, output, theta=budget.theta)
+                found = factor_layer(weights, collect(weights, theirs[measured]), budget)
+                factors = refit(found, weights, theirs, mine, output, theta=budget.theta)
                 if state is not None:
                     _store(state, layer, factors)
-            else:
-                output = torch.stack([_block(weights, x) for x in theirs])
-                own_output = torch.stack(
-                    [block_output(factors, read_latents(factors, x, budget.theta)) for x in mine]
-                )
-            write_layer(student, layer, factors, stream=stream)
-            hidden += output
+            own_output = torch.stack([student_block(factors, x, budget.theta) for x in mine])
+            write_layer(student, layer, factors, constant=weights.constant, stream=scale)
+            hidden += output + weights.constant
             hidden += feed_forward(block, hidden)
-            own += own_output
+            own += own_output + weights.constant
             own += feed_forward(block, own)
             if on_progress is not None:
                 on_progress("converting", layer + 1, layers)
@@ -174,6 +176,12 @@ def terms_of(weights: AttentionWeights, statistics: LayerStatistics, split: Rope
     )
 
 
+def _spread(count: int, most: int) -> list[int]:
+    """At most ``most`` of 0 .. count-1, evenly."""
+    kept = min(count, most)
+    return [index * count // kept for index in range(kept)]
+
+
 def _trace(x: Tensor) -> Tensor:
     return x.diagonal(dim1=-2, dim2=-1).sum(-1)
 
@@ -190,11 +198,6 @@ def feed_forward(block: Any, hidden: Tensor) -> Tensor:
     dtype = block.mlp.gate_proj.weight.dtype
     norm = block.post_attention_layernorm
     return torch.stack([block.mlp(input_norm(norm, window).to(dtype)).float() for window in hidden])
-
-
-def _block(weights: AttentionWeights, x: Tensor) -> Tensor:
-    """The teacher's attention block, fp32 [t, D]."""
-    return torch.einsum("htd,hDd->tD", attend(weights, x), weights.o)
 
 
 def _store(state: Path, layer: int, factors: LayerFactors) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mla.convert.checkpoint import LayerFactors
-from mla.convert.descent import relative_adam, set_rate
+from mla.convert.descent import Muon, schedule
 from mla.convert.rope_split import ladder
 from mla.convert.statistics import AttentionWeights, attend, causal
 
@@ -29,8 +29,8 @@ _HELD_OUT = 8
 _ROUNDING = 1e-10
 # Of the descent: rounds over the windows, windows per step, and the largest steps relative to each factor's
 # root mean square.
-_ROUNDS = 6
-_WINDOWS_PER_STEP = 4
+_ROUNDS = 3
+_WINDOWS_PER_STEP = 2
 _RATE = 3e-3
 _WARM_UP = 0.05  # share of the steps
 
@@ -43,7 +43,7 @@ def refit(
     output: Tensor,
     *,
     theta: float,
-) -> tuple[LayerFactors, Tensor]:
+) -> LayerFactors:
     """Fit a layer to what the teacher makes of its own inputs: value read-outs, output projection, then all.
 
     Args:
@@ -53,29 +53,30 @@ def refit(
         own: fp32 [b, t, D], what the student's block reads.
         output: fp32 [b, t, D], what the teacher's block writes.
         theta: rotary base of the student.
-
-    Returns:
-        The factors, and the student block's output fp32 [b, t, D] on its own inputs.
     """
-    seen = [read_latents(factors, x, theta) for x in own]
     fitted = [index for index in range(len(own)) if index % _HELD_OUT != _HELD_OUT - 1]
     unseen = [index for index in range(len(own)) if index not in fitted] or fitted
 
-    def error(candidate: LayerFactors, seen: list[Tensor]) -> float:
-        return sum(float((block_output(candidate, seen[i]) - output[i]).square().sum()) for i in unseen)
+    def error(candidate: LayerFactors) -> float:
+        return sum(
+            float((student_block(candidate, own[i], theta) - output[i]).square().sum()) for i in unseen
+        )
 
-    best = error(factors, seen)
+    best = error(factors)
     if best > _ROUNDING * sum(float(output[i].square().sum()) for i in unseen):
-        for step in (_values, _outputs):
-            candidate = step(factors, weights, theirs, [(seen[i], i) for i in fitted], output)
-            found = error(candidate, seen)
+        seen = weights, theirs[fitted], own[fitted], output[fitted], theta
+        for step in (_values, _outputs, _descend):
+            candidate = step(factors, *seen)
+            found = error(candidate)
             if found < best:
                 factors, best = candidate, found
-        candidate = _descend(factors, own[fitted], output[fitted], theta)
-        read = [read_latents(candidate, x, theta) for x in own]
-        if error(candidate, read) < best:
-            factors, seen = candidate, read
-    return factors, torch.stack([block_output(factors, latents) for latents in seen])
+    return factors
+
+
+def student_block(factors: LayerFactors, x: Tensor, theta: float) -> Tensor:
+    """What a converted block makes of its normed input: fp32 [t, D] from [t, D]."""
+    heads = _heads(factors, read_latents(factors, x, theta))
+    return heads @ _stacked(factors.output).to(heads.dtype)
 
 
 def read_latents(factors: LayerFactors, x: Tensor, theta: float) -> Tensor:
@@ -99,26 +100,27 @@ def read_latents(factors: LayerFactors, x: Tensor, theta: float) -> Tensor:
     return read
 
 
-def block_output(factors: LayerFactors, read: Tensor) -> Tensor:
-    """Output of the block, fp32 [t, D], from :func:`read_latents` [h, t, r]."""
-    heads = torch.einsum("hdr,htr->thd", factors.value.to(read.dtype), read).flatten(1)
-    return heads @ _stacked(factors.output).to(read.dtype)
+def _heads(factors: LayerFactors, read: Tensor) -> Tensor:
+    """All heads' average values side by side, fp32 [t, h·d], from :func:`read_latents` [h, t, r]."""
+    return torch.einsum("hdr,htr->thd", factors.value.to(read.dtype), read).flatten(1)
 
 
 def _values(
     factors: LayerFactors,
     weights: AttentionWeights,
     theirs: Tensor,
-    seen: list[tuple[Tensor, int]],
+    own: Tensor,
     output: Tensor,
+    theta: float,
 ) -> LayerFactors:
     """Per head: the teacher head's average value from the student's average latent."""
     H, d, r = factors.value.shape
     gram = torch.zeros(H, r, r, dtype=torch.float64)
     cross = torch.zeros(H, r, d, dtype=torch.float64)
-    for read, index in seen:
+    for x, wanted in zip(own, theirs, strict=True):
+        read = read_latents(factors, x, theta)
         gram += (read.mT @ read).double()
-        cross += (read.mT @ attend(weights, theirs[index])).double()
+        cross += (read.mT @ attend(weights, wanted)).double()
     return dataclasses.replace(factors, value=_ridge(gram, cross, factors.value.mT).mT.contiguous())
 
 
@@ -126,38 +128,45 @@ def _outputs(
     factors: LayerFactors,
     weights: AttentionWeights,
     theirs: Tensor,
-    seen: list[tuple[Tensor, int]],
+    own: Tensor,
     output: Tensor,
+    theta: float,
 ) -> LayerFactors:
     """The teacher block's output from all of the student's heads at once."""
     H, D, d = factors.output.shape
     gram = torch.zeros(H * d, H * d, dtype=torch.float64)
     cross = torch.zeros(H * d, D, dtype=torch.float64)
-    for read, index in seen:
-        heads = torch.einsum("hdr,htr->thd", factors.value.float(), read).flatten(1)
+    for x, wanted in zip(own, output, strict=True):
+        heads = _heads(factors, read_latents(factors, x, theta))
         gram += (heads.T @ heads).double()
-        cross += (heads.T @ output[index]).double()
+        cross += (heads.T @ wanted).double()
     fitted = _ridge(gram, cross, _stacked(factors.output))
     return dataclasses.replace(factors, output=fitted.view(H, d, D).mT.contiguous())
 
 
 @torch.enable_grad()
-def _descend(factors: LayerFactors, own: Tensor, output: Tensor, theta: float) -> LayerFactors:
-    """All factors at once, by Adam on the squared error of the block's output."""
+def _descend(
+    factors: LayerFactors,
+    weights: AttentionWeights,
+    theirs: Tensor,
+    own: Tensor,
+    output: Tensor,
+    theta: float,
+) -> LayerFactors:
+    """All factors at once, by orthogonalised momentum on the squared error of the block's output."""
+    energy = float(output.square().sum())
     moving = {name: value.float().requires_grad_() for name, value in vars(factors).items()}
     student = LayerFactors(**moving)
-    optimiser = relative_adam(moving.values())
+    # A factor is one matrix, or a stack of one for each head.
+    optimiser = Muon(list(moving.values()), [lambda stack: [stack]] * len(moving))
     chance = torch.Generator().manual_seed(0)
     places = torch.cat([torch.randperm(len(own), generator=chance) for _ in range(_ROUNDS)])
     batches = torch.split(places, _WINDOWS_PER_STEP)
-    energy = float(output.square().sum(-1).mean()) * _WINDOWS_PER_STEP * output.shape[1]
     for step, batch in enumerate(batches, 1):
-        set_rate(optimiser, _RATE, step / len(batches), warm_up=_WARM_UP)
         for place in batch:  # one graph at a time: attention weights are large
-            made = block_output(student, read_latents(student, own[place], theta))
+            made = student_block(student, own[place], theta)
             torch.autograd.backward((made - output[place]).square().sum() / energy)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimiser.step(_RATE * schedule(step / (len(batches) + 1), warm_up=_WARM_UP))
     return LayerFactors(**{name: value.detach().double() for name, value in moving.items()})
 
 

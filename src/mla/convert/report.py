@@ -50,7 +50,7 @@ tags: [mla, multi-head-latent-attention, converted]
 
 Everything but the attention is the original model's, with its constants rescaled to the stock
 `DeepseekV3ForCausalLM` layout: `AutoModelForCausalLM.from_pretrained` loads it, no remote code is needed.
-
+{_biases(facts)}
 | | |
 |---|---|
 {rows}
@@ -63,6 +63,16 @@ Unless the original has one key-value head and kept all of its rotary dimensions
 approximation: answers differ from the original's, and more so on text unlike the calibration text. Measure
 before you rely on it. Run it in bfloat16 or float32; float16 cannot hold the folded latent norm. The original
 model's licence applies.
+"""
+
+
+def _biases(facts: Mapping[str, Any]) -> str:
+    """A paragraph for the card where the original has biases; nothing elsewhere."""
+    if not facts["dims"].get("biases"):
+        return ""
+    return """
+The original has biases, and so has the result (`attention_bias`). Transformers holds them; vLLM has no place
+for them in its DeepSeek and would leave them out: do not serve this model with it.
 """
 
 

@@ -169,6 +169,7 @@ def _facts(student: DeepseekV3ForCausalLM, report: Mapping[str, Any], dtype: tor
             "nope": config.qk_nope_head_dim,
             "value": config.v_head_dim,
             "rope_theta": config.rope_parameters["rope_theta"],
+            "biases": config.attention_bias,
             "cached_numbers_per_token_and_layer": cached,
         },
         "dtype": _DTYPES[dtype],

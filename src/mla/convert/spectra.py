@@ -13,7 +13,7 @@ from mla.convert.checkpoint import attention_weights
 from mla.convert.factorise import spectrum
 from mla.convert.pipeline import feed_forward, input_norm, terms_of
 from mla.convert.rope_split import ladder, split_rope
-from mla.convert.statistics import collect
+from mla.convert.statistics import collect, teacher_block
 
 # Ranks at which what is left out is kept: a drawing needs no more.
 _RANKS = 48
@@ -57,10 +57,11 @@ def layer_spectra(
         layers = teacher.model.layers
         for layer, block in enumerate(layers):
             weights = attention_weights(teacher, layer)
-            statistics, output = collect(weights, input_norm(block.input_layernorm, hidden))
+            inputs = weights.inputs(input_norm(block.input_layernorm, hidden))
+            statistics = collect(weights, inputs)
             split = split_rope(statistics, weights.inv_freq, ladder(rope, theta))
             found.append(_summary(spectrum(terms_of(weights, statistics, split))))
-            hidden += output
+            hidden += torch.stack([teacher_block(weights, x) for x in inputs]) + weights.constant
             hidden += feed_forward(block, hidden)
             if on_progress is not None:
                 on_progress("spectra", layer + 1, len(layers))

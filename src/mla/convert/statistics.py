@@ -21,8 +21,11 @@ _LOGITS = 2**20
 class AttentionWeights:
     """One Llama attention block as plain fp32 matrices, and its inverse frequencies.
 
-    Shapes: ``q`` [h, d, D], ``k`` and ``v`` [g, d, D], ``o`` [h, D, d], ``inv_freq`` fp64 [j]; D is the model
-    width. Keys rotate by pairs (j, j + d/2).
+    Shapes: ``q`` [h, d, D], ``k`` and ``v`` [g, d, D], ``o`` [h, D, d], ``inv_freq`` fp64 [j]; D is the
+    model width. Keys rotate by pairs (j, j + d/2). Where queries and keys have biases, these are one more
+    column of ``q``, ``k`` and ``v``, and the block's input has one more number, 1 (:meth:`inputs`). The
+    biases of values and output add up to ``constant`` [D], which the block writes at every token: it is no
+    part of what the functions here call the block's output.
     """
 
     q: Tensor
@@ -30,6 +33,12 @@ class AttentionWeights:
     v: Tensor
     o: Tensor
     inv_freq: Tensor
+    constant: Tensor
+
+    def inputs(self, normed: Tensor) -> Tensor:
+        """What the projections read [..., D or D + 1], from the layer's normed input [..., D]."""
+        extra = self.q.shape[-1] - normed.shape[-1]
+        return torch.nn.functional.pad(normed, (0, extra), value=1.0) if extra else normed
 
     @property
     def heads(self) -> int:
@@ -67,7 +76,6 @@ class LayerStatistics:
         rotation: complex [h, j], weighted mean of e^{iω_j(t−s)}, weight w_ts |q_hj|² |k_gj|².
         lags: [h, T], weight w_ts by lag t − s, sums to one.
         weight: [h], E Σ_s w_ts.
-        output_energy: E ‖y_t‖² of the block's output.
     """
 
     basis: Tensor
@@ -79,7 +87,6 @@ class LayerStatistics:
     rotation: Tensor
     lags: Tensor
     weight: Tensor
-    output_energy: float
 
 
 def joint_basis(weights: AttentionWeights) -> Tensor:
@@ -117,6 +124,11 @@ def attend(weights: AttentionWeights, x: Tensor) -> Tensor:
     )[0]
 
 
+def teacher_block(weights: AttentionWeights, x: Tensor) -> Tensor:
+    """What the teacher's block makes of its normed input: fp32 [t, D] from [t, D]."""
+    return torch.einsum("htd,hDd->tD", attend(weights, x), weights.o)
+
+
 def to_complex(x: Tensor) -> Tensor:
     """[..., d] to complex [..., j]: pair (j, j + d/2) as one number."""
     first, second = x.chunk(2, dim=-1)
@@ -137,15 +149,12 @@ def _sum_by_lag(w: Tensor) -> Tensor:
     return skewed.sum(0)[T - 1 :].clone() if T > 1 else w.sum(0)
 
 
-def collect(weights: AttentionWeights, inputs: Tensor) -> tuple[LayerStatistics, Tensor]:
-    """Run one attention block over the calibration windows and measure it.
+def collect(weights: AttentionWeights, inputs: Tensor) -> LayerStatistics:
+    """Run one attention block over calibration windows and measure what it attends to.
 
     Args:
         weights: the block.
-        inputs: fp32 [b, T, D], what the block reads (after the layer's input norm).
-
-    Returns:
-        The statistics, and the block's output fp32 [b, T, D].
+        inputs: fp32 [b, T, D], of :meth:`AttentionWeights.inputs`.
     """
     H, G, d = weights.heads, weights.groups, weights.head_dim
     windows, T, _ = inputs.shape
@@ -166,7 +175,6 @@ def collect(weights: AttentionWeights, inputs: Tensor) -> tuple[LayerStatistics,
         torch.ones(T, d // 2, dtype=f64), torch.outer(torch.arange(T, dtype=f64), weights.inv_freq)
     ).to(torch.complex64)
     hidden_keys = ~causal(T)
-    outputs = torch.zeros_like(inputs)
 
     group = torch.arange(H) * G // H
     for b in range(windows):
@@ -187,7 +195,6 @@ def collect(weights: AttentionWeights, inputs: Tensor) -> tuple[LayerStatistics,
             a = torch.threshold_(a, 1e-12, 0.0)
             metric = output_metric[heads]
             v_mean = a @ v[own]
-            outputs[b] += torch.einsum("htd,hDd->tD", v_mean, weights.o[heads])
             v_metric = v[own] @ metric
             distance = (v_metric * v[own]).sum(-1)[:, None, :] - 2 * (v_mean @ v_metric.mT)
             distance += ((v_mean @ metric) * v_mean).sum(-1)[:, :, None]
@@ -215,18 +222,14 @@ def collect(weights: AttentionWeights, inputs: Tensor) -> tuple[LayerStatistics,
     tokens = windows * T
     weight = lags.sum(1)
     tiny = torch.finfo(f64).tiny
-    return (
-        LayerStatistics(
-            basis=basis,
-            key_cov=key_cov / tokens,
-            value_cov=value_cov / tokens,
-            plain_cov=plain_cov / tokens,
-            query_moment=query_moment / weight.clamp(min=tiny)[:, None, None],
-            pair_moment=pair_moment / tokens,
-            rotation=turned / unturned.clamp(min=tiny),
-            lags=lags / weight.clamp(min=tiny)[:, None],
-            weight=weight / tokens,
-            output_energy=float(outputs.double().square().sum() / tokens),
-        ),
-        outputs,
+    return LayerStatistics(
+        basis=basis,
+        key_cov=key_cov / tokens,
+        value_cov=value_cov / tokens,
+        plain_cov=plain_cov / tokens,
+        query_moment=query_moment / weight.clamp(min=tiny)[:, None, None],
+        pair_moment=pair_moment / tokens,
+        rotation=turned / unturned.clamp(min=tiny),
+        lags=lags / weight.clamp(min=tiny)[:, None],
+        weight=weight / tokens,
     )

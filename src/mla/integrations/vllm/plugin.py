@@ -134,6 +134,7 @@ def keeping_settings(original: Any) -> Any:
     pages of 16 only and neither chunks of a prompt nor cached prefixes."""
 
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        _check_biases(vllm_config.model_config)
         cache, scheduler, model = (
             vllm_config.cache_config,
             vllm_config.scheduler_config,
@@ -155,6 +156,19 @@ def keeping_settings(original: Any) -> Any:
             )
 
     return check_and_update_config
+
+
+def _check_biases(model: Any) -> None:
+    """vLLM's MLA layers have no biases, and its loaders leave out what has no place.
+
+    Raises:
+        ValueError: the checkpoint has some.
+    """
+    if model is not None and model.use_mla and getattr(model.hf_text_config, "attention_bias", False):
+        raise ValueError(
+            f"{model.model} has biases in its attention (attention_bias), which vLLM would leave out, and "
+            "answer wrongly: serve it with `mla serve --engine transformers`"
+        )
 
 
 def for_strided(original: Any) -> Any:
