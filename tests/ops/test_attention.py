@@ -225,3 +225,20 @@ def test_wrong_lengths_are_named(lengths):
 def test_unknown_path_is_named():
     with pytest.raises(ValueError, match='expected path "auto", "absorbed" or "expanded", got \'fast\''):
         attention.make_plan(s=1, t=1, h=1, n=1, r=1, p=2, v=1, path="fast")
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile_traces_prefill_of_any_length(backend):
+    """One graph with sizes that vary, and the plan chosen inside it."""
+
+    def around(inputs, scale):
+        out, lse = attention.prefill(**inputs, scale=scale)
+        return out * 2, lse
+
+    torch._dynamo.reset()
+    traced = torch.compile(around, fullgraph=True, dynamic=True, backend=backend)
+    for s, t in ((2, 9), (3, 11), (30, 30), (4, 200)):
+        case = Case(s=s, t=t)
+        inputs = case.inputs()
+        for got, want in zip(traced(inputs, case.scale), around(inputs, case.scale), strict=True):
+            torch.testing.assert_close(got, want)

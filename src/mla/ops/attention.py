@@ -24,13 +24,21 @@ class Plan:
         path: "absorbed" or "expanded".
         absorbed_ops: multiply-adds × 2 of the absorbed path, for one sequence of the batch and all heads.
         expanded_ops: the same for the expanded path.
-        reason: one line for people.
+        asked: the path was asked for by name.
     """
 
     path: Path
     absorbed_ops: int
     expanded_ops: int
-    reason: str
+    asked: bool
+
+    @property
+    def reason(self) -> str:
+        """One line for people. (No field: torch.compile would put the sizes it says into the graph.)"""
+        if self.asked:
+            return f"{self.path} was asked for"
+        cheaper, dearer = sorted((self.absorbed_ops, self.expanded_ops))
+        return f"{self.path} needs {dearer / max(cheaper, 1):.1f} times fewer operations"
 
 
 def make_plan(
@@ -63,14 +71,11 @@ def make_plan(
     absorbed_ops = 2 * h * (pairs * (2 * r + p) + s * r * (n + v))
     expanded_ops = 2 * h * (pairs * (n + p + v) + t * r * (n + v))
     if path == "auto":
-        path = "absorbed" if absorbed_ops <= expanded_ops else "expanded"
-        cheaper, dearer = sorted((absorbed_ops, expanded_ops))
-        reason = f"{path} needs {dearer / max(cheaper, 1):.1f} times fewer operations"
-    elif path in ("absorbed", "expanded"):
-        reason = f"{path} was asked for"
-    else:
+        cheaper: Path = "absorbed" if absorbed_ops <= expanded_ops else "expanded"
+        return Plan(cheaper, absorbed_ops, expanded_ops, asked=False)
+    if path not in ("absorbed", "expanded"):
         raise ValueError(f'expected path "auto", "absorbed" or "expanded", got {path!r}')
-    return Plan(path, absorbed_ops, expanded_ops, reason)
+    return Plan(path, absorbed_ops, expanded_ops, asked=True)
 
 
 def prefill(
