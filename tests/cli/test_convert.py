@@ -82,6 +82,8 @@ def test_convert_writes_bfloat16(mla, llama_folder, tmp_path):
         (("--calibration", "none.txt"), "none.txt: no such text file"),
         (("--calibration", "{short}"), "calibration text is too short"),
         (("--windows", 0), "at least 1 window"),
+        (("--device", "mps"), "--device mps: the conversion needs float64"),
+        (("--device", "vulcan"), "--device vulcan: this torch cannot use it here"),
         (("--heal", -1), "heal takes minutes, 0 or more, got -1"),
         (("--explore", "--cache", 0.5), "choose the cache: leave out --cache"),
         (("--explore", "--heal", 1), "--explore compares untrained conversions"),

@@ -36,6 +36,12 @@ def test_folder_without_a_config(mla, tmp_path):
     says(mla("doctor", tmp_path), "expected a model folder with a config.json")
 
 
+def test_device_that_is_not_there(mla, mla_folder):
+    says(
+        mla("generate", mla_folder, "Hi", "--device", "cuda:77"), "--device cuda:77: this torch cannot use it"
+    )
+
+
 def test_other_file(mla, tmp_path):
     file = tmp_path / "model.bin"
     file.write_bytes(b"x")

@@ -55,6 +55,7 @@ def convert(
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     seed: Annotated[int, typer.Option(help="Of the calibration text and the order of training.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of the written weights: float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where the work is done: cpu, or cuda for a GPU.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: console.Json = False,
 ) -> None:
@@ -70,6 +71,8 @@ def convert(
     from mla.integrations.loading import load_config, load_model, load_tokenizer
 
     console.check_dtype(dtype, "float32", "bfloat16", "float16")
+    if device.partition(":")[0] == "mps":
+        raise MLAError("--device mps: the conversion needs float64, which mps does not have; take cpu")
     promised = max_kl is not None or max_ppl_increase is not None
     sized = cache is not None or rank is not None or rope is not None
     if (explore or promised) and sized:
@@ -101,7 +104,7 @@ def convert(
             check_output(out, dtype=getattr(torch, dtype), overwrite=overwrite)
         check_convertible(load_config(model))
         tokenizer = load_tokenizer(model)
-        teacher = load_model(model, dtype="float32")
+        teacher = load_model(model, dtype="float32", device=device)
         with ExitStack() as stack:
             if explore or promised:
                 # The search does not heal, and calibrates on the same windows whatever the minutes.

@@ -129,7 +129,7 @@ def attention_weights(teacher: PreTrainedModel, layer: int) -> AttentionWeights:
             found = torch.cat([found, last], dim=1)
         return found.view(-1, d, found.shape[1])
 
-    constant = torch.zeros(width)
+    constant = block.o_proj.weight.new_zeros(width, dtype=torch.float32)
     if block.v_proj.bias is not None:
         value = block.v_proj.bias.detach().float().view(-1, d)
         each = value.repeat_interleave(config.num_attention_heads // len(value), 0).flatten()
@@ -147,7 +147,8 @@ def attention_weights(teacher: PreTrainedModel, layer: int) -> AttentionWeights:
 
 
 def empty_student(teacher: PreTrainedModel, config: DeepseekV3Config) -> DeepseekV3ForCausalLM:
-    """A student (fp32) with everything of the teacher but the attention, which :func:`write_layer` fills.
+    """A student (fp32, on the teacher's device) with everything of the teacher but the attention, which
+    :func:`write_layer` fills.
 
     The residual stream is scaled for the change of the norms' eps (see the module's text), except for the
     part that the attention writes.
@@ -155,7 +156,7 @@ def empty_student(teacher: PreTrainedModel, config: DeepseekV3Config) -> Deepsee
     stream = stream_scale(teacher)
     with torch.device("meta"):
         student = DeepseekV3ForCausalLM(config)
-    student = student.to_empty(device="cpu").float()
+    student = student.to_empty(device=teacher.device).float()
     _restore_buffers(student)
     source, target = teacher.model, student.model
     with torch.no_grad():
@@ -212,4 +213,4 @@ def write_layer(
 
 def _restore_buffers(student: DeepseekV3ForCausalLM) -> None:
     """Recompute what ``to_empty`` left undefined: the rotary frequencies are no parameters."""
-    student.model.rotary_emb = type(student.model.rotary_emb)(student.config)
+    student.model.rotary_emb = type(student.model.rotary_emb)(student.config).to(student.device)

@@ -58,7 +58,11 @@ class Muon:
         return {"momentum": self.momentum, "units": self.units}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.momentum, self.units = state["momentum"], state["units"]
+        for own, stored in zip(self.momentum, state["momentum"], strict=True):
+            own.copy_(stored)
+        for units, saved in zip(self.units, state["units"], strict=True):
+            for unit, stored in zip(units, saved, strict=True):
+                unit.copy_(stored)
 
 
 def orthogonalise(x: Tensor) -> Tensor:

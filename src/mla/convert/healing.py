@@ -73,7 +73,7 @@ def heal(
 
     Args:
         student: fp32, from :func:`mla.convert.convert`; changed in place.
-        teacher: the model it came from.
+        teacher: the model it came from, on the same device.
         windows: int64 token ids [w, t] to learn from, read in an order that ``seed`` fixes, again and again.
         held_out: int64 token ids [v, t'] that only measure.
         minutes: of wall time, above 0.
@@ -167,7 +167,7 @@ class _Run:
             longest = 0.0
             while (now := self.seconds()) + longest < self.total:
                 rate = largest * schedule(max(now / self.total, 1e-3), warm_up=_WARM_UP)
-                ids = self.windows[self._next(per_step)]
+                ids = self.windows[self._next(per_step)].to(self.student.device)
                 reference = _hidden(self.teacher, ids)
                 hidden = self.student.model(input_ids=ids, use_cache=False).last_hidden_state
                 _, gradient = _kl(self.student, self.teacher, hidden.detach(), reference, gradient=True)
@@ -235,7 +235,7 @@ class _Run:
 
     def _resume(self) -> None:
         assert self.state is not None
-        content = torch.load(self.state, weights_only=True)
+        content = torch.load(self.state, map_location="cpu", weights_only=True)
         if content["mark"] != self.mark:
             raise MLAError(
                 f"{self.state} belongs to another healing (other text, minutes, seed or dimensions): "
@@ -308,6 +308,7 @@ def _trainable(parameters: list[Tensor]) -> Iterator[None]:
 @torch.no_grad()
 def _hidden(model: Any, ids: Tensor) -> Tensor:
     """[w, t, d], what the language model head reads, one window at a time."""
+    ids = ids.to(model.device)
     return torch.cat([model.model(input_ids=x[None], use_cache=False).last_hidden_state for x in ids]).float()
 
 

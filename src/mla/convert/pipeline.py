@@ -63,7 +63,8 @@ def convert(
     has the mathematics.
 
     Args:
-        teacher: a model that :func:`check_convertible` accepts; it is not changed.
+        teacher: a model that :func:`check_convertible` accepts; it is not changed. The work is done, and the
+            result lies, on its device, which needs fp64.
         calibration: int64 token ids [windows, tokens] (see :func:`tokenize_windows`).
         cache: fraction of the original 2·G·d cached numbers per token and layer; r and p are chosen.
         rank: latent rank r, instead of ``cache``.
@@ -91,10 +92,11 @@ def convert(
     )
     scale = stream_scale(teacher)
     measured = _spread(len(calibration), _MEASURED)
-    with torch.no_grad():
+    # What is created inside lies on the teacher's device.
+    with torch.no_grad(), teacher.device:
         # The teacher's residual stream, and the student's in the teacher's scale: it carries what earlier
         # layers have lost.
-        hidden = teacher.get_input_embeddings()(calibration).float()
+        hidden = teacher.get_input_embeddings()(calibration.to(teacher.device)).float()
         own = hidden.clone()
         for layer in range(layers):
             block = teacher.model.layers[layer]
@@ -103,7 +105,7 @@ def convert(
                 weights.inputs(input_norm(block.input_layernorm, stream)) for stream in (hidden, own)
             )
             output = torch.stack([teacher_block(weights, x) for x in theirs])
-            factors = None if state is None else _stored(state, layer)
+            factors = None if state is None else _stored(state, layer, teacher.device)
             if factors is None:
                 found = factor_layer(weights, collect(weights, theirs[measured]), budget)
                 factors = refit(found, weights, theirs, mine, output, theta=budget.theta)
@@ -207,9 +209,9 @@ def _store(state: Path, layer: int, factors: LayerFactors) -> None:
     partial.replace(path)
 
 
-def _stored(state: Path, layer: int) -> LayerFactors | None:
+def _stored(state: Path, layer: int, device: torch.device) -> LayerFactors | None:
     path = state / f"layer-{layer:03d}.safetensors"
-    return LayerFactors(**load_file(path)) if path.exists() else None
+    return LayerFactors(**load_file(path, device=str(device))) if path.exists() else None
 
 
 def _check_calibration(calibration: Tensor, vocabulary: int) -> None:

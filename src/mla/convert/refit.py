@@ -159,8 +159,8 @@ def _descend(
     student = LayerFactors(**moving)
     # A factor is one matrix, or a stack of one for each head.
     optimiser = Muon(list(moving.values()), [lambda stack: [stack]] * len(moving))
-    chance = torch.Generator().manual_seed(0)
-    places = torch.cat([torch.randperm(len(own), generator=chance) for _ in range(_ROUNDS)])
+    chance = torch.Generator().manual_seed(0)  # on the CPU: the same order on every device
+    places = torch.cat([torch.randperm(len(own), generator=chance, device="cpu") for _ in range(_ROUNDS)])
     batches = torch.split(places, _WINDOWS_PER_STEP)
     for step, batch in enumerate(batches, 1):
         for place in batch:  # one graph at a time: attention weights are large

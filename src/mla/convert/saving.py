@@ -70,7 +70,7 @@ def save(
     try:
         partial.chmod(0o777 & ~_umask())
         weights = {
-            name: value.detach().to(dtype).contiguous() for name, value in student.state_dict().items()
+            name: value.detach().to("cpu", dtype).contiguous() for name, value in student.state_dict().items()
         }
         save_torch_state_dict(weights, partial, metadata={"format": "pt"})
         if student.generation_config is not None:

@@ -52,8 +52,8 @@ def layer_spectra(
         on_progress: called as (stage, layers done, layers in all).
     """
     found = []
-    with torch.no_grad():
-        hidden = teacher.get_input_embeddings()(calibration).float()
+    with torch.no_grad(), teacher.device:
+        hidden = teacher.get_input_embeddings()(calibration.to(teacher.device)).float()
         layers = teacher.model.layers
         for layer, block in enumerate(layers):
             weights = attention_weights(teacher, layer)

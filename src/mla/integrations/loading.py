@@ -29,9 +29,10 @@ def load_model(source: str, *, dtype: DtypeName = "auto", device: str = "cpu") -
         device: any torch device.
 
     Raises:
-        MLAError: nothing there, not a model, damaged weights, a family this Transformers does not know, or
-            less memory than the weights need.
+        MLAError: nothing there, not a model, damaged weights, a family this Transformers does not know, no
+            such device here, or less memory than the weights need.
     """
+    _check_device(device)
     path, options = _locate(source)
     config = _load(AutoConfig, path, options)
     size = _weight_bytes(source)
@@ -104,6 +105,14 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
     if source.count("/") != 1 or source.startswith((".", "/", "~")) or source.endswith("/"):
         raise MLAError(f"{source}: no such folder or file, and not a Hub id (namespace/name)")
     return source, {}
+
+
+def _check_device(device: str) -> None:
+    """Before minutes go into loading: torch says only on first use what it was not built for."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise MLAError(f"--device {device}: this torch cannot use it here: {_first_line(error)}") from error
 
 
 def _load(cls: Any, path: str, options: dict[str, Any]) -> Any:
