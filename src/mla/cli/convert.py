@@ -50,8 +50,9 @@ def convert(
         typer.Option(help="Choose the smallest cache that raises perplexity by less than this share: 0.05."),
     ] = None,
     windows: Annotated[
-        int, typer.Option(help="Windows of calibration text; below a third of the cache 128 are better.")
-    ] = 48,
+        int | None,
+        typer.Option(help="Windows of calibration text: 48, or 128 below a third of the cache."),
+    ] = None,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     seed: Annotated[int, typer.Option(help="Of the calibration text and the order of training.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of the written weights: float32 or bfloat16.")] = "float32",
@@ -67,7 +68,15 @@ def convert(
     import torch
 
     from mla.cli.explore import check_page, choose_command, explore_command
-    from mla.convert import Request, check_convertible, check_output, run, workspace
+    from mla.convert import (
+        Request,
+        budget_for,
+        check_convertible,
+        check_output,
+        run,
+        windows_for,
+        workspace,
+    )
     from mla.integrations.loading import load_config, load_model, load_tokenizer
 
     console.check_dtype(dtype, "float32", "bfloat16", "float16")
@@ -84,25 +93,30 @@ def convert(
             "--explore compares untrained conversions: leave out --max-kl, --max-ppl-increase, --heal"
         )
     if not (sized or explore or promised):
-        cache = 0.5
-    request = Request(
-        cache=cache,
-        rank=rank,
-        rope=rope,
-        calibration=calibration,
-        windows=windows,
-        window=window,
-        seed=seed,
-        heal=heal,
-        dtype=dtype,
-    )
+        cache, sized = 0.5, True
     with console.quiet_libraries():
         # Everything that the configuration alone can refuse comes before the weights are read.
         if explore:
             check_page(out)
         else:
             check_output(out, dtype=getattr(torch, dtype), overwrite=overwrite)
-        check_convertible(load_config(model))
+        config = load_config(model)
+        check_convertible(config)
+        if windows is None:
+            # Searches compare caches of all sizes on one text.
+            asked = budget_for(config, cache=cache, rank=rank, rope=rope) if sized else None
+            windows = Request.windows if asked is None else windows_for(config, asked)
+        request = Request(
+            cache=cache,
+            rank=rank,
+            rope=rope,
+            calibration=calibration,
+            windows=windows,
+            window=window,
+            seed=seed,
+            heal=heal,
+            dtype=dtype,
+        )
         tokenizer = load_tokenizer(model)
         teacher = load_model(model, dtype="float32", device=device)
         with ExitStack() as stack:

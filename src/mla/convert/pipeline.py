@@ -139,6 +139,16 @@ def budget_for(config: Any, *, cache: float | None, rank: int | None, rope: int 
     )
 
 
+def windows_for(config: Any, budget: Budget) -> int:
+    """How many windows of calibration text a conversion to ``budget`` deserves.
+
+    The factors of a small cache fit a few thousand tokens too well: their error on other text falls until far
+    more than a hundred windows (docs/conversion.md).
+    """
+    groups = config.num_key_value_heads or config.num_attention_heads
+    return 48 if 3 * (budget.rank + budget.rope) >= 2 * groups * head_dim(config) else 128
+
+
 def factor_layer(weights: AttentionWeights, statistics: LayerStatistics, budget: Budget) -> LayerFactors:
     """One layer's converted attention from its weights and statistics."""
     split = split_rope(statistics, weights.inv_freq, ladder(budget.rope, budget.theta))
