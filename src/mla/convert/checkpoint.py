@@ -62,7 +62,7 @@ def student_config(
     """Config of the dense stock model with latent ``rank``, rotary width ``rope`` and base ``theta``."""
     config = teacher.config
     layers, heads = config.num_hidden_layers, config.num_attention_heads
-    biased = has_biases(config)
+    biased = teacher.model.layers[0].self_attn.q_proj.bias is not None
     student = DeepseekV3Config(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -110,10 +110,10 @@ def head_dim(config: object) -> int:
     return int(width)
 
 
-def has_biases(config: object) -> bool:
-    """Whether a model with this config has biases in its attention; Qwen2 always has."""
-    kind, asked = getattr(config, "model_type", None), getattr(config, "attention_bias", False)
-    return kind == "qwen2" or bool(asked)
+def cached_numbers(config: object) -> int:
+    """What the teacher caches per token and layer: keys and values of every key-value head, 2·G·d numbers."""
+    groups = config.num_key_value_heads or config.num_attention_heads  # type: ignore[attr-defined]
+    return int(2 * groups * head_dim(config))
 
 
 def attention_weights(teacher: PreTrainedModel, layer: int) -> AttentionWeights:
@@ -124,7 +124,7 @@ def attention_weights(teacher: PreTrainedModel, layer: int) -> AttentionWeights:
 
     def rows(linear: torch.nn.Linear, *, bias: bool) -> Tensor:
         found = linear.weight.detach().float()
-        if has_biases(config):
+        if block.q_proj.bias is not None:
             last = linear.bias.detach().float()[:, None] if bias else found.new_zeros(len(found), 1)
             found = torch.cat([found, last], dim=1)
         return found.view(-1, d, found.shape[1])

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from mla import __version__
 from mla.convert.check import check_convertible
-from mla.convert.checkpoint import head_dim
+from mla.convert.checkpoint import cached_numbers, head_dim
 from mla.convert.evaluation import evaluate
 from mla.convert.pipeline import budget_for, convert
 from mla.convert.spectra import Spectrum, layer_spectra
@@ -279,7 +279,7 @@ class _Lab:
         self.state, self.on_progress = state, on_progress
         self.expected, self.finished = expected, 0
         config = teacher.config
-        self.full = 2 * (config.num_key_value_heads or config.num_attention_heads) * head_dim(config)
+        self.full = cached_numbers(config)
         self._enter_state()
         stored = self._load("original")
         if stored is None:

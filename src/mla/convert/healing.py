@@ -124,7 +124,7 @@ class _Run:
             for index, layer in enumerate(student.model.layers)
             for name in matrices
         }
-        self.views = [matrices[name.partition(".")[2]] for name in self.parameters]
+        self.views = [view for _ in student.model.layers for view in matrices.values()]
         self.held_out = held_out
         self.reference = _hidden(teacher, held_out)
         self.mark = _mark(windows, held_out, seconds, seed, self.parameters)
@@ -276,9 +276,9 @@ def _unfolded(student: DeepseekV3ForCausalLM) -> Iterator[None]:
     blocks = [layer.self_attn for layer in student.model.layers]
     norms = [block.kv_a_layernorm for block in blocks]
     rank = student.config.kv_lora_rank
-    rows = [x for block in blocks for x in block.kv_a_proj_with_mqa.parameters()]  # weights, biases if any
+    down = [x for block in blocks for x in block.kv_a_proj_with_mqa.parameters()]  # weights, biases if any
     with torch.no_grad():
-        for parameter in rows:
+        for parameter in down:
             parameter[:rank] /= LATENT_SCALE
         for block in blocks:
             block.kv_a_layernorm = nn.Identity()
@@ -286,7 +286,7 @@ def _unfolded(student: DeepseekV3ForCausalLM) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for parameter in rows:
+            for parameter in down:
                 parameter[:rank] *= LATENT_SCALE
             for block, norm in zip(blocks, norms, strict=True):
                 block.kv_a_layernorm = norm

@@ -16,6 +16,7 @@ from mla.convert.check import check_convertible
 from mla.convert.checkpoint import (
     LayerFactors,
     attention_weights,
+    cached_numbers,
     empty_student,
     head_dim,
     stream_scale,
@@ -145,8 +146,7 @@ def windows_for(config: Any, budget: Budget) -> int:
     The factors of a small cache fit a few thousand tokens too well: their error on other text falls until far
     more than a hundred windows (docs/conversion.md).
     """
-    groups = config.num_key_value_heads or config.num_attention_heads
-    return 48 if 3 * (budget.rank + budget.rope) >= 2 * groups * head_dim(config) else 128
+    return 48 if 3 * (budget.rank + budget.rope) >= cached_numbers(config) else 128
 
 
 def factor_layer(weights: AttentionWeights, statistics: LayerStatistics, budget: Budget) -> LayerFactors:

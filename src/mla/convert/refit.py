@@ -35,6 +35,17 @@ _RATE = 3e-3
 _WARM_UP = 0.05  # share of the steps
 
 
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """The windows that a layer is fitted on; see :func:`refit`."""
+
+    weights: AttentionWeights
+    theirs: Tensor
+    own: Tensor
+    output: Tensor
+    theta: float
+
+
 def refit(
     factors: LayerFactors,
     weights: AttentionWeights,
@@ -64,9 +75,9 @@ def refit(
 
     best = error(factors)
     if best > _ROUNDING * sum(float(output[i].square().sum()) for i in unseen):
-        seen = weights, theirs[fitted], own[fitted], output[fitted], theta
+        seen = _Seen(weights, theirs[fitted], own[fitted], output[fitted], theta)
         for step in (_values, _outputs, _descend):
-            candidate = step(factors, *seen)
+            candidate = step(factors, seen)
             found = error(candidate)
             if found < best:
                 factors, best = candidate, found
@@ -105,39 +116,25 @@ def _heads(factors: LayerFactors, read: Tensor) -> Tensor:
     return torch.einsum("hdr,htr->thd", factors.value.to(read.dtype), read).flatten(1)
 
 
-def _values(
-    factors: LayerFactors,
-    weights: AttentionWeights,
-    theirs: Tensor,
-    own: Tensor,
-    output: Tensor,
-    theta: float,
-) -> LayerFactors:
+def _values(factors: LayerFactors, seen: _Seen) -> LayerFactors:
     """Per head: the teacher head's average value from the student's average latent."""
     H, d, r = factors.value.shape
     gram = torch.zeros(H, r, r, dtype=torch.float64)
     cross = torch.zeros(H, r, d, dtype=torch.float64)
-    for x, wanted in zip(own, theirs, strict=True):
-        read = read_latents(factors, x, theta)
+    for x, wanted in zip(seen.own, seen.theirs, strict=True):
+        read = read_latents(factors, x, seen.theta)
         gram += (read.mT @ read).double()
-        cross += (read.mT @ attend(weights, wanted)).double()
+        cross += (read.mT @ attend(seen.weights, wanted)).double()
     return dataclasses.replace(factors, value=_ridge(gram, cross, factors.value.mT).mT.contiguous())
 
 
-def _outputs(
-    factors: LayerFactors,
-    weights: AttentionWeights,
-    theirs: Tensor,
-    own: Tensor,
-    output: Tensor,
-    theta: float,
-) -> LayerFactors:
+def _outputs(factors: LayerFactors, seen: _Seen) -> LayerFactors:
     """The teacher block's output from all of the student's heads at once."""
     H, D, d = factors.output.shape
     gram = torch.zeros(H * d, H * d, dtype=torch.float64)
     cross = torch.zeros(H * d, D, dtype=torch.float64)
-    for x, wanted in zip(own, output, strict=True):
-        heads = _heads(factors, read_latents(factors, x, theta))
+    for x, wanted in zip(seen.own, seen.output, strict=True):
+        heads = _heads(factors, read_latents(factors, x, seen.theta))
         gram += (heads.T @ heads).double()
         cross += (heads.T @ wanted).double()
     fitted = _ridge(gram, cross, _stacked(factors.output))
@@ -145,27 +142,22 @@ def _outputs(
 
 
 @torch.enable_grad()
-def _descend(
-    factors: LayerFactors,
-    weights: AttentionWeights,
-    theirs: Tensor,
-    own: Tensor,
-    output: Tensor,
-    theta: float,
-) -> LayerFactors:
+def _descend(factors: LayerFactors, seen: _Seen) -> LayerFactors:
     """All factors at once, by orthogonalised momentum on the squared error of the block's output."""
-    energy = float(output.square().sum())
+    energy = float(seen.output.square().sum())
     moving = {name: value.float().requires_grad_() for name, value in vars(factors).items()}
     student = LayerFactors(**moving)
     # A factor is one matrix, or a stack of one for each head.
     optimiser = Muon(list(moving.values()), [lambda stack: [stack]] * len(moving))
     chance = torch.Generator().manual_seed(0)  # on the CPU: the same order on every device
-    places = torch.cat([torch.randperm(len(own), generator=chance, device="cpu") for _ in range(_ROUNDS)])
+    places = torch.cat(
+        [torch.randperm(len(seen.own), generator=chance, device="cpu") for _ in range(_ROUNDS)]
+    )
     batches = torch.split(places, _WINDOWS_PER_STEP)
     for step, batch in enumerate(batches, 1):
         for place in batch:  # one graph at a time: attention weights are large
-            made = student_block(student, own[place], theta)
-            torch.autograd.backward((made - output[place]).square().sum() / energy)
+            made = student_block(student, seen.own[place], seen.theta)
+            torch.autograd.backward((made - seen.output[place]).square().sum() / energy)
         optimiser.step(_RATE * schedule(step / (len(batches) + 1), warm_up=_WARM_UP))
     return LayerFactors(**{name: value.detach().double() for name, value in moving.items()})
 

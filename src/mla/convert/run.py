@@ -23,7 +23,7 @@ from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
 from mla import __version__
 from mla.convert.check import check_convertible
-from mla.convert.checkpoint import head_dim
+from mla.convert.checkpoint import cached_numbers
 from mla.convert.evaluation import evaluate, layer_errors
 from mla.convert.healing import heal
 from mla.convert.pipeline import budget_for, convert
@@ -269,8 +269,7 @@ def _facts(
 ) -> dict[str, Any]:
     """What only this run knows; :func:`save` adds dims, dtype and versions."""
     config, old = student.config, teacher.config
-    groups = old.num_key_value_heads or old.num_attention_heads
-    original = 2 * groups * head_dim(old)
+    original = cached_numbers(old)
     cached = config.kv_lora_rank + config.qk_rope_head_dim
     size = 4 if request.dtype == "float32" else 2
     return {
