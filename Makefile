@@ -77,7 +77,7 @@ $(VLLM)/.installed: $(VLLM)/.engine pyproject.toml CMakeLists.txt $(wildcard csr
 # A few windows: the tests compare engines, not quality.
 $(VLLM)/smollm2-mla/config.json: | setup
 	$(BIN)/mla convert "$$($(BIN)/python -c 'from examples.demo import find_model; print(find_model())')" \
-	  $(@D) --windows 4 --overwrite
+	  $(@D) --windows 2 --overwrite
 
 lint: setup
 	$(BIN)/ruff check .

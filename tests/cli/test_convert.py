@@ -30,7 +30,7 @@ def test_convert_json_and_rank(mla, llama_folder, tmp_path):
     run = mla("convert", llama_folder, tmp_path / "out", "--rank", 12, "--rope", 4, *SMALL, "--json")
     report = json.loads(run.out)
     assert (report["dims"]["rank"], report["dims"]["rope"]) == (12, 4)
-    assert report["calibration"] == {"text": "self", "windows": 2, "window": 32, "seed": 0}
+    assert report["calibration"] == {"texts": ["self"], "windows": 2, "window": 32, "seed": 0}
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
@@ -39,7 +39,28 @@ def test_convert_on_text_of_ones_own(mla, llama_folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 100)
     run = mla("convert", llama_folder, tmp_path / "out", "--calibration", text, *SMALL, "--json")
-    assert json.loads(run.out)["calibration"]["text"] == str(text)
+    assert json.loads(run.out)["calibration"]["texts"] == [str(text)]
+
+
+def test_texts_share_the_windows(mla, llama_folder, tmp_path):
+    from mla.convert.run import Request, workspace
+    from mla.integrations.loading import load_model, load_tokenizer
+
+    text = tmp_path / "text.txt"
+    text.write_text("zzzz" * 500)
+    texts = ("--calibration", text, "--calibration", "self")
+    run = mla("convert", llama_folder, tmp_path / "out", *texts, *SMALL, "--json")
+    report = json.loads(run.out)
+    assert report["calibration"]["texts"] == [str(text), "self"]
+    assert report["quality"]["text"] == f"the last part of {text} and written by the model itself"
+    model, tokenizer = load_model(str(llama_folder), dtype="float32"), load_tokenizer(str(llama_folder))
+    request = Request(calibration=(str(text), "self"), windows=5, window=32, heal=0.5)
+    with workspace(model, tokenizer, tmp_path / "out", request, "converting") as work:
+        parts = (work.calibration, work.held_out, work.training)
+        read = [(ids[:, 1:] == ids[:, 1:2]).all(1).tolist() for ids in parts]  # nothing but z
+    assert [sum(each) for each in read[:2]] == [2, 2]
+    assert len(read[0]) == 5
+    assert 2 * sum(read[2]) == len(read[2]) > 2 * 20  # the shorter text is repeated
 
 
 def test_convert_heals(mla, llama_folder, tmp_path):
@@ -82,6 +103,7 @@ def test_convert_writes_bfloat16(mla, llama_folder, tmp_path):
         (("--calibration", "none.txt"), "none.txt: no such text file"),
         (("--calibration", "{short}"), "calibration text is too short"),
         (("--windows", 0), "at least 1 window"),
+        (("--windows", 1, "--calibration", "self", "--calibration", "self"), "cannot be shared by 2 texts"),
         (("--device", "mps"), "--device mps: the conversion needs float64"),
         (("--device", "vulcan"), "--device vulcan: this torch cannot use it here"),
         (("--heal", -1), "heal takes minutes, 0 or more, got -1"),

@@ -51,6 +51,7 @@ def test_each_step_lowers_the_error_on_text_it_did_not_see(layer, monkeypatch: p
     own = inputs * 0.8 + 0.1 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0))
     fitted, unseen = slice(0, 40), slice(40, 48)
     call = (weights, inputs[fitted], own[fitted], output[fitted])
+    monkeypatch.setattr("mla.convert.refit._TOKENS_PER_STEP", 48)  # of windows of 24
     whole = refit(factors, *call, theta=budget.theta)
     monkeypatch.setattr("mla.convert.refit._descend", lambda factors, *_: factors)
     closed = refit(factors, *call, theta=budget.theta)

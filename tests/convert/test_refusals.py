@@ -14,7 +14,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from mla.convert import budget_for, check_convertible, convert, windows_for
+from mla.convert import budget_for, calibration_size, check_convertible, convert
 from mla.convert.budget import choose_budget
 from mla.errors import MLAError
 
@@ -117,10 +117,18 @@ def test_budgets_spend_what_was_given(asked: dict[str, float], total: int) -> No
     assert budget.theta == pytest.approx(1e5 ** max(0.5, budget.rope / 64))
 
 
-@pytest.mark.parametrize(("cache", "windows"), [(1.0, 48), (0.5, 48), (1 / 3, 48), (0.32, 128), (0.1, 128)])
+@pytest.mark.parametrize(("cache", "windows"), [(1.0, 12), (0.5, 12), (1 / 3, 12), (0.32, 32), (0.1, 32)])
 def test_small_caches_are_calibrated_on_more_text(cache: float, windows: int) -> None:
     config = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
-    assert windows_for(config, budget_for(config, cache=cache, rank=None, rope=None)) == windows
+    budget = budget_for(config, cache=cache, rank=None, rope=None)
+    assert calibration_size(config, budget) == (windows, 1024)
+
+
+def test_what_is_given_of_the_calibration_stays() -> None:
+    config = LlamaConfig(max_position_embeddings=100)
+    assert calibration_size(config) == (123, 100)  # no window is longer than the model reads
+    assert calibration_size(config, windows=7) == (7, 100)
+    assert calibration_size(config, window=4096) == (3, 4096)
 
 
 @pytest.mark.parametrize("asked", [{"rank": 64}, {"rope": 32}])

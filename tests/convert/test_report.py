@@ -32,7 +32,7 @@ FACTS: dict[str, Any] = {
         "cached_numbers_per_token_and_layer": 192,
         "original_numbers_per_token_and_layer": 384,
     },
-    "calibration": {"text": "self", "windows": 48, "window": 256, "seed": 7},
+    "calibration": {"texts": ["self"], "windows": 48, "window": 256, "seed": 7},
     "dtype": "bfloat16",
     "heal": {
         "minutes": 60,

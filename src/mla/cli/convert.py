@@ -29,9 +29,12 @@ def convert(
     ] = None,
     rope: Annotated[int | None, typer.Option(help="Width p of the shared rotary key, even.")] = None,
     calibration: Annotated[
-        str,
-        typer.Option(help="A UTF-8 text like what the model will read, or 'self': the model writes its own."),
-    ] = "self",
+        list[str],
+        typer.Option(
+            help="A UTF-8 text like what the model will read, or 'self': the model writes its own. "
+            "Given several times, they share the windows."
+        ),
+    ] = ["self"],  # noqa: B006  typer copies it
     heal: Annotated[
         float, typer.Option(help="Minutes of training against the original after the conversion.")
     ] = 0.0,
@@ -51,9 +54,11 @@ def convert(
     ] = None,
     windows: Annotated[
         int | None,
-        typer.Option(help="Windows of calibration text: 48, or 128 below a third of the cache."),
+        typer.Option(help="Windows of calibration text: 12, or 32 below a third of the cache."),
     ] = None,
-    window: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens per window: 1024, or the longest that the model takes.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the calibration text and the order of training.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of the written weights: float32 or bfloat16.")] = "float32",
     device: Annotated[str, typer.Option(help="Where the work is done: cpu, or cuda for a GPU.")] = "cpu",
@@ -71,10 +76,10 @@ def convert(
     from mla.convert import (
         Request,
         budget_for,
+        calibration_size,
         check_convertible,
         check_output,
         run,
-        windows_for,
         workspace,
     )
     from mla.integrations.loading import load_config, load_model, load_tokenizer
@@ -102,15 +107,14 @@ def convert(
             check_output(out, dtype=getattr(torch, dtype), overwrite=overwrite)
         config = load_config(model)
         check_convertible(config)
-        if windows is None:
-            # Searches compare caches of all sizes on one text.
-            asked = budget_for(config, cache=cache, rank=rank, rope=rope) if sized else None
-            windows = Request.windows if asked is None else windows_for(config, asked)
+        # Searches compare caches of all sizes on one text.
+        asked = budget_for(config, cache=cache, rank=rank, rope=rope) if sized else None
+        windows, window = calibration_size(config, asked, windows=windows, window=window)
         request = Request(
             cache=cache,
             rank=rank,
             rope=rope,
-            calibration=calibration,
+            calibration=tuple(calibration),
             windows=windows,
             window=window,
             seed=seed,

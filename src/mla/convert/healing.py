@@ -26,6 +26,7 @@ from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
 from mla.convert.checkpoint import LATENT_GAIN, LATENT_SCALE
 from mla.convert.descent import Muon, Views, schedule
+from mla.convert.fused import fused
 from mla.errors import MLAError
 
 # Relative to each matrix's root mean square, at a KL of one nat. A conversion that is close already is shaken
@@ -96,7 +97,7 @@ def heal(
             f"{list(windows.shape)} and {list(held_out.shape)}"
         )
     student.requires_grad_(False)
-    with _unfolded(student):
+    with _unfolded(student), fused(student):
         run = _Run(student, teacher, windows, held_out, minutes * 60, seed, state, on_progress)
         return run.finish()
 

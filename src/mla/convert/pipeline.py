@@ -41,9 +41,12 @@ from mla.errors import MLAError
 # Share of the plain covariance in each head's own: attention's weights are heavy-tailed, a few thousand
 # tokens leave directions unseen.
 _PLAIN_SHARE = 0.03
-# The statistics take at most so many windows: they are second moments, and cost as much as the descent, which
+# The statistics take at most so many tokens: they are second moments, and cost as much as the descent, which
 # reads every window.
-_MEASURED = 96
+_MEASURED = 24_576
+# Tokens per window of calibration text. What is fitted on shorter ones drifts away from the teacher in long
+# contexts.
+_WINDOW = 1024
 
 
 def convert(
@@ -92,7 +95,7 @@ def convert(
         student_config(teacher, rank=budget.rank, rope=budget.rope, nope=d, theta=budget.theta),
     )
     scale = stream_scale(teacher)
-    measured = _spread(len(calibration), _MEASURED)
+    measured = _spread(len(calibration), max(1, _MEASURED // calibration.shape[1]))
     # What is created inside lies on the teacher's device.
     with torch.no_grad(), teacher.device:
         # The teacher's residual stream, and the student's in the teacher's scale: it carries what earlier
@@ -140,13 +143,21 @@ def budget_for(config: Any, *, cache: float | None, rank: int | None, rope: int 
     )
 
 
-def windows_for(config: Any, budget: Budget) -> int:
-    """How many windows of calibration text a conversion to ``budget`` deserves.
+def calibration_size(
+    config: Any, budget: Budget | None = None, *, windows: int | None = None, window: int | None = None
+) -> tuple[int, int]:
+    """How many windows of how many tokens a conversion deserves, where it is not given.
 
-    The factors of a small cache fit a few thousand tokens too well: their error on other text falls until far
-    more than a hundred windows (docs/conversion.md).
+    12,288 tokens, or 32,768 for a ``budget`` below a third of the original cache: the factors of a small
+    cache fit a few thousand tokens too well (docs/conversion.md). 1,024 tokens a window, or as many as the
+    model takes.
     """
-    return 48 if 3 * (budget.rank + budget.rope) >= cached_numbers(config) else 128
+    if window is None:
+        window = min(_WINDOW, config.max_position_embeddings)
+    if windows is None:
+        small = budget is not None and 3 * (budget.rank + budget.rope) < cached_numbers(config)
+        windows = -(-(32_768 if small else 12_288) // max(1, window))
+    return windows, window
 
 
 def factor_layer(weights: AttentionWeights, statistics: LayerStatistics, budget: Budget) -> LayerFactors:

@@ -18,19 +18,20 @@ from torch import Tensor
 
 from mla.convert.checkpoint import LayerFactors
 from mla.convert.descent import Muon, schedule
+from mla.convert.fused import fused_attention
 from mla.convert.rope_split import ladder
-from mla.convert.statistics import AttentionWeights, attend, causal
+from mla.convert.statistics import AttentionWeights, attend
 
 # Pull towards the factors as they are, as a share of each feature's own power.
 _RIDGE = 0.02
-# Every so many windows one is held out.
+# Every so many windows one is held out, or the last where there are fewer.
 _HELD_OUT = 8
 # Relative squared error of fp32 arithmetic.
 _ROUNDING = 1e-10
-# Of the descent: rounds over the windows, windows per step, and the largest steps relative to each factor's
-# root mean square.
+# Of the descent: rounds over the windows, tokens per step (at least one window), and the largest steps
+# relative to each factor's root mean square.
 _ROUNDS = 3
-_WINDOWS_PER_STEP = 2
+_TOKENS_PER_STEP = 512
 _RATE = 3e-3
 _WARM_UP = 0.05  # share of the steps
 
@@ -65,8 +66,9 @@ def refit(
         output: fp32 [b, t, D], what the teacher's block writes.
         theta: rotary base of the student.
     """
-    fitted = [index for index in range(len(own)) if index % _HELD_OUT != _HELD_OUT - 1]
-    unseen = [index for index in range(len(own)) if index not in fitted] or fitted
+    every = min(_HELD_OUT, len(own))
+    unseen = list(range(every - 1, len(own), every))
+    fitted = [index for index in range(len(own)) if index not in unseen] or unseen
 
     def error(candidate: LayerFactors) -> float:
         return sum(
@@ -86,34 +88,53 @@ def refit(
 
 def student_block(factors: LayerFactors, x: Tensor, theta: float) -> Tensor:
     """What a converted block makes of its normed input: fp32 [t, D] from [t, D]."""
-    heads = _heads(factors, read_latents(factors, x, theta))
+    _, d, r = factors.value.shape
+    heads = _values_of(factors, _read_latents(factors, x, theta)) if r <= d else _expanded(factors, x, theta)
     return heads @ _stacked(factors.output).to(heads.dtype)
 
 
-def read_latents(factors: LayerFactors, x: Tensor, theta: float) -> Tensor:
+def _read_latents(factors: LayerFactors, x: Tensor, theta: float) -> Tensor:
     """What each head's attention averages out of the latents: fp32 [h, t, r] from inputs x [t, D]."""
-    T, p = len(x), factors.key_rope.shape[0]
-    d = factors.value.shape[1]
-    angles = torch.outer(torch.arange(T, dtype=torch.float64), ladder(p, theta))
+    latent, key_rope, query_nope, query_rope = _projected(factors, x, theta)
+    query = torch.cat([query_nope @ factors.key_nope.to(x.dtype), query_rope], -1)
+    heads, _, nope = query_nope.shape
+    # One key and one value for all heads.
+    key, value = (each.expand(heads, -1, -1) for each in (torch.cat([latent, key_rope], -1), latent))
+    return fused_attention(query[None], key[None], value[None], scale=1 / math.sqrt(nope))[0]
+
+
+def _values_of(factors: LayerFactors, read: Tensor) -> Tensor:
+    """All heads' average values side by side, fp32 [t, h·d], from :func:`_read_latents` [h, t, r]."""
+    return torch.einsum("hdr,htr->thd", factors.value.to(read.dtype), read).flatten(1)
+
+
+def _expanded(factors: LayerFactors, x: Tensor, theta: float) -> Tensor:
+    """:func:`_values_of` by every head's own keys and values, which are narrower than a latent of r > d."""
+    latent, key_rope, query_nope, query_rope = _projected(factors, x, theta)
+    heads, _, nope = query_nope.shape
+    query = torch.cat([query_nope, query_rope], -1)
+    key_nope = latent @ factors.key_nope.to(x.dtype).mT
+    key = torch.cat([key_nope, key_rope.expand(heads, -1, -1)], -1)
+    value = latent @ factors.value.to(x.dtype).mT
+    made = fused_attention(query[None], key[None], value[None], scale=1 / math.sqrt(nope))[0]
+    return made.transpose(0, 1).flatten(1)
+
+
+def _projected(factors: LayerFactors, x: Tensor, theta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents [t, r], rotated keys [t, p], queries [h, t, n] and rotated queries [h, t, p] of x [t, D]."""
+    angles = torch.outer(torch.arange(len(x), dtype=torch.float64), ladder(len(factors.key_rope), theta))
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
     def turn(pairs: Tensor) -> Tensor:
         even, odd = pairs[..., 0::2], pairs[..., 1::2]
         return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
 
-    latent = x @ factors.latent.to(x.dtype).T
-    key_rope = turn(x @ factors.key_rope.to(x.dtype).T)
-    query_nope = torch.einsum("hnD,tD->htn", factors.query_nope.to(x.dtype), x)
-    query_rope = turn(torch.einsum("hpD,tD->htp", factors.query_rope.to(x.dtype), x))
-    logits = (query_nope @ factors.key_nope.to(x.dtype)) @ latent.T + query_rope @ key_rope.T
-    probabilities = logits.div_(math.sqrt(d)).masked_fill_(~causal(T), -math.inf).softmax(-1)
-    read: Tensor = probabilities @ latent
-    return read
-
-
-def _heads(factors: LayerFactors, read: Tensor) -> Tensor:
-    """All heads' average values side by side, fp32 [t, h·d], from :func:`read_latents` [h, t, r]."""
-    return torch.einsum("hdr,htr->thd", factors.value.to(read.dtype), read).flatten(1)
+    return (
+        x @ factors.latent.to(x.dtype).T,
+        turn(x @ factors.key_rope.to(x.dtype).T),
+        x @ factors.query_nope.to(x.dtype).mT,
+        turn(x @ factors.query_rope.to(x.dtype).mT),
+    )
 
 
 def _values(factors: LayerFactors, seen: _Seen) -> LayerFactors:
@@ -122,7 +143,7 @@ def _values(factors: LayerFactors, seen: _Seen) -> LayerFactors:
     gram = torch.zeros(H, r, r, dtype=torch.float64)
     cross = torch.zeros(H, r, d, dtype=torch.float64)
     for x, wanted in zip(seen.own, seen.theirs, strict=True):
-        read = read_latents(factors, x, seen.theta)
+        read = _read_latents(factors, x, seen.theta)
         gram += (read.mT @ read).double()
         cross += (read.mT @ attend(seen.weights, wanted)).double()
     return dataclasses.replace(factors, value=_ridge(gram, cross, factors.value.mT).mT.contiguous())
@@ -134,7 +155,7 @@ def _outputs(factors: LayerFactors, seen: _Seen) -> LayerFactors:
     gram = torch.zeros(H * d, H * d, dtype=torch.float64)
     cross = torch.zeros(H * d, D, dtype=torch.float64)
     for x, wanted in zip(seen.own, seen.output, strict=True):
-        heads = _heads(factors, read_latents(factors, x, seen.theta))
+        heads = _values_of(factors, _read_latents(factors, x, seen.theta))
         gram += (heads.T @ heads).double()
         cross += (heads.T @ wanted).double()
     fitted = _ridge(gram, cross, _stacked(factors.output))
@@ -153,7 +174,7 @@ def _descend(factors: LayerFactors, seen: _Seen) -> LayerFactors:
     places = torch.cat(
         [torch.randperm(len(seen.own), generator=chance, device="cpu") for _ in range(_ROUNDS)]
     )
-    batches = torch.split(places, _WINDOWS_PER_STEP)
+    batches = torch.split(places, max(1, _TOKENS_PER_STEP // seen.own.shape[1]))
     for step, batch in enumerate(batches, 1):
         for place in batch:  # one graph at a time: attention weights are large
             made = student_block(student, seen.own[place], seen.theta)

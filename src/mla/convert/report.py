@@ -89,8 +89,9 @@ def summary(facts: Mapping[str, Any]) -> str:
     )
     calibration = facts.get("calibration")
     if calibration is not None:
-        text = calibration["text"]
-        which = "that the model wrote itself" if text == "self" else f"of {text}"
+        which = " and ".join(
+            "that the model wrote itself" if text == "self" else f"of {text}" for text in calibration["texts"]
+        )
         said += (
             f"; calibrated on {calibration['windows']:,} windows of {calibration['window']:,} tokens {which} "
             f"(seed {calibration['seed']})"

@@ -36,8 +36,8 @@ Progress = Callable[[str, float, float], None]
 
 # Windows that only measure, beside every so many that calibrate.
 _CALIBRATING_PER_MEASURING = 6
-# Self-written windows more per minute of healing: each is read a few times until the time is over.
-_WINDOWS_PER_MINUTE = 6
+# Self-written tokens more per minute of healing: each is read a few times until the time is over.
+_TOKENS_PER_MINUTE = 1536
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Request:
 
     Attributes:
         cache, rank, rope: see :func:`mla.convert.convert`.
-        calibration: "self" (the model writes its own text), or the path of a UTF-8 text file.
+        calibration: texts that share the windows: "self" (the model writes its own), paths of UTF-8 files.
         windows: calibration windows. ``window``: tokens per window. ``seed``: of text and training order.
         heal: minutes of training after the conversion; 0 for none.
         dtype: of the written weights, "float32" or "bfloat16".
@@ -55,9 +55,9 @@ class Request:
     cache: float | None = None
     rank: int | None = None
     rope: int | None = None
-    calibration: str = "self"
-    windows: int = 48
-    window: int = 256
+    calibration: tuple[str, ...] = ("self",)
+    windows: int = 12
+    window: int = 1024
     seed: int = 0
     heal: float = 0.0
     dtype: str = "float32"
@@ -125,10 +125,15 @@ def workspace(
             which nothing is worth keeping: the folder goes as well.
     """
     check_windows(request.windows, request.window)
-    text = _read(request.calibration)
-    place = _place(out, purpose, _identity(teacher, request, text))
+    if not 1 <= len(request.calibration) <= request.windows:
+        raise MLAError(
+            f"{request.windows} windows cannot be shared by {len(request.calibration)} texts: ask for as "
+            "many windows as texts, or more"
+        )
+    texts = [_read(name) for name in request.calibration]
+    place = _place(out, purpose, _identity(teacher, request, texts))
     try:
-        yield Workspace(place, *_windows(place, teacher, tokenizer, request, text, on_progress))
+        yield Workspace(place, *_windows(place, teacher, tokenizer, request, texts, on_progress))
     except MLAError:
         shutil.rmtree(place, ignore_errors=True)
         raise
@@ -195,57 +200,73 @@ def _windows(
     teacher: PreTrainedModel,
     tokenizer: Any,
     request: Request,
-    text: str | None,
+    texts: list[str | None],
     on_progress: Progress | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids [w, t] to calibrate on, to heal on and to measure on; the last are in neither of the two."""
     path = place / "windows.safetensors"
     if not path.exists():
-        measuring = max(4, request.windows // _CALIBRATING_PER_MEASURING)
-        if text is None:
-            more = int(request.heal * _WINDOWS_PER_MINUTE)
-            ids = write_windows(
-                teacher,
-                tokenizer,
-                request.windows + measuring + more,
-                request.window,
-                seed=request.seed,
-                on_progress=on_progress,
+        measuring = max(4, len(texts), request.windows // _CALIBRATING_PER_MEASURING)
+        more = int(request.heal * _TOKENS_PER_MINUTE) // request.window
+        found = []
+        for index, text in enumerate(texts):
+            calibrating, held, extra = (
+                (count + index) // len(texts) for count in (request.windows, measuring, more)
             )
-            held_out, rest = ids[:measuring], ids[measuring:]
-            calibration, training = rest[: request.windows], rest
-        else:
-            held_out, calibration, training = _cut(text, tokenizer, request, measuring)
-        parts = {"calibration": calibration, "training": training, "held_out": held_out}
-        save_file({name: ids.clone() for name, ids in parts.items()}, path.with_suffix(".partial"))
+            if text is None:
+                ids = write_windows(
+                    teacher,
+                    tokenizer,
+                    calibrating + held + extra,
+                    request.window,
+                    seed=request.seed,
+                    on_progress=on_progress,
+                )
+                rest = ids[held:]
+                found.append({"calibration": rest[:calibrating], "training": rest, "held_out": ids[:held]})
+            else:
+                found.append(_cut(text, tokenizer, request, calibrating, held))
+        parts = {
+            name: _mixed([windows[name] for windows in found], seed=request.seed, evenly=name == "training")
+            for name in ("calibration", "training", "held_out")
+        }
+        save_file(parts, path.with_suffix(".partial"))
         path.with_suffix(".partial").replace(path)
     stored = load_file(path)
     return stored["calibration"], stored["training"], stored["held_out"]
 
 
-def _cut(text: str, tokenizer: Any, request: Request, measuring: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Held-out, calibration and training windows of a file: the last part of it only measures."""
-    share = measuring / (measuring + request.windows)
-    border = int(len(text) * (1 - share))
-    calibration = tokenize_windows(
-        text[:border], tokenizer, request.windows, request.window, seed=request.seed
-    )
-    held_out = tokenize_windows(text[border:], tokenizer, measuring, request.window, seed=request.seed)
-    if not request.heal:
-        return held_out, calibration, calibration
-    ids = tokenizer(text[:border], add_special_tokens=False, verbose=False)["input_ids"]
-    count = len(ids) // request.window
-    training = torch.tensor(ids[: count * request.window]).view(count, request.window)
-    return held_out, calibration, training if count > request.windows else calibration
+def _mixed(texts: list[Tensor], *, seed: int, evenly: bool) -> Tensor:
+    """The windows of all texts in an order that ``seed`` fixes; ``evenly``, shorter texts are repeated."""
+    if evenly:
+        most = max(len(ids) for ids in texts)
+        texts = [ids[torch.arange(most) % len(ids)] for ids in texts]
+    windows = torch.cat(texts)
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
 
 
-def _identity(teacher: PreTrainedModel, request: Request, text: str | None) -> dict[str, Any]:
+def _cut(text: str, tokenizer: Any, request: Request, calibrating: int, measuring: int) -> dict[str, Tensor]:
+    """Windows of a file to calibrate on, to heal on and to measure on: the last part of it only measures."""
+    border = int(len(text) * calibrating / (calibrating + measuring))
+    size, seed = request.window, request.seed
+    calibration = tokenize_windows(text[:border], tokenizer, calibrating, size, seed=seed)
+    held_out = tokenize_windows(text[border:], tokenizer, measuring, size, seed=seed)
+    training = calibration
+    if request.heal:
+        ids = tokenizer(text[:border], add_special_tokens=False, verbose=False)["input_ids"]
+        count = len(ids) // size
+        if count > calibrating:
+            training = torch.tensor(ids[: count * size]).view(count, size)
+    return {"calibration": calibration, "training": training, "held_out": held_out}
+
+
+def _identity(teacher: PreTrainedModel, request: Request, texts: list[str | None]) -> dict[str, Any]:
     """Everything that the finished parts depend on."""
     return {
         "version": __version__,
         "config": digest(canonical(teacher.config.to_dict())),
         "weights": digest_of_weights(teacher),
-        "text": None if text is None else digest(text.encode()),
+        "texts": [None if text is None else digest(text.encode()) for text in texts],
         "request": asdict(request),
         "torch": torch.__version__,
     }
@@ -276,7 +297,7 @@ def _facts(
         "source": source,
         "dims": {"original_numbers_per_token_and_layer": original},
         "calibration": {
-            "text": request.calibration,
+            "texts": list(request.calibration),
             "windows": request.windows,
             "window": request.window,
             "seed": request.seed,
@@ -307,9 +328,10 @@ def _quality(
         on_progress=lambda done, total: tell(total + done, total),
     )
     return {
-        "text": "written by the model itself"
-        if request.calibration == "self"
-        else f"the last part of {request.calibration}",
+        "text": " and ".join(
+            "written by the model itself" if name == "self" else f"the last part of {name}"
+            for name in request.calibration
+        ),
         "windows": held_out.shape[0],
         "window": held_out.shape[1],
         "tokens": found.tokens,
