@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
 from mla.convert import convert, save
 from mla.convert.checkpoint import LATENT_GAIN, LATENT_NORM_EPS, LATENT_SCALE
+from mla.errors import MLAError
 
 from .tiny import divergence, teacher, tokens
 
@@ -143,6 +144,23 @@ def test_the_residual_stream_absorbs_the_change_of_eps(original: torch.nn.Module
 def test_the_scale_is_folded_into_the_query(student: DeepseekV3ForCausalLM) -> None:
     config, block = student.config, student.model.layers[0].self_attn
     assert block.scaling == pytest.approx((config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5)
+
+
+def test_a_split_query_is_the_same_query(original: torch.nn.Module) -> None:
+    split = convert(original, rank=12, rope=12, calibration=tokens(4, 24), split_query=True)
+    whole = convert(original, rank=12, rope=12, calibration=tokens(4, 24))
+    assert split.config.q_lora_rank == original.config.hidden_size
+    ids = tokens(2, 24, seed=3)
+    with torch.no_grad():
+        expected = whole(ids).logits
+        torch.testing.assert_close(split(ids).logits, expected, atol=1e-5, rtol=1e-4)
+        rounded = [float((model.bfloat16()(ids).logits - expected).norm()) for model in (whole, split)]
+    assert rounded[1] < 1.3 * rounded[0]
+
+
+def test_a_split_query_has_no_room_for_biases() -> None:
+    with pytest.raises(MLAError, match=r"llama\.cpp"):
+        convert(teacher("qwen2"), rank=12, rope=12, calibration=tokens(4, 24), split_query=True)
 
 
 def test_bf16_round_trip(student: DeepseekV3ForCausalLM, original: torch.nn.Module, tmp_path: Path) -> None:

@@ -59,6 +59,12 @@ def convert(
     window: Annotated[
         int | None, typer.Option(help="Tokens per window: 1024, or the longest that the model takes.")
     ] = None,
+    split_query: Annotated[
+        bool,
+        typer.Option(
+            "--split-query", help="Store the query projection as two, as llama.cpp asks for: exact, larger."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the calibration text and the order of training.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of the written weights: float32 or bfloat16.")] = "float32",
     device: Annotated[str, typer.Option(help="Where the work is done: cpu, or cuda for a GPU.")] = "cpu",
@@ -119,6 +125,7 @@ def convert(
             window=window,
             seed=seed,
             heal=heal,
+            split_query=split_query,
             dtype=dtype,
         )
         tokenizer = load_tokenizer(model)

@@ -18,6 +18,10 @@ place until the query has a low-rank projection, whose first half has a bias too
 a 1, scaled like the latent, and the second half is the query projection with the bias as one more column.
 All of it is exact. Transformers loads it; vLLM has no biases in its DeepSeek and would leave them out.
 
+llama.cpp. Its loader asks every DeepSeek of another depth than V2-Lite's for a low-rank query projection: a
+split query is the same without the bias, its first half hands on the input. It also asks for more experts
+than groups.
+
 The scale. The target divides logits by sqrt(nope + rope), the teacher by sqrt(d): the ratio goes into q.
 """
 
@@ -57,7 +61,7 @@ class LayerFactors:
 
 
 def student_config(
-    teacher: PreTrainedModel, *, rank: int, rope: int, nope: int, theta: float
+    teacher: PreTrainedModel, *, rank: int, rope: int, nope: int, theta: float, split_query: bool = False
 ) -> DeepseekV3Config:
     """Config of the dense stock model with latent ``rank``, rotary width ``rope`` and base ``theta``."""
     config = teacher.config
@@ -75,7 +79,7 @@ def student_config(
         initializer_range=config.initializer_range,
         rms_norm_eps=LATENT_NORM_EPS,
         kv_lora_rank=rank,
-        q_lora_rank=config.hidden_size + 1 if biased else None,
+        q_lora_rank=config.hidden_size + biased if biased or split_query else None,
         qk_nope_head_dim=nope,
         qk_rope_head_dim=rope,
         v_head_dim=head_dim(config),
@@ -86,7 +90,7 @@ def student_config(
         tie_word_embeddings=False,
         # Dense throughout: the expert fields only have to be integers that loaders can read.
         first_k_dense_replace=layers,
-        n_routed_experts=1,
+        n_routed_experts=2,
         n_shared_experts=1,
         num_experts_per_tok=1,
         n_group=1,
@@ -193,18 +197,19 @@ def write_layer(
     query = torch.cat([factors.query_nope, factors.query_rope], dim=1).flatten(0, 1) * scale
     latent = torch.cat([factors.latent * LATENT_SCALE, factors.key_rope])
     with torch.no_grad():
-        if student.config.attention_bias:
-            # Powers of two in the half that bf16 rounds alike for every query, the rest in the other.
-            unit = 2.0**-30
+        # Powers of two in the half of a split query that bf16 rounds alike for all, the rest in the other.
+        unit = 2.0**-30
+        if student.config.q_lora_rank is None:
+            block.q_proj.weight.copy_(query)
+        else:
             block.q_a_proj.weight.zero_().fill_diagonal_(unit)
-            block.q_a_proj.bias.zero_()[-1] = unit
             block.q_a_layernorm.weight.fill_(LATENT_GAIN)
             block.q_b_proj.weight.copy_(query * (LATENT_SCALE / unit))
+        if student.config.attention_bias:
+            block.q_a_proj.bias.zero_()[-1] = unit
             latent, last = latent[:, :-1], latent[:, -1]
             block.kv_a_proj_with_mqa.bias.copy_(last)
             block.o_proj.bias.copy_(constant * stream)
-        else:
-            block.q_proj.weight.copy_(query)
         block.kv_a_proj_with_mqa.weight.copy_(latent)
         block.kv_a_layernorm.weight.fill_(LATENT_GAIN)
         block.kv_b_proj.weight.copy_(torch.cat([factors.key_nope, factors.value], dim=1).flatten(0, 1))

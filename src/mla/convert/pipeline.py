@@ -56,6 +56,7 @@ def convert(
     cache: float | None = None,
     rank: int | None = None,
     rope: int | None = None,
+    split_query: bool = False,
     state: Path | None = None,
     on_progress: Callable[[str, float, float], None] | None = None,
 ) -> DeepseekV3ForCausalLM:
@@ -73,6 +74,8 @@ def convert(
         cache: fraction of the original 2·G·d cached numbers per token and layer; r and p are chosen.
         rank: latent rank r, instead of ``cache``.
         rope: rotary width p (even); with ``rank``, or with ``cache`` (r is what remains).
+        split_query: store the query projection as two, of full rank D, which llama.cpp's loader asks for:
+            exact, D² more numbers per layer. Not for models with biases, which llama.cpp's DeepSeek lacks.
         state: folder for the factors of finished layers: a call with the same arguments and the same folder
             takes them as they are and continues. The caller keeps folders of different runs apart.
         on_progress: called as (stage, layers done, layers in all) after every layer.
@@ -86,13 +89,16 @@ def convert(
     """
     config = teacher.config
     check_convertible(config)
+    check_split_query(teacher, split_query)
     _check_calibration(calibration, config.vocab_size)
     budget = budget_for(config, cache=cache, rank=rank, rope=rope)
     d = head_dim(config)
     layers = config.num_hidden_layers
     student = empty_student(
         teacher,
-        student_config(teacher, rank=budget.rank, rope=budget.rope, nope=d, theta=budget.theta),
+        student_config(
+            teacher, rank=budget.rank, rope=budget.rope, nope=d, theta=budget.theta, split_query=split_query
+        ),
     )
     scale = stream_scale(teacher)
     measured = _spread(len(calibration), max(1, _MEASURED // calibration.shape[1]))
@@ -124,6 +130,15 @@ def convert(
             if on_progress is not None:
                 on_progress("converting", layer + 1, layers)
     return student
+
+
+def check_split_query(teacher: PreTrainedModel, split_query: bool) -> None:
+    """Raises: MLAError: a split query was asked for, and the model has biases."""
+    if split_query and teacher.model.layers[0].self_attn.q_proj.bias is not None:
+        raise MLAError(
+            "a split query is for llama.cpp, and its DeepSeek has none of the biases that this model's "
+            "attention has: leave it out"
+        )
 
 
 def budget_for(config: Any, *, cache: float | None, rank: int | None, rope: int | None) -> Budget:

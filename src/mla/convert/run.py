@@ -26,7 +26,7 @@ from mla.convert.check import check_convertible
 from mla.convert.checkpoint import cached_numbers
 from mla.convert.evaluation import evaluate, layer_errors
 from mla.convert.healing import heal
-from mla.convert.pipeline import budget_for, convert
+from mla.convert.pipeline import budget_for, check_split_query, convert
 from mla.convert.saving import check_output, save
 from mla.convert.text import check_windows, tokenize_windows, write_windows
 from mla.digest import canonical, digest, digest_of_weights
@@ -49,6 +49,7 @@ class Request:
         calibration: texts that share the windows: "self" (the model writes its own), paths of UTF-8 files.
         windows: calibration windows. ``window``: tokens per window. ``seed``: of text and training order.
         heal: minutes of training after the conversion; 0 for none.
+        split_query: see :func:`mla.convert.convert`.
         dtype: of the written weights, "float32" or "bfloat16".
     """
 
@@ -60,6 +61,7 @@ class Request:
     window: int = 1024
     seed: int = 0
     heal: float = 0.0
+    split_query: bool = False
     dtype: str = "float32"
 
 
@@ -92,6 +94,7 @@ def run(
     """
     check_output(out, dtype=getattr(torch, request.dtype), overwrite=overwrite)
     check_convertible(teacher.config)
+    check_split_query(teacher, request.split_query)
     if request.heal < 0:
         raise MLAError(f"heal takes minutes, 0 or more, got {request.heal}")
     budget_for(teacher.config, cache=request.cache, rank=request.rank, rope=request.rope)
@@ -157,6 +160,7 @@ def _finish(
         cache=request.cache,
         rank=request.rank,
         rope=request.rope,
+        split_query=request.split_query,
         state=work.place,
         on_progress=on_progress,
     )

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from mla.errors import MLAError
 
@@ -54,8 +55,7 @@ def write_windows(
     given = given[torch.arange(windows) % len(starts)]
     chance = torch.Generator(model.device).manual_seed(seed)
     written = []
-    for first in range(0, windows, _BATCH):
-        batch = given[first : first + _BATCH]
+    for batch in given.chunk(-(-windows // _BATCH)):
         written.append(_draw(model, batch.to(model.device), length, chance))
         if on_progress is not None:
             on_progress("writing calibration text", sum(len(ids) for ids in written), windows)
@@ -81,15 +81,44 @@ def _draw(model: PreTrainedModel, given: Tensor, length: int, chance: torch.Gene
     """Continue rows of token ids [w, n], free ones last, to [w, length], past any end of text."""
     vocabulary = model.config.get_text_config().vocab_size
     first = torch.randint(vocabulary, (len(given), 1), generator=chance, device=given.device)
-    parts, cache = [torch.where(given[:, :1] == _FREE, first, given[:, :1])], None
+    parts = [torch.where(given[:, :1] == _FREE, first, given[:, :1])]
+    layers = model.config.get_text_config().num_hidden_layers
+    cache = Cache(layers=[_Reserved(length) for _ in range(layers)])
     for place in range(1, length):
         output = model(input_ids=parts[-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        drawn = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=chance)
+        # torch.multinomial draws a number for every entry of the vocabulary, one after another.
+        reached = output.logits[:, -1].float().softmax(-1).cumsum(-1)
+        chosen = torch.rand(len(given), 1, generator=chance, device=given.device) * reached[:, -1:]
+        drawn = torch.searchsorted(reached, chosen, right=True).clamp_(max=vocabulary - 1)
         if place < given.shape[1]:
             drawn = torch.where(given[:, place, None] == _FREE, drawn, given[:, place, None])
         parts.append(drawn)
     return torch.cat(parts, dim=1).cpu()
+
+
+class _Reserved(DynamicLayer):  # type: ignore[misc]  # Transformers' caches are untyped
+    """A cache layer with room for ``length`` tokens: its base copies all that it holds for every new one."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+        self.rooms: list[Tensor] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values so far [b, g, t, d], from those of the next tokens."""
+        seen = self.get_seq_length()
+        if not seen:
+            self.lazy_initialization(key_states, value_states)
+            self.rooms = [
+                x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (key_states, value_states)
+            ]
+        end = seen + key_states.shape[2]
+        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
+            room[:, :, seen:end] = states
+        self.keys, self.values = (room[:, :, :end] for room in self.rooms)
+        return self.keys, self.values
 
 
 def tokenize_windows(text: str, tokenizer: Any, windows: int, length: int, *, seed: int = 0) -> Tensor:
