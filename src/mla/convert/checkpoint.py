@@ -66,7 +66,7 @@ def student_config(
     """Config of the dense stock model with latent ``rank``, rotary width ``rope`` and base ``theta``."""
     config = teacher.config
     layers, heads = config.num_hidden_layers, config.num_attention_heads
-    biased = teacher.model.layers[0].self_attn.q_proj.bias is not None
+    biased = has_biases(teacher)
     student = DeepseekV3Config(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -120,6 +120,11 @@ def cached_numbers(config: object) -> int:
     return int(2 * groups * head_dim(config))
 
 
+def has_biases(teacher: PreTrainedModel) -> bool:
+    """Whether queries, keys and values have biases: all of them have, or none."""
+    return teacher.model.layers[0].self_attn.q_proj.bias is not None
+
+
 def attention_weights(teacher: PreTrainedModel, layer: int) -> AttentionWeights:
     """One teacher block as fp32 matrices (copies when the teacher is not fp32)."""
     config, block = teacher.config, teacher.model.layers[layer].self_attn
@@ -128,7 +133,7 @@ def attention_weights(teacher: PreTrainedModel, layer: int) -> AttentionWeights:
 
     def rows(linear: torch.nn.Linear, *, bias: bool) -> Tensor:
         found = linear.weight.detach().float()
-        if block.q_proj.bias is not None:
+        if has_biases(teacher):
             last = linear.bias.detach().float()[:, None] if bias else found.new_zeros(len(found), 1)
             found = torch.cat([found, last], dim=1)
         return found.view(-1, d, found.shape[1])

@@ -18,6 +18,7 @@ from mla.convert.checkpoint import (
     attention_weights,
     cached_numbers,
     empty_student,
+    has_biases,
     head_dim,
     stream_scale,
     student_config,
@@ -134,7 +135,7 @@ def convert(
 
 def check_split_query(teacher: PreTrainedModel, split_query: bool) -> None:
     """Raises: MLAError: a split query was asked for, and the model has biases."""
-    if split_query and teacher.model.layers[0].self_attn.q_proj.bias is not None:
+    if split_query and has_biases(teacher):
         raise MLAError(
             "a split query is for llama.cpp, and its DeepSeek has none of the biases that this model's "
             "attention has: leave it out"

@@ -88,9 +88,18 @@ def refit(
 
 def student_block(factors: LayerFactors, x: Tensor, theta: float) -> Tensor:
     """What a converted block makes of its normed input: fp32 [t, D] from [t, D]."""
-    _, d, r = factors.value.shape
-    heads = _values_of(factors, _read_latents(factors, x, theta)) if r <= d else _expanded(factors, x, theta)
+    heads = _heads(factors, x, theta)
     return heads @ _stacked(factors.output).to(heads.dtype)
+
+
+def _heads(factors: LayerFactors, x: Tensor, theta: float) -> Tensor:
+    """All heads' average values side by side, fp32 [t, h·d] from inputs x [t, D], by the narrower way."""
+    _, d, r = factors.value.shape
+    if r > d:
+        return _expanded(factors, x, theta)
+    return torch.einsum("hdr,htr->thd", factors.value.to(x.dtype), _read_latents(factors, x, theta)).flatten(
+        1
+    )
 
 
 def _read_latents(factors: LayerFactors, x: Tensor, theta: float) -> Tensor:
@@ -103,13 +112,8 @@ def _read_latents(factors: LayerFactors, x: Tensor, theta: float) -> Tensor:
     return fused_attention(query[None], key[None], value[None], scale=1 / math.sqrt(nope))[0]
 
 
-def _values_of(factors: LayerFactors, read: Tensor) -> Tensor:
-    """All heads' average values side by side, fp32 [t, h·d], from :func:`_read_latents` [h, t, r]."""
-    return torch.einsum("hdr,htr->thd", factors.value.to(read.dtype), read).flatten(1)
-
-
 def _expanded(factors: LayerFactors, x: Tensor, theta: float) -> Tensor:
-    """:func:`_values_of` by every head's own keys and values, which are narrower than a latent of r > d."""
+    """:func:`_heads` by every head's own keys and values, which are narrower than a latent of r > d."""
     latent, key_rope, query_nope, query_rope = _projected(factors, x, theta)
     heads, _, nope = query_nope.shape
     query = torch.cat([query_nope, query_rope], -1)
@@ -155,7 +159,7 @@ def _outputs(factors: LayerFactors, seen: _Seen) -> LayerFactors:
     gram = torch.zeros(H * d, H * d, dtype=torch.float64)
     cross = torch.zeros(H * d, D, dtype=torch.float64)
     for x, wanted in zip(seen.own, seen.output, strict=True):
-        heads = _values_of(factors, _read_latents(factors, x, seen.theta))
+        heads = _heads(factors, x, seen.theta)
         gram += (heads.T @ heads).double()
         cross += (heads.T @ wanted).double()
     fitted = _ridge(gram, cross, _stacked(factors.output))
