@@ -17,6 +17,7 @@ LEVELS = {
     "errors": 0,
     "families": 0,
     "formats": 0,
+    "looks": 0,
     "digest": 1,
     "ops": 1,
     "cache": 2,
@@ -27,7 +28,7 @@ LEVELS = {
     "cli": 6,
     "__main__": 7,
 }
-WITHOUT_TORCH = {"config", "errors", "families", "formats", "plan"}
+WITHOUT_TORCH = {"config", "errors", "families", "formats", "looks", "plan"}
 
 
 def place(path: Path) -> str:

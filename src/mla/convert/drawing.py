@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mla.looks import style_of
+
+_STYLE = Path(__file__).parent / "page.css"
 _WIDTH, _HEIGHT = 400, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 24, 46
 _TICKS = 5
@@ -23,7 +26,7 @@ class Series:
 
     Attributes:
         name: in the legend.
-        colour: class of page.css: "mha" for the original, "mla" for the result, "gqa", "mqa".
+        colour: class of the style sheet: "mha" for the original, "mla" for the result, "gqa", "mqa".
         points: (x, y), joined in this order; none where y is not finite.
         style: "curve" (line and dots), "thin" (line), "dots".
     """
@@ -63,11 +66,10 @@ class Chart:
 
 def frame(title: str, body: str) -> str:
     """The whole HTML page; ``title`` is plain text, ``body`` HTML."""
-    style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{text(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>{text(title)}</title>\n<style>\n{style_of(_STYLE)}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
 

@@ -66,9 +66,8 @@ class LayerStatistics:
 
     Attributes:
         basis: [m, D], orthonormal rows that span the rows of the key and value weights.
-        key_cov: [h, m, m], E Σ_s w_ts (z_s − z̄_t)(z_s − z̄_t)ᵀ; z̄_t = Σ_s a_ts z_s. The softmax ignores
-        what is
-            constant over s, hence the centring.
+        key_cov: [h, m, m], E Σ_s w_ts (z_s − z̄_t)(z_s − z̄_t)ᵀ; z̄_t = Σ_s a_ts z_s. Centred, because the
+            softmax ignores what is constant over s.
         value_cov: [h, m, m], E z̄_t z̄_tᵀ.
         plain_cov: [m, m], E z_s z_sᵀ.
         query_moment: [h, d, d], q qᵀ weighted by w, over w.
@@ -90,8 +89,7 @@ class LayerStatistics:
 
 
 def joint_basis(weights: AttentionWeights) -> Tensor:
-    """Orthonormal basis [m, D] (fp64) of what keys and values read; the identity where they read
-    everything."""
+    """Orthonormal basis [m, D] (fp64) of what keys and values read; the identity where that is everything."""
     stack = torch.cat([weights.k.flatten(0, 1), weights.v.flatten(0, 1)]).double()
     width = stack.shape[1]
     if stack.shape[0] >= width:
@@ -143,8 +141,7 @@ def _portions(count: int, size: int) -> list[Tensor]:
 def _sum_by_lag(w: Tensor) -> Tensor:
     """Σ over the diagonals of a lower triangular w [T, T]: entry n is the sum over t − s = n."""
     T = w.shape[0]
-    # Row t shifted left by t in a flat buffer of row length T + 1 puts lag n into column n of the flipped
-    # row.
+    # Row t shifted left by t in a flat buffer of row length T + 1: lag n is in column n of the flipped row.
     skewed = torch.nn.functional.pad(w.flip(1), (0, T)).flatten()[: T * (2 * T - 1)].view(T, 2 * T - 1)
     return skewed.sum(0)[T - 1 :].clone() if T > 1 else w.sum(0)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mla.errors import MLAError
+from mla.looks import style_of
 from mla.plan import formulas
 from mla.plan.hardware import Hardware, all_hardware
 from mla.plan.planner import Plan
@@ -49,7 +50,7 @@ def page(plan: Plan) -> str:
     text = (_HERE / "page.html").read_text(encoding="utf-8")
     parts = {
         "@TITLE@": html.escape(shape.name),
-        "@CSS@": (_HERE / "page.css").read_text(encoding="utf-8"),
+        "@CSS@": style_of(_HERE / "page.css"),
         "@FORMULAS@": SHEET.javascript(),
         # "</" would end the script element, whatever it stands in.
         "@DATA@": json.dumps(data, ensure_ascii=False).replace("</", "<\\/"),
