@@ -43,7 +43,7 @@ def test_convert_on_text_of_ones_own(mla, llama_folder, tmp_path):
 
 
 def test_texts_share_the_windows(mla, llama_folder, tmp_path):
-    from mla.convert.run import Request, workspace
+    from mla.convert import Request, workspace
     from mla.integrations.loading import load_model, load_tokenizer
 
     text = tmp_path / "text.txt"
@@ -110,7 +110,7 @@ def test_convert_writes_bfloat16(mla, llama_folder, tmp_path):
         (("--explore", "--cache", 0.5), "choose the cache: leave out --cache"),
         (("--explore", "--heal", 1), "--explore compares untrained conversions"),
         (("--max-kl", 0), "the largest KL must be above 0"),
-        (("--max-kl", 1e-9), "no cache below the original's"),
+        (("--max-kl", 1, "--heal", -1), "heal takes minutes"),
     ],
 )
 def test_mistakes_leave_nothing(mla, llama_folder, tmp_path, tmp_path_factory, options, message):
@@ -122,6 +122,27 @@ def test_mistakes_leave_nothing(mla, llama_folder, tmp_path, tmp_path_factory, o
     assert message in run.err
     assert len(run.err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_promise_keeps_what_was_measured(mla, llama_folder, tmp_path):
+    out = tmp_path / "out"
+    run = mla("convert", llama_folder, out, "--max-kl", 1e-9, *SMALL)
+    assert run.status == 2
+    assert "no cache below the original's" in run.err
+    (kept,) = tmp_path.iterdir()
+    assert f"What was measured stays in {kept} for another promise" in " ".join(run.err.split())
+    run = mla("convert", llama_folder, out, "--max-kl", 100, *SMALL)
+    assert run.status == 0, run.err
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_page_that_exists_is_kept(mla, llama_folder, tmp_path):
+    page = tmp_path / "notes.txt"
+    page.write_text("mine")
+    run = mla("convert", llama_folder, page, "--explore", *SMALL)
+    assert run.status == 2
+    assert "notes.txt exists; choose another file or use --overwrite" in " ".join(run.err.split())
+    assert page.read_text() == "mine"
 
 
 def test_what_cannot_be_converted(mla, mla_folder, llama_folder, tmp_path):

@@ -116,7 +116,7 @@ def test_eval(mla, mla_folder, tmp_path):
     assert result["kl"] == pytest.approx(0, abs=1e-5)
     assert result["agreement"] == 1.0
     table = mla("eval", mla_folder, "--text", text, "--window", 32, "--max-tokens", 64, "--stock")
-    assert "perplexity" in table.err
+    assert "perplexity" in table.out
 
 
 def test_eval_of_a_model_that_is_not_mla(mla, llama_folder, mla_folder, tmp_path):

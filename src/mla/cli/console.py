@@ -16,6 +16,7 @@ from mla.errors import MLAError
 
 # People read standard error; standard output carries the answer, so that it can be piped.
 people = Console(stderr=True, highlight=False)
+answers = Console(highlight=False)
 
 Model = Annotated[str, typer.Argument(help="A model folder, a .gguf file, or a Hub id (namespace/name).")]
 Dtype = Annotated[

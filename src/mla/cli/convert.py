@@ -54,7 +54,9 @@ def convert(
     ] = None,
     windows: Annotated[
         int | None,
-        typer.Option(help="Windows of calibration text: 12, or 32 below a third of the cache."),
+        typer.Option(
+            help="Windows of calibration text: 12,288 tokens; 32,768 for a --cache or --rank below a third."
+        ),
     ] = None,
     window: Annotated[
         int | None, typer.Option(help="Tokens per window: 1024, or the longest that the model takes.")
@@ -73,8 +75,9 @@ def convert(
 ) -> None:
     """Convert a Llama-type MODEL (MHA, GQA or MQA) to Multi-head Latent Attention and write it to OUT.
 
-    OUT is a DeepseekV3ForCausalLM checkpoint: Transformers and vLLM load it without remote code. It appears
-    when it is whole. A conversion that was interrupted goes on where it was when the same command runs again.
+    OUT is a DeepseekV3ForCausalLM checkpoint: Transformers loads it without remote code, and so does vLLM
+    unless MODEL's attention has biases. It appears when it is whole. A conversion that was interrupted goes
+    on where it was when the same command runs again.
     """
     import torch
 
@@ -85,9 +88,11 @@ def convert(
         calibration_size,
         check_convertible,
         check_output,
+        check_request,
         run,
         workspace,
     )
+    from mla.convert.explore import check_promise
     from mla.integrations.loading import load_config, load_model, load_tokenizer
 
     console.check_dtype(dtype, "float32", "bfloat16", "float16")
@@ -108,9 +113,11 @@ def convert(
     with console.quiet_libraries():
         # Everything that the configuration alone can refuse comes before the weights are read.
         if explore:
-            check_page(out)
+            check_page(out, overwrite=overwrite)
         else:
             check_output(out, dtype=getattr(torch, dtype), overwrite=overwrite)
+        if promised:
+            check_promise(max_kl, max_ppl_increase)
         config = load_config(model)
         check_convertible(config)
         # Searches compare caches of all sizes on one text.
@@ -128,19 +135,29 @@ def convert(
             split_query=split_query,
             dtype=dtype,
         )
+        check_request(request)
         tokenizer = load_tokenizer(model)
         teacher = load_model(model, dtype="float32", device=device)
         with ExitStack() as stack:
+            work = None
             if explore or promised:
                 # The search does not heal, and calibrates on the same windows whatever the minutes.
                 search = replace(request, heal=0.0)
                 with console.progress("writing calibration text") as advance:
                     work = stack.enter_context(
-                        workspace(teacher, tokenizer, out, search, "exploring", _teller(advance))
+                        workspace(teacher, tokenizer, out, search, "exploring", on_progress=_teller(advance))
                     )
                 texts, state = (work.calibration, work.held_out), work.place / "points"
             if explore:
-                explore_command(teacher, *texts, source=model, out=out, state=state, as_json=as_json)
+                explore_command(
+                    teacher,
+                    *texts,
+                    source=model,
+                    out=out,
+                    overwrite=overwrite,
+                    state=state,
+                    as_json=as_json,
+                )
                 return
             if promised:
                 point = choose_command(
@@ -149,7 +166,14 @@ def convert(
                 request = replace(request, rank=point.rank, rope=point.rope)
             with console.progress("converting") as advance:
                 facts = run(
-                    model, teacher, tokenizer, out, request, overwrite=overwrite, on_progress=_teller(advance)
+                    model,
+                    teacher,
+                    tokenizer,
+                    out,
+                    request,
+                    overwrite=overwrite,
+                    search=work,
+                    on_progress=_teller(advance),
                 )
     if as_json:
         console.print_json(facts)

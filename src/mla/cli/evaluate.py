@@ -62,4 +62,4 @@ def evaluate(
         table.add_row("same most likely token", f"{result.agreement:.1%}")
     by_position = ", ".join(f"{nll:.2f}" for nll in result.nll_by_position)
     table.add_row("nats per token, start to end of the window", by_position)
-    console.people.print(table)
+    console.answers.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,13 @@ if TYPE_CHECKING:
     from mla.convert.explore import Exploration, Point
 
 
-def check_page(path: Path) -> None:
+def check_page(path: Path, *, overwrite: bool) -> None:
     """Refuse, before hours of work, a page that cannot be written."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise MLAError(f"--explore: expected a file to write in a folder that exists, got {path}")
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise MLAError(f"--explore: expected a file to write in a folder that can be written, got {path}")
+    if path.exists() and not overwrite:
+        raise MLAError(f"--explore: {path} exists; choose another file or use --overwrite")
 
 
 def explore_command(
@@ -28,16 +32,17 @@ def explore_command(
     *,
     source: str,
     out: Path,
+    overwrite: bool = False,
     state: Path | None = None,
     as_json: bool = False,
 ) -> None:
-    """Explore, write the page to ``out``, print a table for people or JSON on standard output.
+    """Explore, write the page to ``out``, print a table or JSON on standard output.
 
     Args:
         teacher: fp32 model.
         calibration: int64 token ids [w, t]. ``held_out``: likewise, they only measure.
         source: the model's name for the page.
-        out: the HTML file; see :func:`check_page`.
+        out: the HTML file; see :func:`check_page`. ``overwrite``: replace it if it exists.
         state: folder for what is finished. The caller removes it when it is no longer needed.
         as_json: print the exploration instead of a table.
 
@@ -47,7 +52,7 @@ def explore_command(
     from mla.convert.explore import explore
     from mla.convert.explore_page import page
 
-    check_page(out)
+    check_page(out, overwrite=overwrite)
     with console.progress("exploring") as advance:
         found = explore(
             teacher,
@@ -57,7 +62,9 @@ def explore_command(
             on_progress=lambda stage, done, total: advance(done, total, stage),
         )
     try:
-        out.write_text(page(found, source), encoding="utf-8")
+        partial = out.with_name(f".{out.name}.partial")
+        partial.write_text(page(found, source), encoding="utf-8")
+        partial.replace(out)
     except OSError as error:
         raise MLAError(f"--explore: {out} cannot be written: {error.strerror}") from error
     if as_json:
@@ -83,16 +90,20 @@ def choose_command(
     """
     from mla.convert.explore import smallest
 
-    with console.progress("searching") as advance:
-        found = smallest(
-            teacher,
-            calibration,
-            held_out,
-            max_kl=max_kl,
-            max_ppl_increase=max_ppl_increase,
-            state=state,
-            on_progress=lambda stage, done, total: advance(done, total, stage),
-        )
+    try:
+        with console.progress("searching") as advance:
+            found = smallest(
+                teacher,
+                calibration,
+                held_out,
+                max_kl=max_kl,
+                max_ppl_increase=max_ppl_increase,
+                state=state,
+                on_progress=lambda stage, done, total: advance(done, total, stage),
+            )
+    except MLAError as error:
+        kept = "" if state is None else f". What was measured stays in {state.parent} for another promise"
+        raise MLAError(f"{error}{kept}") from error
     point = found.point
     console.people.print(
         f"chosen of {len(found.tried)} tried: rank {point.rank}, rope {point.rope}, {point.cache:.1%} of the "
@@ -119,4 +130,4 @@ def _show(found: Exploration) -> None:
             f"{point.top1:.1%}",
             "*" if point == found.knee else "",
         )
-    console.people.print(table)
+    console.answers.print(table)

@@ -2,9 +2,10 @@
 
 from mla.convert.check import check_convertible
 from mla.convert.pipeline import budget_for, calibration_size, convert
-from mla.convert.run import Request, run, workspace
+from mla.convert.run import run
 from mla.convert.saving import check_output, save
 from mla.convert.text import tokenize_windows, write_windows
+from mla.convert.workspace import Request, check_request, workspace
 
 __all__ = [
     "Request",
@@ -12,6 +13,7 @@ __all__ = [
     "calibration_size",
     "check_convertible",
     "check_output",
+    "check_request",
     "convert",
     "run",
     "save",

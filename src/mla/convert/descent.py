@@ -1,8 +1,8 @@
 """Gradient descent for stacks of matrices: orthogonalised momentum, in steps relative to each matrix's size.
 
 Muon (K. Jordan et al., 2024): a step is the orthogonal matrix nearest to the momentum, so directions in which
-gradients are small learn as fast as those in which they are large. On attention it needs a third of Adam's
-tokens (docs/conversion.md). torch.optim.Muon takes whole two-dimensional parameters and computes in bf16,
+gradients are small learn as fast as those in which they are large. In the refit it needs half of Adam's
+steps (docs/conversion.md). torch.optim.Muon takes whole two-dimensional parameters and computes in bf16,
 which most CPUs emulate; a projection of attention is a stack of one matrix per head, each with its own scale.
 """
 

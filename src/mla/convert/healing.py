@@ -79,8 +79,8 @@ def heal(
         held_out: int64 token ids [v, t'] that only measure.
         minutes: of wall time, above 0.
         seed: order of the windows.
-        state: file that holds optimiser, weights and best weights while healing; a call with the same file
-            continues where the last one was killed.
+        state: file that holds optimiser, weights and best weights; a call with the same file continues where
+            the last one was killed, or takes what it ended with. The caller removes it.
         on_progress: called as (stage, seconds done, seconds in all).
 
     Returns:
@@ -131,6 +131,7 @@ class _Run:
         self.mark = _mark(windows, held_out, seconds, seed, self.parameters)
         self.started, self.spent, self.saved_at = time.monotonic(), 0.0, 0.0
         self.step, self.tokens = 0, 0
+        self.ended: float | None = None  # the seconds it took, once it is finished
         self.curve: list[tuple[float, float]] = []
         self.optimiser_state: dict[str, Any] | None = None
         if state is not None and state.exists():
@@ -141,13 +142,14 @@ class _Run:
             self.best = self._copy()
 
     def seconds(self) -> float:
+        if self.ended is not None:
+            return self.ended
         return self.spent + time.monotonic() - self.started
 
     def finish(self) -> Healing:
-        self._learn()
+        if self.ended is None:
+            self._learn()
         self._restore(self.best)
-        if self.state is not None:
-            self.state.unlink(missing_ok=True)
         return Healing(
             self.curve[0][1], self.best_kl, self.tokens, round(self.seconds(), 1), tuple(self.curve)
         )
@@ -158,7 +160,7 @@ class _Run:
         per_step = max(1, _TOKENS_PER_STEP // self.windows.shape[1])
         check_every = max(1.0, self.total / _CHECKS)
         next_check = self.curve[-1][0] + check_every
-        largest = _RATE * math.sqrt(min(1.0, self.curve[0][1]))
+        largest = _RATE * math.sqrt(min(1.0, max(0.0, self.curve[0][1])))  # rounding has either sign
         with _trainable(parameters):
             optimiser = Muon(parameters, self.views)
             if self.optimiser_state is not None:
@@ -181,8 +183,11 @@ class _Run:
                 if self.seconds() > next_check:
                     self._check()
                     next_check = self.seconds() + check_every
-                self._save_now_and_then(optimiser)
-        self._check()
+                if self.seconds() - self.saved_at >= _SAVE_EVERY:
+                    self._save(optimiser)
+            self._check()
+            self.ended = self.seconds()
+            self._save(optimiser)
 
     def _next(self, count: int) -> Tensor:
         """Places of the next ``count`` windows: every window once, then every one again in another order."""
@@ -214,12 +219,13 @@ class _Run:
             for name, parameter in self.parameters.items():
                 parameter.copy_(weights[name])
 
-    def _save_now_and_then(self, optimiser: Muon) -> None:
+    def _save(self, optimiser: Muon) -> None:
         """A killed run loses at most what it did since the last time."""
-        if self.state is None or self.seconds() - self.saved_at < _SAVE_EVERY:
+        if self.state is None:
             return
         content = {
             "mark": self.mark,
+            "ended": self.ended,
             "spent": self.seconds(),
             "step": self.step,
             "tokens": self.tokens,
@@ -243,6 +249,7 @@ class _Run:
                 "delete it to begin anew"
             )
         self._restore(content["weights"])
+        self.ended = content["ended"]
         self.spent = self.saved_at = content["spent"]
         self.step, self.tokens = content["step"], content["tokens"]
         self.curve = [tuple(point) for point in content["curve"]]

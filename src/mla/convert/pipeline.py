@@ -205,7 +205,10 @@ def terms_of(weights: AttentionWeights, statistics: LayerStatistics, split: Rope
     value_metric = torch.einsum("hDd,hDe->hde", weights.o.double(), weights.o.double())
 
     def steadied(cov: Tensor) -> Tensor:
-        share = _PLAIN_SHARE * _trace(cov) / _trace(statistics.plain_cov).clamp(min=1e-300)
+        own = _trace(cov)
+        share = _PLAIN_SHARE * own / _trace(statistics.plain_cov).clamp(min=1e-300)
+        # A head that writes nothing leaves no statistics, and whatever its terms are does not count.
+        share = torch.where(own > 0, share, 1.0)
         return cov + share[:, None, None] * statistics.plain_cov
 
     return Terms(

@@ -133,7 +133,7 @@ def figures(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("output error of the worst block", f"{errors[worst]:.2%} (layer {worst})"))
     rows.append(("weights", str(facts["dtype"])))
     if facts.get("seconds") is not None:
-        rows.append(("time", _duration(facts["seconds"])))
+        rows.append(("time of the run that finished", _duration(facts["seconds"])))
     return rows
 
 

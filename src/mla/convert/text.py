@@ -162,6 +162,26 @@ def tokenize_windows(text: str, tokenizer: Any, windows: int, length: int, *, se
     return torch.stack(rows)
 
 
+def cut_text(text: str, tokenizer: Any, length: int) -> Tensor:
+    """All of ``text`` in windows that follow one another; what does not fill one is left out.
+
+    Args:
+        text: any text, even one shorter than a window.
+        tokenizer: a Transformers tokenizer. Its beginning-of-sequence token, where it adds one by itself,
+            starts every window, as it does in use.
+        length: tokens per window.
+
+    Returns:
+        int64 token ids [windows, length]; there may be no window.
+    """
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    start = ids[:1] if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else []
+    ids, fresh = ids[len(start) :], length - len(start)
+    count = len(ids) // fresh
+    rows = torch.tensor(ids[: count * fresh], dtype=torch.int64).view(count, fresh)
+    return torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, -1), rows], dim=1)
+
+
 def check_windows(windows: int, length: int) -> None:
     """Raises: MLAError: fewer than one window of two tokens."""
     if windows < 1 or length < 2:

@@ -1,0 +1,255 @@
+"""What a conversion reads, and the hidden folder in which its finished parts survive a kill.
+
+In the folder, beside the result, lie the windows of text, the factors of every layer and the state of the
+healing. The same request finds it again and goes on; another request starts anew. It goes when the result is
+in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mla import __version__
+from mla.convert.pipeline import check_split_query
+from mla.convert.text import check_windows, cut_text, tokenize_windows, write_windows
+from mla.digest import canonical, digest, digest_of_weights
+from mla.errors import MLAError
+
+Progress = Callable[[str, float, float], None]
+
+_WINDOWS = "windows.safetensors"  # what to calibrate on and what to measure on
+# Windows that only measure, beside every so many that calibrate.
+_CALIBRATING_PER_MEASURING = 6
+# Self-written tokens more per minute of healing: each is read a few times until the time is over.
+_TOKENS_PER_MINUTE = 1536
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for; two runs with equal requests of one model give the same result.
+
+    Attributes:
+        cache, rank, rope: see :func:`mla.convert.convert`.
+        calibration: texts that share the windows: "self" (the model writes its own), paths of UTF-8 files.
+        windows: calibration windows. ``window``: tokens per window. ``seed``: of text and training order.
+        heal: minutes of training after the conversion; 0 for none.
+        split_query: see :func:`mla.convert.convert`.
+        dtype: of the written weights, "float32" or "bfloat16".
+    """
+
+    cache: float | None = None
+    rank: int | None = None
+    rope: int | None = None
+    calibration: tuple[str, ...] = ("self",)
+    windows: int = 12
+    window: int = 1024
+    seed: int = 0
+    heal: float = 0.0
+    split_query: bool = False
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder for finished parts, and token ids [w, t] to calibrate on, to heal on and to measure on."""
+
+    place: Path
+    calibration: Tensor
+    training: Tensor
+    held_out: Tensor
+
+
+def check_request(request: Request) -> None:
+    """Refuse, before any work, what no model could do.
+
+    Raises:
+        MLAError: minutes, windows or texts that make no sense, a file that cannot be read.
+    """
+    if not request.heal >= 0:
+        raise MLAError(f"heal takes minutes, 0 or more, got {request.heal}")
+    check_windows(request.windows, request.window)
+    if not 1 <= len(request.calibration) <= request.windows:
+        raise MLAError(
+            f"{request.windows} windows cannot be shared by {len(request.calibration)} texts: ask for as "
+            "many windows as texts, or more"
+        )
+    for name in request.calibration:
+        _read(name)
+
+
+@contextlib.contextmanager
+def workspace(
+    teacher: PreTrainedModel,
+    tokenizer: Any,
+    out: Path,
+    request: Request,
+    purpose: str,
+    *,
+    search: Workspace | None = None,
+    on_progress: Progress | None = None,
+) -> Iterator[Workspace]:
+    """The folder ``.OUT.PURPOSE`` beside ``out`` while inside: found again after failure, gone after success.
+
+    Args:
+        search: another workspace of the same request but for its budget and ``heal``: its windows are taken.
+        Others: as for :func:`run`.
+
+    Raises:
+        MLAError: the model or the request cannot be used; then nothing is left behind.
+    """
+    check_split_query(teacher, request.split_query)
+    check_request(request)
+    texts = [_read(name) for name in request.calibration]
+    place = _place(out, purpose, _identity(teacher, request, texts))
+    if search is not None and not (place / _WINDOWS).exists():
+        shutil.copyfile(search.place / _WINDOWS, place / "copied")
+        (place / "copied").replace(place / _WINDOWS)
+    try:
+        windows = _Texts(teacher, tokenizer, request, texts, on_progress).windows(place)
+    except MLAError:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    yield Workspace(place, *windows)
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _read(calibration: str) -> str | None:
+    """The calibration text; None where the model writes it."""
+    if calibration == "self":
+        return None
+    path = Path(calibration).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise MLAError(f"{calibration}: no such text file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise MLAError(f"{calibration} is not readable as UTF-8 text: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The texts of a request, each a string or None where the model writes it, and windows of them."""
+
+    teacher: PreTrainedModel
+    tokenizer: Any
+    request: Request
+    texts: list[str | None]
+    on_progress: Progress | None
+
+    def windows(self, place: Path) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids [w, t] to calibrate, to heal and to measure on; the last are in neither of the two."""
+        fitting = _kept(place / _WINDOWS, self._fitting)
+        calibration, held_out = (self._mixed(fitting, name) for name in ("calibration", "held_out"))
+        training = calibration
+        if self.request.heal:
+            healing = _kept(place / "training.safetensors", lambda: self._healing(fitting))
+            most = max(len(ids) for ids in healing.values())
+            # As much of each text: shorter ones are repeated.
+            evened = {name: ids[torch.arange(most) % len(ids)] for name, ids in healing.items()}
+            training = self._mixed(evened, "training")
+        return calibration, training, held_out
+
+    def _fitting(self) -> dict[str, Tensor]:
+        """Every text's windows to calibrate on and to measure on."""
+        size, seed = self.request.window, self.request.seed
+        found: dict[str, Tensor] = {}
+        # Files first: what is wrong with them is known before the model has written anything.
+        for index in sorted(range(len(self.texts)), key=lambda index: self.texts[index] is None):
+            text, (calibrating, measuring) = self.texts[index], self._shares(index)
+            if text is None:
+                ids = self._write(calibrating + measuring, seed)
+                calibration, held_out = ids[measuring:], ids[:measuring]
+            else:
+                learnt, rest = self._parts(index, text)
+                calibration = tokenize_windows(learnt, self.tokenizer, calibrating, size, seed=seed)
+                held_out = tokenize_windows(rest, self.tokenizer, measuring, size, seed=seed)
+            found |= {f"calibration {index}": calibration, f"held_out {index}": held_out}
+        return found
+
+    def _healing(self, fitting: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Every text's windows to heal on: all of a file; what calibrated and more where the model writes."""
+        more = int(self.request.heal * _TOKENS_PER_MINUTE) // self.request.window
+        found = {}
+        for index, text in enumerate(self.texts):
+            calibration = fitting[f"calibration {index}"]
+            if text is not None:
+                ids = cut_text(self._parts(index, text)[0], self.tokenizer, self.request.window)
+            elif count := (more + index) // len(self.texts):
+                ids = torch.cat([calibration, self._write(count, self.request.seed + 1)])
+            else:
+                ids = calibration
+            found[f"training {index}"] = ids if len(ids) > len(calibration) else calibration
+        return found
+
+    def _shares(self, index: int) -> tuple[int, int]:
+        """How many windows of a text calibrate, and how many measure."""
+        calibrating, count = self.request.windows, len(self.texts)
+        measuring = max(4, count, calibrating // _CALIBRATING_PER_MEASURING)
+        return (calibrating + index) // count, (measuring + index) // count
+
+    def _parts(self, index: int, text: str) -> tuple[str, str]:
+        """What of a file's text is learnt from, and its last part, which only measures."""
+        calibrating, measuring = self._shares(index)
+        border = int(len(text) * calibrating / (calibrating + measuring))
+        return text[:border], text[border:]
+
+    def _write(self, windows: int, seed: int) -> Tensor:
+        return write_windows(
+            self.teacher,
+            self.tokenizer,
+            windows,
+            self.request.window,
+            seed=seed,
+            on_progress=self.on_progress,
+        )
+
+    def _mixed(self, found: dict[str, Tensor], name: str) -> Tensor:
+        """The windows of all texts in an order that the seed fixes."""
+        windows = torch.cat([found[f"{name} {index}"] for index in range(len(self.texts))])
+        order = torch.Generator().manual_seed(self.request.seed)
+        return windows[torch.randperm(len(windows), generator=order)]
+
+
+def _kept(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What lies in the file, made where it does not lie there yet."""
+    if not path.exists():
+        save_file({name: ids.contiguous() for name, ids in make().items()}, path.with_suffix(".partial"))
+        path.with_suffix(".partial").replace(path)
+    stored: dict[str, Tensor] = load_file(path)
+    return stored
+
+
+def _identity(teacher: PreTrainedModel, request: Request, texts: list[str | None]) -> dict[str, Any]:
+    """Everything that the finished parts depend on."""
+    return {
+        "version": __version__,
+        "config": digest(canonical(teacher.config.to_dict())),
+        "weights": digest_of_weights(teacher),
+        "texts": [None if text is None else digest(text.encode()) for text in texts],
+        "request": asdict(request),
+        "torch": torch.__version__,
+    }
+
+
+def _place(out: Path, purpose: str, identity: dict[str, Any]) -> Path:
+    """The folder for finished parts of this very request: found again, or new and empty."""
+    place = out.absolute().parent / f".{out.name}.{purpose}"
+    described = place / "request.json"
+    content = json.dumps(identity, sort_keys=True)
+    if place.is_dir() and described.exists() and described.read_text(encoding="utf-8") == content:
+        return place
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    described.write_text(content, encoding="utf-8")
+    return place

@@ -1,0 +1,145 @@
+"""What a run keeps beside its result: the windows, what is finished, and for how long."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mla.convert import Request, run, workspace
+from mla.convert.text import cut_text, tokenize_windows
+from mla.errors import MLAError
+from tests.convert.tiny import teacher, tokens
+
+# The package shows the functions of these names.
+RUN, WORKSPACE = (importlib.import_module(f"mla.convert.{name}") for name in ("run", "workspace"))
+
+
+class Letters:
+    """A tokenizer of single characters that starts every text with token 1 where it is told to."""
+
+    chat_template = None
+    eos_token_id = 2
+
+    def __init__(self, bos: int | None = 1) -> None:
+        self.bos_token_id = bos
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+        start = [] if self.bos_token_id is None or not add_special_tokens else [self.bos_token_id]
+        return {"input_ids": start + [3 + ord(letter) % 90 for letter in text]}
+
+    def save_pretrained(self, folder: Path) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("bos", "fresh"), [(None, 8), (1, 7)])
+def test_all_of_a_text_in_windows_that_begin_as_in_use(bos: int | None, fresh: int) -> None:
+    text = "abcdefghijklmnopqrstuvwxyz"
+    windows = cut_text(text, Letters(bos), 8)
+    assert windows.shape == (26 // fresh, 8)
+    assert windows.dtype == torch.int64
+    assert windows[:, -fresh:].flatten().tolist() == [3 + ord(letter) % 90 for letter in text][: 3 * fresh]
+    assert cut_text("abc", Letters(bos), 8).shape == (0, 8)
+    if bos is not None:
+        assert (windows[:, 0] == bos).all()
+        assert (tokenize_windows(text * 40, Letters(bos), 3, 8)[:, 0] == bos).all()
+
+
+def test_training_windows_begin_as_in_use(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    request = Request(calibration=(str(text),), windows=2, window=32, heal=1.0)
+    with workspace(teacher(), Letters(), tmp_path / "out", request, "converting") as work:
+        assert len(work.training) > len(work.calibration) == 2
+        for ids in (work.calibration, work.training, work.held_out):
+            assert (ids[:, 0] == 1).all()
+
+
+def test_what_is_wrong_with_a_file_is_known_before_the_model_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WORKSPACE, "write_windows", lambda *_, **__: pytest.fail("the model wrote"))
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    request = Request(calibration=("self", str(short)), windows=4, window=32)
+    with (
+        pytest.raises(MLAError, match="too short"),
+        workspace(teacher(), Letters(), tmp_path / "out", request, "converting"),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == [short]
+
+
+def test_the_windows_of_a_search_are_those_of_its_conversion(tmp_path: Path) -> None:
+    model, out = teacher(), tmp_path / "out"
+    search, request = (Request(windows=3, window=16, heal=minutes) for minutes in (0.0, 1.0))
+    with workspace(model, Letters(), out, search, "exploring") as found:
+        with workspace(model, Letters(), out, request, "converting", search=found) as work:
+            assert torch.equal(work.calibration, found.calibration)
+            assert torch.equal(work.held_out, found.held_out)
+            assert len(work.training) == 3 + 1536 // 16
+            # Nothing that measures is learnt from.
+            measuring = {tuple(row) for row in work.held_out.tolist()}
+            assert not measuring & {tuple(row) for row in work.training.tolist()}
+        # Without the search the same windows come out again.
+        with workspace(model, Letters(), out, request, "converting") as again:
+            assert torch.equal(again.calibration, found.calibration)
+            assert torch.equal(again.training, work.training)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_at_the_very_end_costs_no_healing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(10**6))
+    clock = SimpleNamespace(monotonic=lambda: 0.05 * next(ticks))
+    monkeypatch.setattr("mla.convert.healing.time", clock)
+    model, out = teacher(), tmp_path / "out"
+    request = Request(cache=0.5, windows=3, window=16, heal=0.1)
+    progress: list[str] = []
+    lost: list[dict[str, Any]] = []
+
+    def convert() -> dict[str, Any]:
+        progress.clear()
+        return run(
+            "tiny", model, Letters(), out, request, on_progress=lambda stage, *_: progress.append(stage)
+        )
+
+    with monkeypatch.context() as full_disk:
+
+        def fails(*_: Any, report: dict[str, Any], **__: Any) -> None:
+            lost.append(report)
+            raise OSError(28, "No space left on device")
+
+        full_disk.setattr(RUN, "save", fails)
+        with pytest.raises(OSError, match="No space"):
+            convert()
+    assert "healing" in progress
+    facts = convert()
+    assert "healing" not in progress
+    assert facts["heal"]["tokens"] > 0
+    assert facts["quality"]["kl"] == pytest.approx(lost[0]["quality"]["kl"], rel=1e-5)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_an_exact_conversion_can_be_healed(tmp_path: Path) -> None:
+    model = teacher(num_key_value_heads=1)
+    request = Request(rank=12, rope=12, windows=2, window=16, heal=0.01)
+    facts = run("tiny", model, Letters(), tmp_path / "out", request)
+    assert facts["heal"]["kl_after"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("matrix", ["o_proj", "v_proj"])
+def test_a_head_that_writes_nothing(matrix: str) -> None:
+    from mla.convert import convert
+
+    model = teacher()
+    with torch.no_grad():
+        weight = getattr(model.model.layers[1].self_attn, matrix).weight
+        (weight.T if matrix == "o_proj" else weight)[:12] = 0
+    student = convert(model, calibration=tokens(4, 24), rank=12, rope=6)
+    ids = tokens(2, 24, seed=7)
+    with torch.no_grad():
+        assert student(ids).logits.isfinite().all()
