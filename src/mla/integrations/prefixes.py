@@ -117,6 +117,7 @@ class Prefixes:
                     return cache
                 except MLAError as error:
                     self._note(f"{error}; the prefix is computed again")
+                kept, common = self._longest_kept(known)  # what made room for the file may be gone
         if kept is None:
             return self.new(wanted, capacity)
         self._kept.remove(kept)
@@ -126,14 +127,15 @@ class Prefixes:
             cache = self.new(wanted, capacity)  # which may have had to drop what is copied here
             copy_prefix(kept.cache, cache, common)
             return cache
-        self._make_room(self._bytes(wanted) - kept.cache.nbytes, wanted)
+        self._make_room(max(self._bytes(wanted), kept.cache.nbytes), wanted, held=kept.cache.nbytes)
         kept.cache.crop(common - kept.cache.get_seq_length())
         return kept.cache
 
     def keep(self, tokens: list[int], cache: LatentCache) -> None:
         """Remember a cache and the tokens it was given; the newest of them may not have been read yet."""
         held = tokens[: cache.get_seq_length()]
-        if not held or not cache.is_croppable:
+        # Sliding windows say that they can be cut, but not once they are full.
+        if not held or not cache.is_croppable or any(cache.is_sliding):
             return
         if self.budget is None:
             self._kept.clear()
@@ -176,7 +178,8 @@ class Prefixes:
                 best = (kept, common)
         return best
 
-    def _make_room(self, needed: int, tokens: int) -> None:
+    def _make_room(self, needed: int, tokens: int, held: int = 0) -> None:
+        """Forget conversations until ``needed`` bytes, ``held`` of them there already, fit beside others."""
         if self.budget is None:
             self._kept.clear()
         else:
@@ -187,7 +190,7 @@ class Prefixes:
                     f"a cache of {tokens} tokens would need {needed} bytes, the budget is {self.budget}"
                 )
         if self._model.device.type == "cpu":
-            require_memory(needed, f"a cache of {tokens} tokens")
+            require_memory(needed - held, f"a cache of {tokens} tokens")
 
 
 def require_storable(model: Any) -> None:

@@ -11,12 +11,26 @@ from jinja2 import TemplateError
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.completion_choice import Logprobs
 from openai.types.completion_usage import PromptTokensDetails
+from transformers import PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.utils import BaseHandler, Modality
 
-from mla.integrations.serving.generation import Engine, Generation, Scored, cut_at, read_all
-from mla.integrations.serving.requests import ApiError, Request, read_chat, read_completion, read_prompts
+from mla.integrations.serving.generation import UNREADABLE, Engine, Generation, Scored, cut_at, read_all
+from mla.integrations.serving.requests import (
+    ApiError,
+    Request,
+    read_chat,
+    read_completion,
+    read_messages,
+    read_prompts,
+)
+
+# Parameters of the call around a chat template: they could replace the template, or what is made of it.
+_ENCODING = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
+    "documents",
+    "kwargs",
+}
 
 
 class ChatEndpoint:
@@ -28,25 +42,29 @@ class ChatEndpoint:
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Response:
         """The answer; raises ApiError."""
         request = read_chat(body, self.engine.name)
-        tokens = self._encode(body)
+        tokens = self._encode(body, read_messages(body["messages"]))
         most = self.engine.check_length(len(tokens), request)
         answer = _ChatAnswer(self.engine, request)
         return await answer.give(request_id, tokens, most, tools=answer.tools(body))
 
-    def _encode(self, body: dict[str, Any]) -> list[int]:
+    def _encode(self, body: dict[str, Any], messages: list[dict[str, Any]]) -> list[int]:
         tokenizer = self.engine.tokenizer
         if tokenizer.chat_template is None:
             raise ApiError("this model has no chat template: use /v1/completions", param="messages")
-        messages = BaseHandler.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
+        more = body.get("chat_template_kwargs") or {}
+        if taken := sorted(set(more) & _ENCODING):
+            raise ApiError(
+                f"chat_template_kwargs: {taken[0]} is not the template's", param="chat_template_kwargs"
+            )
         try:
             tokens: list[int] = tokenizer.apply_chat_template(
-                messages,
+                BaseHandler.get_processor_inputs_from_messages(messages, Modality.LLM),
                 add_generation_prompt=True,
                 tools=_ChatAnswer.tools(body),
                 return_dict=True,
-                **(body.get("chat_template_kwargs") or {}),
+                **more,
             )["input_ids"]
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise ApiError(f"the model's chat template refuses these messages: {error}") from error
         return tokens
 
@@ -62,7 +80,10 @@ class CompletionEndpoint:
         engine = self.engine
         request = read_completion(body, engine.name)
         prompts = read_prompts(body.get("prompt"), engine.vocabulary)
-        tokens = [p if isinstance(p, list) else engine.tokenizer(p)["input_ids"] for p in prompts]
+        try:
+            tokens = [p if isinstance(p, list) else engine.tokenizer(p)["input_ids"] for p in prompts]
+        except TypeError as error:  # half of a surrogate pair
+            raise ApiError(f"prompt: the tokenizer does not read it: {error}", param="prompt") from error
         most = [engine.check_length(len(ids), request) for ids in tokens]
         if not request.stream:
             return await self._whole(request, request_id, tokens, most)
@@ -90,8 +111,8 @@ class CompletionEndpoint:
                 CompletionChoice(
                     index=index,
                     text=text,
-                    finish_reason="length" if config.max_new_tokens is not None else "stop",
-                    logprobs=None if scores is None else self._logprobs(scores),
+                    finish_reason=stream.finish_reason,
+                    logprobs=None if scores is None else self._logprobs(scores, tokens),
                 )
             )
         result = Completion(
@@ -104,17 +125,20 @@ class CompletionEndpoint:
         )
         return JSONResponse(result.model_dump(exclude_none=False))
 
-    def _logprobs(self, scores: list[Scored]) -> Logprobs:
-        texts = [self._word(scored.token) for scored in scores]
+    def _logprobs(self, scores: list[Scored], prompt: list[int]) -> Logprobs:
+        # What stands before each token: the prompt's last one, or nothing where the prompt is echoed.
+        echoed = bool(scores) and scores[0].logprob is None
+        before = [None if echoed else prompt[-1], *(scored.token for scored in scores[:-1])]
+        texts = [self._word(scored.token, last) for scored, last in zip(scores, before, strict=False)]
         tops: list[Any] = []
-        for scored in scores:
+        for scored, last in zip(scores, before, strict=False):
             if scored.logprob is None:
                 tops.append(None)
                 continue
             top: dict[str, float] = {}
             for token, logprob in [(scored.token, scored.logprob), *scored.top]:
                 # Several tokens may read alike, parts of letters for example: the most likely one counts.
-                word = self._word(token)
+                word = self._word(token, last)
                 top[word] = max(logprob, top.get(word, logprob))
             tops.append(top)
         offsets = [0]
@@ -127,9 +151,16 @@ class CompletionEndpoint:
             text_offset=offsets,
         )
 
-    def _word(self, token: int) -> str:
-        text: str = self.engine.tokenizer.decode([token])
-        return text
+    def _word(self, token: int, last: int | None) -> str:
+        """What a token adds to the text after token ``last``: alone, some lose the space they begin with."""
+        decode = self.engine.tokenizer.decode
+        alone: str = decode([token])
+        if last is None:
+            return alone
+        before, both = decode([last]), decode([last, token])
+        # Parts of one letter add nothing to see, or change what stood there.
+        added: str = both[len(before) :] if both.startswith(before) else ""
+        return added or alone
 
 
 class _Answer:
@@ -182,6 +213,20 @@ class _Answer:
 
 
 class _ChatAnswer(_Answer, ChatCompletionHandler):  # type: ignore[misc]
+    async def give(self, request_id: str, tokens: list[int], most: int, **more: Any) -> Response:
+        """As for every answer. What looks like a tool call, but is none or was cut off, stays text."""
+        try:
+            return await super().give(request_id, tokens, most, **more)
+        except UNREADABLE:
+            stream = self.generation.stream
+            if stream is None or not stream.is_complete:
+                raise
+        text = self.engine.tokenizer.decode(stream.written, skip_special_tokens=True)
+        reason, usage = stream.finish_reason, stream.usage(len(tokens))
+        return JSONResponse(
+            self._build_completion(request_id, text, self.engine.name, finish_reason=reason, usage=usage)
+        )
+
     @staticmethod
     def tools(body: dict[str, Any]) -> Any:
         """The tools that the model is told of."""

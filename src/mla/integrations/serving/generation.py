@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from openai.types import CompletionUsage
@@ -34,6 +34,10 @@ _log = logging.getLogger(__name__)
 _STEP, _SCORED_STEP = 1024, 128
 #: Tokens of the answer that a cache has room for before it grows: most answers end long before their limit.
 _ANSWER_ROOM = 256
+#: Below this temperature the most likely token is the only one; the logits over it would be infinite.
+_COLDEST = 1e-5
+#: Tokens of a prompt that say how the text goes on after it.
+_CONTEXT = 8
 
 
 class Engine:
@@ -84,7 +88,7 @@ class Engine:
         config.max_length, config.max_new_tokens = None, max_new_tokens
         if config.pad_token_id is None:
             config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
-        if request.temperature == 0:
+        if request.temperature is not None and request.temperature < _COLDEST:
             config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
         elif request.temperature is not None or request.top_p is not None:
             config.do_sample = True
@@ -106,6 +110,10 @@ class Scored:
     token: int
     logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
+
+
+#: What the parsers of tool calls raise.
+UNREADABLE = (ValueError, RuntimeError, KeyError, TypeError)
 
 
 class _Gone(Exception):  # noqa: N818 - not an error
@@ -134,7 +142,9 @@ class Stream:
         self._logits: Tensor | None = None
         self._gone = threading.Event()
         self._stopped = False
+        self.is_complete = False
         self._prompt = True
+        self._context: list[int] = []  # of the prompt, where the answer goes on with its text
         self._shown = 0  # tokens whose text has been taken
         self._start = 0  # where decoding starts, so that spaces between tokens come out right
         self._held = ""  # text that may be the beginning of a stop string
@@ -182,6 +192,9 @@ class Stream:
         self.check()
         if self._prompt:
             self._prompt = False
+            if self._request.continues:
+                self._context = value.flatten().tolist()[-_CONTEXT:]
+                self._shown = len(self._context)
             return
         for token in value.tolist():
             self.written.append(token)
@@ -195,7 +208,7 @@ class Stream:
         if self._parser is not None:
             try:
                 _, events = self._parser.finalize()
-            except (ValueError, RuntimeError):  # it ended within a tool call: there is none, then
+            except UNREADABLE:  # it ended within a tool call: there is none, then
                 events = []
             self._take(response_events_to_chunks(events))
         self._send_held()
@@ -203,7 +216,13 @@ class Stream:
             # Transformers' handlers tell "length" from "stop" by this number alone, wrongly where an answer
             # ends of itself at the last token it may have.
             self._config.max_new_tokens = None
+        self.is_complete = True
         self._send(None)
+
+    @property
+    def finish_reason(self) -> Literal["stop", "length"]:
+        """Why a complete answer ended, in OpenAI's words."""
+        return "stop" if self._config.max_new_tokens is None else "length"
 
     def finish(self, job: Future[None]) -> None:
         """The job that wrote this is over: what went wrong is the client's to know."""
@@ -218,17 +237,25 @@ class Stream:
         """Text that the newest tokens add. A token may be a part of a letter: then it waits for the rest."""
         decode = self._engine.tokenizer.decode
         skip = self._parser is None  # the parser looks for special tokens
-        before = decode(self.written[self._start : self._shown], skip_special_tokens=skip)
-        now = decode(self.written[self._start :], skip_special_tokens=skip)
+        tokens = self._context + self.written
+        before = decode(tokens[self._start : self._shown], skip_special_tokens=skip)
+        now = decode(tokens[self._start :], skip_special_tokens=skip)
         if len(now) <= len(before) or (now.endswith("\ufffd") and not last):
             return ""
-        self._start, self._shown = self._shown, len(self.written)
+        self._start, self._shown = self._shown, len(tokens)
         text: str = now[len(before) :]
         return text
 
     def _show(self, text: str) -> None:
-        if text:
-            self._take([text] if self._parser is None else response_events_to_chunks(self._parser.feed(text)))
+        if not text:
+            return
+        if self._parser is not None:
+            try:
+                self._take(response_events_to_chunks(self._parser.feed(text)))
+                return
+            except UNREADABLE:
+                self._parser = None  # a tool call that is none: from here on it is text
+        self._take([text])
 
     def _take(self, items: Sequence[Any]) -> None:
         for item in items:

@@ -1,7 +1,7 @@
 """What an OpenAI client may ask for: read, checked, and refused with a reason where it is not served."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 # They say nothing about the answer.
@@ -43,6 +43,7 @@ _CHAT_NEUTRAL: dict[str, tuple[object, ...]] = {"logprobs": (False,), "top_logpr
 #: OpenAI's legacy default, which vLLM keeps.
 _COMPLETION_TOKENS = 16
 _MOST_LOGPROBS = 20
+_MOST_BIAS = 100
 
 
 class ApiError(Exception):
@@ -51,6 +52,7 @@ class ApiError(Exception):
     def __init__(
         self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None
     ) -> None:
+        message, param = _printable(message), None if param is None else _printable(param)
         super().__init__(message)
         self.status = status
         kind = "invalid_request_error" if status < 500 else "server_error"
@@ -63,6 +65,7 @@ class Request:
 
     ``max_tokens`` None is as much as fits. ``temperature`` and ``top_p`` None are the model's own.
     ``logprobs`` is how many of the most likely tokens to report beside each one; None reports nothing.
+    ``continues``: the answer goes on with the prompt's own text, as completions do.
     """
 
     stream: bool
@@ -75,12 +78,13 @@ class Request:
     logit_bias: Mapping[int, float]
     echo: bool = False
     logprobs: int | None = None
+    continues: bool = False
 
 
 def read_chat(body: Mapping[str, Any], model: str) -> Request:
     """The request in the body of a chat completion; raises ApiError."""
     given = _check_fields(body, _CHAT, _CHAT_NEUTRAL, model)
-    _check_messages(given.get("messages"))
+    read_messages(given.get("messages"))
     if not isinstance(given.get("tools", []), list):
         raise _wrong("tools", "a list", given["tools"])
     if not isinstance(given.get("chat_template_kwargs", {}), dict):
@@ -95,7 +99,12 @@ def read_completion(body: Mapping[str, Any], model: str) -> Request:
     echo = _flag(given, "echo")
     tokens = _integer(given, "max_tokens", 0 if echo else 1)
     logprobs = _integer(given, "logprobs", 0, _MOST_LOGPROBS)
-    request = _read_shared(given, _COMPLETION_TOKENS if tokens is None else tokens, echo, logprobs)
+    request = replace(
+        _read_shared(given, _COMPLETION_TOKENS if tokens is None else tokens),
+        echo=echo,
+        logprobs=logprobs,
+        continues=True,
+    )
     if request.stream and (echo or logprobs is not None):
         raise ApiError("echo and logprobs are not available with stream", param="stream")
     return request
@@ -146,28 +155,32 @@ def _check_fields(
     return given
 
 
-def _check_messages(messages: object) -> None:
+def read_messages(messages: object) -> list[dict[str, Any]]:
+    """The messages of a chat, without tool calls that are none; raises ApiError."""
     if not isinstance(messages, list) or not messages:
         raise _wrong("messages", "a list of at least one message", messages)
+    read = []
     for index, message in enumerate(messages):
         name = f"messages[{index}]"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise _wrong(name, "an object with role and content", message)
+        # Clients send their own answers back with "tool_calls": null.
+        message = {key: value for key, value in message.items() if key != "tool_calls" or value}
+        read.append(message)
         content = message.get("content")
         if content is None and "tool_calls" in message:
             continue
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
         if not all(_is_text(part) for part in parts):
             raise ApiError(f"{name}: expected text, got something else; this server reads text", param=name)
+    return read
 
 
 def _is_text(part: object) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def _read_shared(
-    given: Mapping[str, Any], max_tokens: int | None, echo: bool = False, logprobs: int | None = None
-) -> Request:
+def _read_shared(given: Mapping[str, Any], max_tokens: int | None) -> Request:
     options = given.get("stream_options", {})
     if not isinstance(options, dict):
         raise _wrong("stream_options", "an object", options)
@@ -180,9 +193,12 @@ def _read_shared(
         seed=_integer(given, "seed", -(2**63), 2**63 - 1),
         stop=_stop(given.get("stop", [])),
         logit_bias=_bias(given.get("logit_bias", {})),
-        echo=echo,
-        logprobs=logprobs,
     )
+
+
+def _printable(text: str) -> str:
+    """The text without halves of surrogate pairs, which JSON may carry and no answer can."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _wrong(name: str, expected: str, got: object) -> ApiError:
@@ -225,6 +241,9 @@ def _stop(stop: object) -> tuple[str, ...]:
 def _bias(bias: object) -> dict[int, float]:
     try:
         assert isinstance(bias, dict)
-        return {int(token): float(value) for token, value in bias.items()}
-    except (AssertionError, TypeError, ValueError) as error:
-        raise _wrong("logit_bias", "an object of numbers by token id", bias) from error
+        read = {int(token): float(value) for token, value in bias.items()}
+        assert all(abs(value) <= _MOST_BIAS for value in read.values())  # not so of NaN
+    except (AssertionError, TypeError, ValueError, OverflowError) as error:
+        wanted = f"an object of numbers from -{_MOST_BIAS} to {_MOST_BIAS} by token id"
+        raise _wrong("logit_bias", wanted, bias) from error
+    return read

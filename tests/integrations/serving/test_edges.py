@@ -1,0 +1,207 @@
+"""Requests that are odd, tokenizers that are, and memory and files that give way: an answer or a refusal."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+from transformers.cli.serving import chat_completion
+
+from mla.cache.folder import PrefixFolder
+from mla.integrations.prefixes import Prefixes, fingerprint
+from mla.integrations.serving.answers import ChatEndpoint
+from mla.integrations.serving.generation import Stream
+from mla.integrations.serving.requests import ApiError, read_chat, read_completion, read_messages
+from tests.integrations.serving.test_generation import complete, make_engine
+
+HELLO = [{"role": "user", "content": "Hi"}]
+
+
+def chat(engine, messages, **body):
+    body = {"messages": messages, "temperature": 0, "max_tokens": 4, **body}
+    return json.loads(asyncio.run(ChatEndpoint(engine).handle_request(body, "id")).body)
+
+
+async def written(engine, request, parser, pieces) -> str:
+    """The text of a stream that is given the prompt and then tokens."""
+    stream = Stream(engine, request, SimpleNamespace(max_new_tokens=9), parser)
+    for tokens in pieces:
+        stream.put(torch.tensor(tokens))
+    stream.end()
+    await asyncio.sleep(0.01)
+    text = []
+    while (item := stream.queue.get_nowait()) is not None:
+        text.append(item)
+    return "".join(text)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return make_engine()
+
+
+@pytest.mark.parametrize("none", [None, []])
+def test_tool_calls_that_are_none(engine, none):
+    answer = {"role": "assistant", "content": "Hello"}
+    want = chat(engine, [*HELLO, answer, *HELLO])
+    got = chat(engine, [*HELLO, {**answer, "tool_calls": none}, *HELLO])
+    assert got["choices"] == want["choices"]
+    assert got["usage"]["prompt_tokens"] == want["usage"]["prompt_tokens"]
+    with pytest.raises(ApiError, match="expected text"):
+        read_messages([{"role": "assistant", "content": None, "tool_calls": none}])
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [["x"], [{"function": {"name": "f", "arguments": "{bad"}}], [{"function": {"name": "f"}}], [{}], "x"],
+)
+def test_tool_calls_that_are_malformed_are_the_clients_error(engine, calls):
+    with pytest.raises(ApiError, match="refuses these messages"):
+        chat(engine, [*HELLO, {"role": "assistant", "content": "", "tool_calls": calls}])
+
+
+@pytest.mark.parametrize("name", ["chat_template", "return_tensors", "padding", "tokenize", "conversation"])
+def test_what_templates_are_given_is_theirs(engine, name):
+    with pytest.raises(ApiError, match=f"chat_template_kwargs: {name} is not the template's"):
+        chat(engine, HELLO, chat_template_kwargs={name: "pt"})
+    assert chat(engine, HELLO, chat_template_kwargs={"enable_thinking": False})["choices"]
+
+
+@pytest.mark.parametrize(
+    "bias", [{"5": float("inf")}, {"5": float("nan")}, {"5": "nan"}, {"5": 1e300}, {"5": 10**400}, {"5": 101}]
+)
+def test_biases_are_numbers_that_count(bias):
+    with pytest.raises(ApiError, match=r"logit_bias: expected an object of numbers from -100 to 100"):
+        read_chat({"messages": HELLO, "logit_bias": bias}, "tiny")
+
+
+def test_the_coldest_temperature_is_greedy(engine):
+    want = complete(engine, "Hello", max_tokens=6)["choices"]
+    assert complete(engine, "Hello", max_tokens=6, temperature=1e-40, seed=3)["choices"] == want
+
+
+def test_half_of_a_surrogate_pair(engine):
+    with pytest.raises(ApiError, match="the tokenizer does not read it"):
+        complete(engine, "\ud800")
+    for body in ({"model": "\ud800"}, {"\ud800": 1}):
+        with pytest.raises(ApiError) as refusal:
+            read_completion({"prompt": "a", **body}, "tiny")
+        assert "\\ud800" in json.dumps(refusal.value.body, ensure_ascii=False).encode().decode()
+
+
+def test_full_sliding_windows_are_not_cut_back():
+    engine = make_engine("dots3_note")
+    first, again = (complete(engine, "Hello there " * 6, max_tokens=8) for _ in range(2))
+    assert first["choices"] == again["choices"]
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_a_conversation_that_goes_on_makes_room_for_all_of_itself():
+    """Two conversations fill the budget; one of them may then grow to nearly all of it."""
+    model, config = (engine := make_engine()).model, engine.prefixes.config
+    budget = config.cache_bytes(100, "fp32")
+    prefixes = Prefixes(model, config, "fp32", budget=budget)
+    one, other = list(range(1, 46)), list(range(101, 146))
+    for tokens in (other, one):
+        cache = prefixes.take(tokens, 45)
+        with torch.no_grad():
+            model(torch.tensor([tokens]), past_key_values=cache)
+        prefixes.keep(tokens, cache)
+    assert len(prefixes._kept) == 2
+    longer = [*one, *range(50, 60)]
+    cache = prefixes.take(longer, 98)
+    assert cache.get_seq_length() == 45
+    assert prefixes.nbytes + config.cache_bytes(98, "fp32") <= budget  # the other one has gone
+
+
+def test_a_file_that_breaks_after_room_was_made_for_it(tmp_path):
+    notes = []
+    engine = make_engine()
+    marks = fingerprint(engine.model, "fp32")
+    folder = PrefixFolder(tmp_path, marks, 10**9, notes.append)
+    tokens = list(range(1, 80))
+    writer = Prefixes(engine.model, engine.prefixes.config, "fp32", folder=folder)
+    cache = writer.take(tokens, 80)
+    with torch.no_grad():
+        engine.model(torch.tensor([tokens]), past_key_values=cache)
+    writer.keep(tokens, cache)
+    (file,) = tmp_path.iterdir()
+    # A reader in whose memory a shorter beginning lies, and no room beside it.
+    budget = engine.prefixes.config.cache_bytes(100, "fp32")
+    reader = Prefixes(
+        engine.model, engine.prefixes.config, "fp32", budget=budget, folder=folder, note=notes.append
+    )
+    short = reader.new(20)
+    with torch.no_grad():
+        engine.model(torch.tensor([tokens[:5]]), past_key_values=short)
+    reader._folder = None
+    reader.keep(tokens[:5], short)
+    reader._folder = folder
+    folder.longest(tokens)  # knows the file's tokens
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    taken = reader.take(tokens, 100)
+    assert taken.get_seq_length() == 0
+    assert any("computed again" in note for note in notes)
+
+
+def sentences() -> PreTrainedTokenizerFast:
+    """As SentencePiece does it: words carry the space before them, and decoding strips the first one."""
+    words = ["<unk>", "<s>", "▁", *(f"▁{word}" for word in ("Once", "upon", "a", "time")), "a", "s"]
+    tokenizer = Tokenizer(models.Unigram([(word, -float(i)) for i, word in enumerate(words)], unk_id=0))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>")
+
+
+def test_completions_keep_the_space_that_their_first_word_carries():
+    tokenizer = sentences()
+    prompt, answer = tokenizer("Once upon")["input_ids"], tokenizer("a time")["input_ids"]
+    assert tokenizer.decode(answer) == "a time"
+
+    engine = SimpleNamespace(tokenizer=tokenizer, end_tokens=set())
+    pieces = [prompt, *([token] for token in answer)]
+    request = read_completion({"prompt": "Once upon"}, "tiny")
+    assert asyncio.run(written(engine, request, None, pieces)) == " a time"
+    request = read_chat({"messages": HELLO}, "tiny")
+    assert asyncio.run(written(engine, request, None, pieces)) == "a time"
+
+
+def test_echoed_tokens_make_up_the_text_they_score(engine, monkeypatch):
+    monkeypatch.setattr(engine, "tokenizer", sentences())
+    bias = {str(token): 100 for token in range(3, 9)}
+    options = {"max_tokens": 5, "logprobs": 3, "logit_bias": bias}
+    for echo in (True, False):
+        choice = complete(engine, "Once upon", echo=echo, **options)["choices"][0]
+        scores = choice["logprobs"]
+        assert "".join(scores["tokens"]) == choice["text"]
+        assert choice["text"].startswith("Once upon ") == echo
+        for word, own, top in zip(
+            scores["tokens"], scores["token_logprobs"], scores["top_logprobs"], strict=True
+        ):
+            assert top is None or top[word] == own
+
+
+def test_a_tool_call_that_is_none_stays_text(engine, monkeypatch):
+    class Parser:
+        initial_events = ()
+
+        def feed(self, text):
+            raise ValueError("no JSON")
+
+    pieces = [[0], *([token] for token in engine.tokenizer("{bad")["input_ids"])]
+    request = read_chat({"messages": HELLO}, "tiny")
+    assert asyncio.run(written(engine, request, Parser(), pieces)) == "{bad"
+    want = chat(engine, HELLO)["choices"]
+
+    def fails(*_, **__):
+        raise ValueError("no JSON")
+
+    monkeypatch.setattr(chat_completion, "parse_assistant_message", fails)
+    assert chat(engine, HELLO)["choices"] == want
