@@ -103,7 +103,12 @@ def test_convert_writes_bfloat16(mla, llama_folder, tmp_path):
         (("--calibration", "none.txt"), "none.txt: no such text file"),
         (("--calibration", "{short}"), "calibration text is too short"),
         (("--windows", 0), "at least 1 window"),
-        (("--windows", 1, "--calibration", "self", "--calibration", "self"), "cannot be shared by 2 texts"),
+        (
+            ("--windows", 1, "--calibration", "self", "--calibration", "{short}"),
+            "cannot be shared by 2 texts",
+        ),
+        (("--calibration", "self", "--calibration", "self"), "a calibration text is given twice"),
+        (("--heal", "inf"), "heal takes minutes"),
         (("--device", "mps"), "--device mps: the conversion needs float64"),
         (("--device", "vulcan"), "--device vulcan: this torch cannot use it here"),
         (("--heal", -1), "heal takes minutes, 0 or more, got -1"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -76,7 +77,7 @@ def check_request(request: Request) -> None:
     Raises:
         MLAError: minutes, windows or texts that make no sense, a file that cannot be read.
     """
-    if not request.heal >= 0:
+    if not 0 <= request.heal < math.inf:
         raise MLAError(f"heal takes minutes, 0 or more, got {request.heal}")
     check_windows(request.windows, request.window)
     if not 1 <= len(request.calibration) <= request.windows:
@@ -84,6 +85,8 @@ def check_request(request: Request) -> None:
             f"{request.windows} windows cannot be shared by {len(request.calibration)} texts: ask for as "
             "many windows as texts, or more"
         )
+    if len(set(request.calibration)) < len(request.calibration):
+        raise MLAError("a calibration text is given twice: ask for more windows of it instead")
     for name in request.calibration:
         _read(name)
 
