@@ -117,7 +117,9 @@ def test_budgets_spend_what_was_given(asked: dict[str, float], total: int) -> No
     assert budget.theta == pytest.approx(1e5 ** max(0.5, budget.rope / 64))
 
 
-@pytest.mark.parametrize(("cache", "windows"), [(1.0, 12), (0.5, 12), (1 / 3, 12), (0.32, 32), (0.1, 32)])
+@pytest.mark.parametrize(
+    ("cache", "windows"), [(1.0, 12), (0.5, 12), (1 / 3, 12), (0.32, 32), (0.25, 32), (0.24, 64), (0.1, 64)]
+)
 def test_small_caches_are_calibrated_on_more_text(cache: float, windows: int) -> None:
     config = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
     budget = budget_for(config, cache=cache, rank=None, rope=None)

@@ -55,7 +55,7 @@ def convert(
     windows: Annotated[
         int | None,
         typer.Option(
-            help="Windows of calibration text: 12,288 tokens; 32,768 for a --cache or --rank below a third."
+            help="Windows of calibration text: 12,288 tokens, or 32,768 and 65,536 for small caches."
         ),
     ] = None,
     window: Annotated[

@@ -164,15 +164,16 @@ def calibration_size(
 ) -> tuple[int, int]:
     """How many windows of how many tokens a conversion deserves, where it is not given.
 
-    12,288 tokens, or 32,768 for a ``budget`` below a third of the original cache: the factors of a small
-    cache fit a few thousand tokens too well (docs/conversion.md). 1,024 tokens a window, or as many as the
-    model takes.
+    12,288 tokens; for a ``budget`` below a third of the original cache 32,768, below a quarter 65,536: the
+    factors of a small cache fit a few thousand tokens too well (docs/conversion.md). 1,024 tokens a window,
+    or as many as the model takes.
     """
     if window is None:
         window = min(_WINDOW, config.max_position_embeddings)
     if windows is None:
-        small = budget is not None and 3 * (budget.rank + budget.rope) < cached_numbers(config)
-        windows = -(-(32_768 if small else 12_288) // max(1, window))
+        share = 1.0 if budget is None else (budget.rank + budget.rope) / cached_numbers(config)
+        tokens = 12_288 if share >= 1 / 3 else 32_768 if share >= 1 / 4 else 65_536
+        windows = -(-tokens // max(1, window))
     return windows, window
 
 
