@@ -202,13 +202,15 @@ def test_the_command_writes_the_page_and_prints(
     check(out.read_text(encoding="utf-8"))
     printed = json.loads(capsys.readouterr().out)
     assert [each["rank"] for each in printed["points"]] == [each.rank for each in explored.points]
-    explore_command(TEACHER, CALIBRATION, HELD_OUT, **told)
+    with pytest.raises(MLAError, match=r"curve\.html exists"):
+        explore_command(TEACHER, CALIBRATION, HELD_OUT, **told)
+    explore_command(TEACHER, CALIBRATION, HELD_OUT, **told, overwrite=True)
     shown = capsys.readouterr()
-    assert not shown.out
-    assert "perplexity" in shown.err
-    assert f"{explored.points[0].kl:.4f}" in shown.err
+    assert "perplexity" in shown.out
+    assert f"{explored.points[0].kl:.4f}" in shown.out
+    assert "what every layer needs" in shown.err
     chosen = choose_command(TEACHER, CALIBRATION, HELD_OUT, max_kl=100.0, max_ppl_increase=None, state=state)
     assert f"rank {chosen.rank}" in capsys.readouterr().err
     for wrong in (tmp_path, tmp_path / "missing" / "x.html"):
         with pytest.raises(MLAError, match="--explore"):
-            check_page(wrong)
+            check_page(wrong, overwrite=True)
