@@ -2,16 +2,16 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mla import textfile
 from mla.errors import MLAError
 
 # People read standard error; standard output carries the answer, so that it can be piped.
@@ -47,21 +47,18 @@ def check_dtype(dtype: str, *known: str) -> Any:
 
 def read_text(path: str) -> str:
     """The text of a file, or of standard input for "-"."""
-    if path == "-":
-        return sys.stdin.read()
-    file = Path(path).expanduser()
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise MLAError(f"{path}: no such text file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise MLAError(f"{path} is not readable as UTF-8 text: {error}") from error
+    return sys.stdin.read() if path == "-" else textfile.read_text(path)
 
 
 def print_json(value: Any) -> None:
     """One JSON object on standard output."""
     data = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
     print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def teller(advance: Any) -> Callable[[str, float, float], None]:
+    """What the library tells of its progress, (stage, done, total), in the order of a bar's ``advance``."""
+    return lambda label, done, total: advance(done, total, label)
 
 
 @contextmanager

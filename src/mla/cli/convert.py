@@ -1,10 +1,9 @@
 """``mla convert``: an MHA, GQA or MQA model becomes an MLA checkpoint that stock software loads."""
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -145,7 +144,9 @@ def convert(
                 search = replace(request, heal=0.0)
                 with console.progress("writing calibration text") as advance:
                     work = stack.enter_context(
-                        workspace(teacher, tokenizer, out, search, "exploring", on_progress=_teller(advance))
+                        workspace(
+                            teacher, tokenizer, out, search, "exploring", on_progress=console.teller(advance)
+                        )
                     )
                 texts, state = (work.calibration, work.held_out), work.place / "points"
             if explore:
@@ -173,7 +174,7 @@ def convert(
                     request,
                     overwrite=overwrite,
                     search=work,
-                    on_progress=_teller(advance),
+                    on_progress=console.teller(advance),
                 )
     if as_json:
         console.print_json(facts)
@@ -186,8 +187,3 @@ def convert(
         f"{quality['perplexity']:.2f}, KL {quality['kl']:.3f}. Report: {out / 'report.html'}. "
         f"Next: mla generate {out} 'Hello'"
     )
-
-
-def _teller(advance: Any) -> Callable[[str, float, float], None]:
-    """The bar's own order of arguments."""
-    return lambda label, done, total: advance(done, total, label)

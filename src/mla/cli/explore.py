@@ -59,7 +59,7 @@ def explore_command(
             calibration,
             held_out,
             state=state,
-            on_progress=lambda stage, done, total: advance(done, total, stage),
+            on_progress=console.teller(advance),
         )
     try:
         partial = out.with_name(f".{out.name}.partial")
@@ -99,7 +99,7 @@ def choose_command(
                 max_kl=max_kl,
                 max_ppl_increase=max_ppl_increase,
                 state=state,
-                on_progress=lambda stage, done, total: advance(done, total, stage),
+                on_progress=console.teller(advance),
             )
     except MLAError as error:
         kept = "" if state is None else f". What was measured stays in {state.parent} for another promise"

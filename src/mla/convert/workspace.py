@@ -26,6 +26,7 @@ from mla.convert.pipeline import check_split_query
 from mla.convert.text import check_windows, cut_text, tokenize_windows, write_windows
 from mla.digest import canonical, digest, digest_of_weights
 from mla.errors import MLAError
+from mla.textfile import read_text
 
 Progress = Callable[[str, float, float], None]
 
@@ -71,8 +72,11 @@ class Workspace:
     held_out: Tensor
 
 
-def check_request(request: Request) -> None:
+def check_request(request: Request) -> list[str | None]:
     """Refuse, before any work, what no model could do.
+
+    Returns:
+        The calibration texts, None where the model writes one.
 
     Raises:
         MLAError: minutes, windows or texts that make no sense, a file that cannot be read.
@@ -87,8 +91,7 @@ def check_request(request: Request) -> None:
         )
     if len(set(request.calibration)) < len(request.calibration):
         raise MLAError("a calibration text is given twice: ask for more windows of it instead")
-    for name in request.calibration:
-        _read(name)
+    return [None if name == "self" else read_text(name) for name in request.calibration]
 
 
 @contextlib.contextmanager
@@ -112,8 +115,7 @@ def workspace(
         MLAError: the model or the request cannot be used; then nothing is left behind.
     """
     check_split_query(teacher, request.split_query)
-    check_request(request)
-    texts = [_read(name) for name in request.calibration]
+    texts = check_request(request)
     place = _place(out, purpose, _identity(teacher, request, texts))
     if search is not None and not (place / _WINDOWS).exists():
         shutil.copyfile(search.place / _WINDOWS, place / "copied")
@@ -125,19 +127,6 @@ def workspace(
         raise
     yield Workspace(place, *windows)
     shutil.rmtree(place, ignore_errors=True)
-
-
-def _read(calibration: str) -> str | None:
-    """The calibration text; None where the model writes it."""
-    if calibration == "self":
-        return None
-    path = Path(calibration).expanduser()
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise MLAError(f"{calibration}: no such text file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise MLAError(f"{calibration} is not readable as UTF-8 text: {error}") from error
 
 
 @dataclass(frozen=True)

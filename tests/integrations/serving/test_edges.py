@@ -13,9 +13,8 @@ from transformers.cli.serving import chat_completion
 from mla.cache.folder import PrefixFolder
 from mla.integrations.prefixes import Prefixes, fingerprint
 from mla.integrations.serving.answers import ChatEndpoint
-from mla.integrations.serving.generation import Stream
 from mla.integrations.serving.requests import ApiError, read_chat, read_completion, read_messages
-from tests.integrations.serving.test_generation import complete, make_engine
+from tests.integrations.serving.test_generation import complete, make_engine, written
 
 HELLO = [{"role": "user", "content": "Hi"}]
 
@@ -23,19 +22,6 @@ HELLO = [{"role": "user", "content": "Hi"}]
 def chat(engine, messages, **body):
     body = {"messages": messages, "temperature": 0, "max_tokens": 4, **body}
     return json.loads(asyncio.run(ChatEndpoint(engine).handle_request(body, "id")).body)
-
-
-async def written(engine, request, parser, pieces) -> str:
-    """The text of a stream that is given the prompt and then tokens."""
-    stream = Stream(engine, request, SimpleNamespace(max_new_tokens=9), parser)
-    for tokens in pieces:
-        stream.put(torch.tensor(tokens))
-    stream.end()
-    await asyncio.sleep(0.01)
-    text = []
-    while (item := stream.queue.get_nowait()) is not None:
-        text.append(item)
-    return "".join(text)
 
 
 @pytest.fixture(scope="module")
@@ -166,11 +152,10 @@ def test_completions_keep_the_space_that_their_first_word_carries():
     assert tokenizer.decode(answer) == "a time"
 
     engine = SimpleNamespace(tokenizer=tokenizer, end_tokens=set())
-    pieces = [prompt, *([token] for token in answer)]
     request = read_completion({"prompt": "Once upon"}, "tiny")
-    assert asyncio.run(written(engine, request, None, pieces)) == " a time"
+    assert written(engine, request, prompt, answer) == " a time"
     request = read_chat({"messages": HELLO}, "tiny")
-    assert asyncio.run(written(engine, request, None, pieces)) == "a time"
+    assert written(engine, request, prompt, answer) == "a time"
 
 
 def test_echoed_tokens_make_up_the_text_they_score(engine, monkeypatch):
@@ -195,9 +180,9 @@ def test_a_tool_call_that_is_none_stays_text(engine, monkeypatch):
         def feed(self, text):
             raise ValueError("no JSON")
 
-    pieces = [[0], *([token] for token in engine.tokenizer("{bad")["input_ids"])]
+    tokens = engine.tokenizer("{bad")["input_ids"]
     request = read_chat({"messages": HELLO}, "tiny")
-    assert asyncio.run(written(engine, request, Parser(), pieces)) == "{bad"
+    assert written(engine, request, [0], tokens, Parser()) == "{bad"
     want = chat(engine, HELLO)["choices"]
 
     def fails(*_, **__):

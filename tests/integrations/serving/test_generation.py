@@ -32,6 +32,26 @@ def complete(engine, prompt, **body):
     return json.loads(asyncio.run(answer).body)
 
 
+def written(engine, request, prompt, tokens, parser=None) -> str:
+    """The text of a stream that is given the prompt and then the tokens of an answer, until it stops."""
+
+    async def stream() -> str:
+        one = Stream(engine, request, SimpleNamespace(max_new_tokens=100), parser)
+        one.put(torch.tensor(prompt))
+        for token in tokens:
+            one.put(torch.tensor([token]))
+            if bool(one.is_stopped(torch.zeros(1, 1), None)):
+                break
+        one.end()
+        await asyncio.sleep(0.01)
+        pieces = []
+        while (item := one.queue.get_nowait()) is not None:
+            pieces.append(item)
+        return "".join(pieces)
+
+    return asyncio.run(stream())
+
+
 def test_generation_ends_when_its_task_does():
     """The task that answers a request is cancelled when the client has gone."""
     engine = make_engine()
@@ -149,21 +169,6 @@ def test_text_comes_out_whole_however_it_is_cut():
     """Letters of several tokens, stop strings over several pieces, invalid bytes at the end."""
     engine = SimpleNamespace(tokenizer=make_tokenizer(), end_tokens=set())
 
-    async def stream(text: bytes, stop) -> str:
-        request = read_completion({"prompt": "", "stop": stop}, "tiny")
-        one = Stream(engine, request, SimpleNamespace(max_new_tokens=100), None)
-        one.put(torch.tensor([0]))
-        for token in byte_tokens(engine, text):
-            one.put(torch.tensor([token]))
-            if bool(one.is_stopped(torch.zeros(1, 1), None)):
-                break
-        one.end()
-        await asyncio.sleep(0.01)
-        pieces = []
-        while (item := one.queue.get_nowait()) is not None:
-            pieces.append(item)
-        return "".join(pieces)
-
     for text, stop, want in (
         ("größer 日本 🙂 end".encode(), [], "größer 日本 🙂 end"),
         ("größer 日本 🙂 end".encode(), ["🙂"], "größer 日本 "),
@@ -171,7 +176,8 @@ def test_text_comes_out_whole_however_it_is_cut():
         (b"one two", ["two t"], "one two"),
         (b"ok \xe6\x97", [], "ok \ufffd"),
     ):
-        assert asyncio.run(stream(text, stop)) == want
+        request = read_completion({"prompt": "", "stop": stop}, "tiny")
+        assert written(engine, request, [0], byte_tokens(engine, text)) == want
 
 
 def byte_tokens(engine, text: bytes) -> list[int]:

@@ -42,7 +42,7 @@ class ChatEndpoint:
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Response:
         """The answer; raises ApiError."""
         request = read_chat(body, self.engine.name)
-        tokens = self._encode(body, read_messages(body["messages"]))
+        tokens = self._encode(body, read_messages(body.get("messages")))
         most = self.engine.check_length(len(tokens), request)
         answer = _ChatAnswer(self.engine, request)
         return await answer.give(request_id, tokens, most, tools=answer.tools(body))

@@ -84,7 +84,6 @@ class Request:
 def read_chat(body: Mapping[str, Any], model: str) -> Request:
     """The request in the body of a chat completion; raises ApiError."""
     given = _check_fields(body, _CHAT, _CHAT_NEUTRAL, model)
-    read_messages(given.get("messages"))
     if not isinstance(given.get("tools", []), list):
         raise _wrong("tools", "a list", given["tools"])
     if not isinstance(given.get("chat_template_kwargs", {}), dict):
