@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/.installed
 
-# One torch for the whole environment: a CPU build that already lies at hand satisfies the range in pyproject.
+# One torch for the whole environment: a CPU build that is already installed or offered satisfies the range in pyproject.
 $(VENV)/.installed: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"

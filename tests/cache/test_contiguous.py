@@ -8,6 +8,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionL
 
 from mla.cache import LatentCache
 from mla.cache.contiguous import IndexedLatentLayer, LatentLayer
+from mla.cache.store import copy_prefix
 from mla.config import MLAConfig
 from mla.integrations.transformers import absorb
 from tests.families import FAMILY_NAMES, build, make_config, token_ids
@@ -216,6 +217,10 @@ def test_layers_of_each_family(name):
             "holds latents only",
         ),
         (lambda: _filled().update(*latents(1, b=3), 0), "expected rows of batch 2 and width 30, got batch 3"),
+        (
+            lambda: _filled().update(torch.zeros(2, 1, 1, R - 2), torch.zeros(2, 1, 1, P + 2), 0),
+            "expected latents of 24 numbers and rotary keys of 6",
+        ),
         (lambda: _filled().crop(-6), "cannot remove 6 tokens from a cache that holds 5"),
         (lambda: _filled().crop(2), "expected minus the number of tokens"),
     ],
@@ -229,3 +234,84 @@ def _filled():
     cache = LatentCache()
     cache.update(*latents(5), 0)
     return cache
+
+
+def test_after_a_reset_the_cache_takes_other_sizes_and_dtypes():
+    cache = LatentCache()
+    cache.update(*latents(4, dtype=torch.bfloat16), 0)
+    cache.reset()
+    got_c, got_k = cache.update(torch.ones(2, 1, 3, R - 4), torch.zeros(2, 1, 3, P + 4), 0)
+    assert (got_c.shape[-1], got_k.shape[-1], got_c.dtype) == (R - 4, P + 4, torch.float32)
+    assert torch.equal(got_c, torch.ones(2, 1, 3, R - 4))
+
+
+def test_a_roll_back_leaves_contexts_alone_and_crops_all_layers_or_none():
+    cache = LatentCache()
+    for index, length in enumerate([6, 7, 2]):
+        cache.update(*latents(length), index)
+    with pytest.raises(ValueError, match="cannot remove 3 tokens from a cache that holds 2"):
+        cache.crop(-3)
+    assert [cache.get_seq_length(i) for i in range(3)] == [6, 7, 2]
+    cache.layers[1].holds_context = True
+    cache.crop(-2)
+    assert [cache.get_seq_length(i) for i in range(3)] == [4, 7, 0]
+    cache.reset()
+    assert [cache.get_seq_length(i) for i in range(3)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", [None, "bf16", "int8"])
+def test_gradients_flow_through_the_new_tokens_only(name):
+    cache = LatentCache(capacity=20, format=name)
+    weight = torch.ones(R, requires_grad=True)
+    c_kv, k_rope = latents(6, b=1)
+    total = torch.zeros(())
+    for start in (0, 2, 4):
+        part = slice(start, start + 2)
+        keys, values = cache.update(c_kv[:, :, part] * weight, k_rope[:, :, part], 0)
+        if name == "int8":  # rows of bytes: constants
+            assert not keys.requires_grad
+            continue
+        assert torch.equal(keys, cache.layers[0].keys)
+        assert torch.equal(values, cache.layers[0].values)
+        total = total + keys.square().sum()
+    assert not cache.layers[0].keys.requires_grad
+    if name is None:
+        total.backward()
+        torch.testing.assert_close(weight.grad, 2 * c_kv.square().sum((0, 1, 2)))
+
+
+def test_what_inference_mode_wrote_can_be_continued_outside():
+    cache = LatentCache(capacity=20)
+    c_kv, k_rope = latents(5)
+    with torch.inference_mode():
+        cache.update(c_kv[:, :, :3], k_rope[:, :, :3], 0)
+    got_c, got_k = cache.update(c_kv[:, :, 3:], k_rope[:, :, 3:], 0)
+    assert torch.equal(got_c, c_kv)
+    assert torch.equal(got_k, k_rope)
+
+
+@pytest.mark.parametrize("indices", [[True, False], [-1], [1, 0, 1]])
+def test_sequences_are_chosen_as_in_transformers(indices):
+    chosen = torch.tensor(indices)
+    cache, c_kv = _filled(), latents(5)[0]
+    cache.batch_select_indices(chosen)
+    assert torch.equal(cache.layers[0].keys, c_kv[chosen])
+
+
+def test_a_cache_without_sequences_can_be_cropped():
+    cache = _filled()
+    cache.batch_select_indices(torch.tensor([], dtype=torch.long))
+    cache.crop(-2)
+    assert cache.get_seq_length() == 3
+
+
+def test_a_layer_of_indexer_keys_alone_is_copied():
+    source, target = LatentCache(), LatentCache()
+    for cache in (source, target):
+        cache.layers = [IndexedLatentLayer()]
+    keys = torch.randn(1, 5, 4)
+    source.layers[0].update_indexer(keys)
+    source.layers[0].offload()
+    source.layers[0].prefetch()
+    copy_prefix(source, target, 3)
+    assert torch.equal(target.layers[0].indexer_keys, keys[:, :3])

@@ -11,6 +11,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -390,6 +391,13 @@ def test_the_vllm_engine_is_vllms_own_server(mla, mla_folder, monkeypatch):
     assert environment["MLA_CACHE_FORMAT"] == "int8"
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
     assert environment["VLLM_API_KEY"] == KEY
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    mla("serve", mla_folder)
+    free = psutil.virtual_memory().available / 2**30
+    assert 0 < int(became[-1][2]["VLLM_CPU_KVCACHE_SPACE"]) < free
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    mla("serve", mla_folder)
+    assert became[-1][2]["VLLM_CPU_KVCACHE_SPACE"] == "7"
     assert "bf16 or int8" in mla("serve", mla_folder, "--cache-format", "fp32").err
     assert "--engine transformers" in mla("serve", mla_folder, "--cache-dir", "x").err
 

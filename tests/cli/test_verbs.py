@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mla.integrations.transformers import latent_attentions
+from mla.integrations import transformers as integration
 
 
 @torch.no_grad()
@@ -139,8 +139,6 @@ def test_doctor_calls_a_good_model_safe(mla, mla_folder):
 
 def test_doctor_finds_a_defect(mla, mla_folder, monkeypatch):
     """A wrong attention in one layer only, as a changed family would have."""
-    from mla.integrations import transformers as integration
-
     honest = integration.up_projections
 
     def wrong(weight, h, n):
@@ -159,7 +157,13 @@ def test_doctor_leaves_the_model_as_it_was(mla_folder):
 
     model = AutoModelForCausalLM.from_pretrained(mla_folder)
     assert diagnose(model, torch.randint(256, (1, 20))).safe
-    assert all("expand_kv" not in vars(module) for module in latent_attentions(model).values())
+    assert not integration.is_absorbed(model)
+    integration.absorb(model, path="absorbed")
+    assert diagnose(model, torch.randint(256, (1, 20))).safe
+    assert integration.absorbed_path(model) == "absorbed"
+    with pytest.raises(ZeroDivisionError):
+        diagnose(model, torch.randint(256, (1, 20)), on_progress=lambda done, total: 1 / 0)
+    assert integration.absorbed_path(model) == "absorbed"
 
 
 @pytest.mark.parametrize("verb", ["generate", "chat", "convert", "eval", "doctor"])

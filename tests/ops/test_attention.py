@@ -242,3 +242,67 @@ def test_compile_traces_prefill_of_any_length(backend):
         inputs = case.inputs()
         for got, want in zip(traced(inputs, case.scale), around(inputs, case.scale), strict=True):
             torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("causal", [True, False])
+@torch.no_grad()
+def test_every_size_runs_without_gradients(name, path, causal):
+    """What the kernels take and what they leave: empty batches, no queries and no keys among them."""
+    case = CASES[name]
+    inputs = case.inputs()
+    options = {"scale": case.scale, "causal": causal}
+    want, want_lse = reference.expanded(**inputs, **options)
+    plan = attention.plan_for(
+        inputs["q_nope"], inputs["c_kv"], inputs["k_rope"], inputs["w_uv"], causal=causal, path=path
+    )
+    keys = torch.ones(case.b, 1, 1, case.t, dtype=torch.bool)
+    for mask in (None, keys, keys.expand(-1, -1, case.s, -1)):
+        results = [attention.prefill(**inputs, **options, mask=mask, plan=plan)]
+        results.append(attention.decode(**inputs, **options, mask=mask, plan=plan, lengths=[case.t] * case.b))
+        for out, lse in results:
+            torch.testing.assert_close(out, want, atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(lse, want_lse, atol=2e-5, rtol=2e-5)
+    half = {key: x.half() for key, x in inputs.items()}
+    out, _ = attention.decode(**half, **options, lengths=[case.t] * case.b)
+    assert out.shape == want.shape
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@torch.no_grad()
+def test_a_mask_of_queries_alone_hides_queries(causal):
+    case = Case(s=3, t=4)
+    inputs = case.inputs()
+    mask = torch.tensor([False, False, True]).view(1, 1, 3, 1)
+    want, want_lse = reference.expanded(**inputs, scale=case.scale, causal=causal, mask=mask)
+    out, lse = attention.prefill(**inputs, scale=case.scale, causal=causal, mask=mask)
+    torch.testing.assert_close(out, want, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(lse, want_lse, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("sink", [0.5, -torch.inf])
+def test_a_query_without_keys_has_finite_gradients_beside_sinks(path, sink):
+    case = Case(s=3, t=4)
+    inputs = case.inputs(torch.float64, requires_grad=True)
+    mask = torch.zeros(1, 1, 3, 4, dtype=torch.float64)
+    mask[:, :, 0] = -torch.inf
+    sinks = torch.tensor([sink, 1.0, -1.0], dtype=torch.float64, requires_grad=True)
+    out, lse = PATHS[path](**inputs, scale=case.scale, causal=False, mask=mask, sinks=sinks)
+    assert (out[:, 0] == 0).all()
+    assert (lse[:, 0] == -torch.inf).all()
+    (out.square().sum() + lse[:, 1:].sum()).backward()
+    for name, x in {**inputs, "sinks": sinks}.items():
+        assert x.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_weights_may_have_another_dtype_than_queries(path):
+    case = Case(s=3, t=4)
+    inputs = case.inputs()
+    want, _ = PATHS[path](**inputs, scale=case.scale)
+    rounded = {key: x.bfloat16() if key in ("w_uk", "w_uv") else x for key, x in inputs.items()}
+    out, _ = PATHS[path](**rounded, scale=case.scale)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, want, atol=2e-2, rtol=2e-2)

@@ -46,6 +46,9 @@ def test_without_kernels_vllm_keeps_its_own(monkeypatch, log):
     plugin.register()
     (line,) = log.messages
     assert "without its C++ kernels" in line
+    monkeypatch.setenv("MLA_CACHE_FORMAT", "int8")
+    plugin.register()
+    assert log.messages[-1].endswith("keeps its own MLA backend, and MLA_CACHE_FORMAT=int8 does nothing")
 
 
 def test_an_untested_version_warns(monkeypatch, log, vllm):

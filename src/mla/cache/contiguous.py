@@ -72,10 +72,20 @@ class LatentCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append latents [b, 1, s, r] and rotary keys [b, 1, s, p]; returns all of the layer's."""
+        """Append latents [b, 1, s, r] and rotary keys [b, 1, s, p]; returns all of the layer's.
+
+        The cache holds constants. Where the new latents carry gradients, what is returned carries theirs, and
+        is a copy: the next token is written beside the cache's own rows.
+        """
         layer = self.layer_at(layer_idx)
         held: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
         return held
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens of every layer, or of none; their number is given as a negative one."""
+        for layer in self.latent_layers:
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     def layer_at(self, layer_idx: int) -> Any:
         """A layer by its index; made where there is none yet."""
@@ -103,7 +113,8 @@ class LatentLayer(CacheLayerMixin):
 
     ``keys`` and ``values``, which Transformers hands on to attention, are views: latents [b, 1, t, r] and
     rotary keys [b, 1, t, p]; in the int8 format ``keys`` are the whole rows, [b, 1, t, bytes]. ``rank`` and
-    ``rope`` are r and p, 0 before the first write.
+    ``rope`` are r and p, 0 before the first write. ``holds_context`` says that the rows belong to the context
+    of a cross-attention: no query is one of them, so a roll-back leaves them alone.
     """
 
     is_compileable = False
@@ -115,6 +126,9 @@ class LatentLayer(CacheLayerMixin):
         self.format = format
         self._rows = _Rows(capacity)
         self.rank = self.rope = 0
+        self.dtype: torch.dtype | None = None
+        self.device: torch.device | None = None
+        self.holds_context = False
 
     @property
     def latents(self) -> latent.Latents:
@@ -131,7 +145,7 @@ class LatentLayer(CacheLayerMixin):
 
     def held(self) -> dict[str, Tensor]:
         """The rows in use as they are stored, [b, t, width] by the name of their buffer; views."""
-        return {name: rows.held() for name, rows in self._all_buffers().items() if rows.batch}
+        return {name: rows.held() for name, rows in self._all_buffers().items() if rows.is_written}
 
     def restore(
         self, held: Mapping[str, Tensor], *, rank: int, rope: int, dtype: torch.dtype, device: torch.device
@@ -147,7 +161,7 @@ class LatentLayer(CacheLayerMixin):
         self._publish()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is known before the first latents: they fix r, p, batch, dtype and device."""
+        """The first latents, also after a reset, fix r, p, batch, dtype and device."""
         self.rank, self.rope = key_states.shape[-1], value_states.shape[-1]
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
@@ -161,11 +175,17 @@ class LatentLayer(CacheLayerMixin):
                 "expected latents [b, 1, s, r] and rotary keys [b, 1, s, p], got "
                 f"{tuple(key_states.shape)} and {tuple(value_states.shape)}; a LatentCache holds latents only"
             )
-        if not self.is_initialized:
+        b, _, s, r = key_states.shape
+        p = value_states.shape[-1]
+        before = self._rows.length
+        if not before:
             self.lazy_initialization(key_states, value_states)
-        c_kv, k_rope = key_states[:, 0], value_states[:, 0]
-        b, s, r = c_kv.shape
-        p = k_rope.shape[-1]
+        if (r, p) != (self.rank, self.rope):
+            raise ValueError(
+                f"expected latents of {self.rank} numbers and rotary keys of {self.rope}, as held, "
+                f"got {r} and {p}"
+            )
+        c_kv, k_rope = key_states[:, 0].detach(), value_states[:, 0].detach()
         if self.format == "int8":
             slot = self._rows.reserve(b, s, latent.row_bytes(r, p), torch.uint8, c_kv.device)
             new = latent.split_rows(slot, r, p)
@@ -177,7 +197,13 @@ class LatentLayer(CacheLayerMixin):
             slot[..., :r] = c_kv
             slot[..., r:] = k_rope
         self._publish()
-        return self.keys, self.values
+        with_gradients = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        if not with_gradients or self.format == "int8":
+            return self.keys, self.values
+        return (
+            torch.cat([self.keys[:, :, :before], key_states.to(self.keys.dtype)], dim=2),
+            torch.cat([self.values[:, :, :before], value_states.to(self.values.dtype)], dim=2),
+        )
 
     def _dtype_of(self, states: Tensor) -> torch.dtype:
         return latent.FORMAT_DTYPES.get(self.format or "", states.dtype)
@@ -196,11 +222,21 @@ class LatentLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens exactly; as in Transformers their number is given as a negative one."""
+        self.check_crop(tokens_to_remove)
+        if not self.holds_context:
+            for rows in self._buffers():
+                rows.crop(-tokens_to_remove)
+            self._publish()
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Refuse, by a ValueError, what :meth:`crop` cannot do."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop: expected minus the number of tokens to remove, got {tokens_to_remove}")
-        for rows in self._buffers():
-            rows.crop(-tokens_to_remove)
-        self._publish()
+        for rows in [] if self.holds_context else self._buffers():
+            if -tokens_to_remove > rows.length:
+                raise ValueError(
+                    f"cannot remove {-tokens_to_remove} tokens from a cache that holds {rows.length}"
+                )
 
     def reset(self) -> None:
         """Forget every token, keep the allocation."""
@@ -219,7 +255,7 @@ class LatentLayer(CacheLayerMixin):
         self._publish()
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences ``indices``, in that order, repetitions allowed."""
+        """Keep the sequences ``indices`` in that order, repetitions allowed, or those where a bool is True."""
         for rows in self._buffers():
             rows.select(indices)
         self._publish()
@@ -233,12 +269,12 @@ class LatentLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """Move the buffers back to the device of the first write."""
         for rows in self._buffers():
-            rows.to(self.device)
+            rows.to(rows.home)
         self._publish()
 
     def _buffers(self) -> list["_Rows"]:
         """The buffers that have been written: a layer may share the latents, or the indexer, of another."""
-        return [rows for rows in self._all_buffers().values() if rows.batch]
+        return [rows for rows in self._all_buffers().values() if rows.is_written]
 
     def _all_buffers(self) -> dict[str, "_Rows"]:
         return {"rows": self._rows}
@@ -287,7 +323,12 @@ class _Rows:
     def __init__(self, capacity: int | None) -> None:
         self.capacity = capacity
         self.length = 0
+        self.home = torch.device("cpu")  # where the first rows came from
         self._buffer: Tensor | None = None
+
+    @property
+    def is_written(self) -> bool:
+        return self._buffer is not None
 
     @property
     def batch(self) -> int:
@@ -304,19 +345,23 @@ class _Rows:
 
     def reserve(self, b: int, s: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Room for s more rows of every sequence, [b, s, width], to be filled by the caller."""
-        if self._buffer is not None and (b, width) != (self._buffer.shape[0], self._buffer.shape[2]):
-            if self.length == 0:
-                self._buffer = None  # reset for another batch
-                return self.reserve(b, s, width, dtype, device)
+        old = self._buffer
+        if old is not None and self.length == 0:
+            # After a reset the allocation serves again, if it fits what comes now.
+            if (old.shape[0], old.shape[2], old.dtype, old.device) != (b, width, dtype, device):
+                self._buffer = None
+        elif old is not None and (old.shape[0], old.shape[2]) != (b, width):
             raise ValueError(
-                f"expected rows of batch {self._buffer.shape[0]} and width {self._buffer.shape[2]}, "
+                f"expected rows of batch {old.shape[0]} and width {old.shape[2]}, "
                 f"got batch {b} and width {width}"
             )
         start, end = self.length, self.length + s
         if self._buffer is None:
             size = (b, max(self.capacity or 0, end), width)
-            self._buffer = torch.empty(size, dtype=dtype, device=device)
-        elif end > self._buffer.shape[1]:
+            self._buffer, self.home = torch.empty(size, dtype=dtype, device=device), device
+        elif self._buffer.is_inference() and not torch.is_inference_mode_enabled():
+            self._buffer = self._buffer.clone()  # torch refuses to write into the other one here
+        if end > self._buffer.shape[1]:
             grown = self._buffer.new_empty(b, end + max(16, end // 128), width)
             grown[:, :start] = self.held()
             self._buffer = grown
@@ -324,13 +369,11 @@ class _Rows:
         return self._buffer[:, start:end]
 
     def crop(self, count: int) -> None:
-        if count > self.length:
-            raise ValueError(f"cannot remove {count} tokens from a cache that holds {self.length}")
         self.length -= count
 
     def select(self, indices: Tensor) -> None:
         if self._buffer is not None:
-            chosen = self.held().index_select(0, indices.to(self._buffer.device))
+            chosen = self.held()[indices.to(self._buffer.device)]
             self._buffer = chosen.new_empty(chosen.shape[0], *self._buffer.shape[1:])
             self._buffer[:, : self.length] = chosen
 

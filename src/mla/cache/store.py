@@ -40,9 +40,8 @@ def copy_prefix(source: LatentCache, target: LatentCache, length: int) -> None:
         if held := old.held():
             first = {name: rows[:, :length] for name, rows in held.items()}
             device = next(iter(first.values())).device
-            target.layer_at(index).restore(
-                first, rank=old.rank, rope=old.rope, dtype=old.dtype or torch.float32, device=device
-            )
+            dtype = old.dtype or torch.float32
+            target.layer_at(index).restore(first, rank=old.rank, rope=old.rope, dtype=dtype, device=device)
 
 
 def save_cache(path: Path, cache: LatentCache, tokens: Sequence[int], fingerprint: Mapping[str, str]) -> None:
@@ -66,8 +65,8 @@ def save_cache(path: Path, cache: LatentCache, tokens: Sequence[int], fingerprin
             if rows.shape[:2] != (1, len(tokens)):
                 raise ValueError(f"expected rows [1, {len(tokens)}, width], got {tuple(rows.shape)}")
             tensors[f"{index}.{name}"] = rows.cpu().contiguous()
-            dtype = layer.dtype if layer.is_initialized else torch.float32
-            layers[str(index)] = (layer.rank, layer.rope, str(dtype).removeprefix("torch."))
+            dtype = str(layer.dtype or torch.float32).removeprefix("torch.")
+            layers[str(index)] = (layer.rank, layer.rope, dtype)
     header = {
         "format": FORMAT,
         "fingerprint": json.dumps(dict(fingerprint), sort_keys=True),

@@ -34,7 +34,7 @@ CacheFormat = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="Any torch device: cpu, cuda, mps ...")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text for people.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
 def check_dtype(dtype: str, *known: str) -> Any:

@@ -66,8 +66,10 @@ def convert(
             "--split-query", help="Store the query projection as two, as llama.cpp asks for: exact, larger."
         ),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the calibration text and the order of training.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Of the written weights: float32 or bfloat16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of the calibration text and the order of training.")] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the written weights: float32 or bfloat16.")
+    ] = "float32",
     device: Annotated[str, typer.Option(help="Where the work is done: cpu, or cuda for a GPU.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: console.Json = False,
@@ -75,8 +77,8 @@ def convert(
     """Convert a Llama-type MODEL (MHA, GQA or MQA) to Multi-head Latent Attention and write it to OUT.
 
     OUT is a DeepseekV3ForCausalLM checkpoint: Transformers loads it without remote code, and so does vLLM
-    unless MODEL's attention has biases. It appears when it is whole. A conversion that was interrupted goes
-    on where it was when the same command runs again.
+    unless MODEL's attention has biases. OUT appears once it is complete. A conversion that was interrupted
+    goes on where it was when the same command runs again.
     """
     import torch
 

@@ -17,7 +17,9 @@ def doctor(
     device: console.Device = "cpu",
     as_json: console.Json = False,
 ) -> None:
-    """Compare MODEL absorbed with itself as Transformers runs it: layer by layer, at both ends of its range.
+    """Compare MODEL absorbed with itself as Transformers runs it, layer by layer.
+
+    Both ends of its context are checked, the first positions and the last.
 
     Exit status 0: safe. 1: it differs, see the table. 2: not an MLA model, or not to be absorbed.
     """

@@ -13,7 +13,7 @@ from mla.errors import MLAError
 def generate(
     model: console.Model,
     prompt: Annotated[str, typer.Argument(help='The prompt; "-" reads it from standard input.')],
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the answer at most.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token every time.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens of this total share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,

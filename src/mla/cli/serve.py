@@ -41,7 +41,7 @@ def serve(
         typer.Option(help="Keep the latents of prompts in this folder, beyond a restart; transformers only."),
     ] = None,
     cache_dir_size: Annotated[
-        str, typer.Option(help="How large that folder may get; the prefix not used for longest goes.")
+        str, typer.Option(help="Largest size of that folder; the prefix not used for longest goes first.")
     ] = "10GiB",
     dtype: console.Dtype = "auto",
 ) -> None:
@@ -90,7 +90,7 @@ def _load(
     """The application, its model loaded; says what fits."""
     missing = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
     if missing:
-        raise MLAError(f"serving needs {', '.join(missing)}: pip install 'mla[serve]'")
+        raise MLAError(f"serving needs more packages: pip install {' '.join(missing)}")
     from mla.integrations.serving.app import build_app
     from mla.integrations.serving.loading import load_engine
 
@@ -143,6 +143,8 @@ def _become_vllm(
     dtype: str,
 ) -> None:
     """Replace this process by vLLM's server, which finds our plugin by itself."""
+    import psutil
+
     options = ["--host", host, "--port", str(port), "--dtype", console.check_dtype(dtype)]
     if max_model_len is not None:
         options += ["--max-model-len", str(max_model_len)]
@@ -151,7 +153,9 @@ def _become_vllm(
         if cache_format not in ("bf16", "int8"):
             raise MLAError(f"--cache-format: vLLM takes auto, bf16 or int8, got {cache_format}")
         environment["MLA_CACHE_FORMAT"] = cache_format
-    if budget is not None:
+    if budget is not None or "VLLM_CPU_KVCACHE_SPACE" not in environment:
+        # vLLM by itself asks for nine tenths of the machine, and ends where others use more than the rest.
+        budget = psutil.virtual_memory().available // 2 if budget is None else budget
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, budget // 2**30))
     if api_key is not None:  # not on the command line, where every user of the machine can read it
         environment["VLLM_API_KEY"] = api_key

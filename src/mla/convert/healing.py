@@ -37,6 +37,7 @@ _TOKENS_PER_STEP = 512
 _ROWS = 256  # logits of so many tokens exist at a time
 _SAVE_EVERY = 90.0  # seconds
 _CHECKS = 8  # measurements on the held-out windows while healing
+_KEPT = 2 * 2**30  # bytes of the teacher's outputs that are kept for the next time a window is read
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ class _Run:
         self.views = [view for _ in student.model.layers for view in matrices.values()]
         self.held_out = held_out
         self.reference = _hidden(teacher, held_out)
+        self.keeps = windows.numel() * self.reference.shape[-1] * self.reference.element_size() <= _KEPT
+        self.theirs: dict[int, Tensor] = {}
         self.mark = _mark(windows, held_out, seconds, seed, self.parameters)
         self.started, self.spent, self.saved_at = time.monotonic(), 0.0, 0.0
         self.step, self.tokens = 0, 0
@@ -170,8 +173,8 @@ class _Run:
             longest = 0.0
             while (now := self.seconds()) + longest < self.total:
                 rate = largest * schedule(max(now / self.total, 1e-3), warm_up=_WARM_UP)
-                ids = self.windows[self._next(per_step)].to(self.student.device)
-                reference = _hidden(self.teacher, ids)
+                places = self._next(per_step)
+                ids, reference = self.windows[places].to(self.student.device), self._wanted(places)
                 hidden = self.student.model(input_ids=ids, use_cache=False).last_hidden_state
                 _, gradient = _kl(self.student, self.teacher, hidden.detach(), reference, gradient=True)
                 hidden.backward(gradient)
@@ -188,6 +191,18 @@ class _Run:
             self._check()
             self.ended = self.seconds()
             self._save(optimiser)
+
+    def _wanted(self, places: Tensor) -> Tensor:
+        """The teacher's outputs for these windows, computed once if all of them together are small."""
+        found = []
+        for place in places.tolist():
+            hidden = self.theirs.get(place)
+            if hidden is None:
+                hidden = _hidden(self.teacher, self.windows[place][None])[0]
+            if self.keeps:
+                self.theirs[place] = hidden
+            found.append(hidden)
+        return torch.stack(found)
 
     def _next(self, count: int) -> Tensor:
         """Places of the next ``count`` windows: every window once, then every one again in another order."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from mla.cache import LatentCache
 from mla.config import MLAConfig
 from mla.integrations.loading import DTYPE_FORMATS
-from mla.integrations.transformers import absorb, latent_attentions, restore
+from mla.integrations.transformers import absorb, absorbed_path, latent_attentions, restore
 
 # Relative error of a layer's output that rounding alone explains, by the dtype of the weights. Half-precision
 # runs differ from themselves by this much when the order of a sum changes.
@@ -56,6 +56,17 @@ class Diagnosis:
         return not self.problems
 
 
+@contextmanager
+def _left_as_it_came(model: Any) -> Iterator[None]:
+    path = absorbed_path(model)
+    try:
+        yield
+    finally:
+        restore(model)
+        if path is not None:
+            absorb(model, path=path)
+
+
 @torch.no_grad()
 def diagnose(model: Any, ids: Tensor, *, on_progress: Callable[[int, int], None] | None = None) -> Diagnosis:
     """Run ``ids`` through the stock model at once, and absorbed in chunks and single tokens on a cache.
@@ -80,29 +91,29 @@ def diagnose(model: Any, ids: Tensor, *, on_progress: Callable[[int, int], None]
     errors: dict[str, float] = {}
     logit_error, agreed, checked = 0.0, 0, 0
     bytes_per_token = 0.0
-    for done, (first, _) in enumerate(spans):
-        restore(model)
-        positions = torch.arange(first, first + t, device=ids.device)[None]
-        with _record(model) as stock_outputs:
-            stock = model(ids, position_ids=positions, use_cache=False).logits
-        absorb(model)
-        cache = LatentCache(model.config.get_text_config(decoder=True), capacity=t)
-        with _record(model) as outputs:
-            parts = []
-            for start, end in [(0, t // 2), (t // 2, t - 3), *((i, i + 1) for i in range(t - 3, t))]:
-                chunk = {"position_ids": positions[:, start:end], "past_key_values": cache}
-                parts.append(model(ids[:, start:end], **chunk).logits)
-        logits = torch.cat(parts, dim=1)
-        for name, want in stock_outputs.items():
-            error = _relative_error(torch.cat(outputs[name], dim=1), torch.cat(want, dim=1))
-            errors[name] = max(errors.get(name, 0.0), error)
-        logit_error = max(logit_error, _relative_error(logits, stock))
-        agreed += int((logits.argmax(-1) == stock.argmax(-1)).sum())
-        checked += t
-        bytes_per_token = cache.nbytes / t
-        if on_progress is not None:
-            on_progress(done + 1, len(spans))
-    restore(model)
+    with _left_as_it_came(model):
+        for done, (first, _) in enumerate(spans):
+            restore(model)
+            positions = torch.arange(first, first + t, device=ids.device)[None]
+            with _record(model) as stock_outputs:
+                stock = model(ids, position_ids=positions, use_cache=False).logits
+            absorb(model)
+            cache = LatentCache(model.config.get_text_config(decoder=True), capacity=t)
+            with _record(model) as outputs:
+                parts = []
+                for start, end in [(0, t // 2), (t // 2, t - 3), *((i, i + 1) for i in range(t - 3, t))]:
+                    chunk = {"position_ids": positions[:, start:end], "past_key_values": cache}
+                    parts.append(model(ids[:, start:end], **chunk).logits)
+            logits = torch.cat(parts, dim=1)
+            for name, want in stock_outputs.items():
+                error = _relative_error(torch.cat(outputs[name], dim=1), torch.cat(want, dim=1))
+                errors[name] = max(errors.get(name, 0.0), error)
+            logit_error = max(logit_error, _relative_error(logits, stock))
+            agreed += int((logits.argmax(-1) == stock.argmax(-1)).sum())
+            checked += t
+            bytes_per_token = cache.nbytes / t
+            if on_progress is not None:
+                on_progress(done + 1, len(spans))
     modules = latent_attentions(model)
     scale = (config.softmax_scale, float(next(iter(modules.values())).scaling))
     dtype = next(iter(modules.values())).kv_b_proj.weight.dtype

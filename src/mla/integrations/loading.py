@@ -117,11 +117,13 @@ def _check_device(device: str) -> None:
 
 def _load(cls: Any, path: str, options: dict[str, Any]) -> Any:
     try:
-        return cls.from_pretrained(path, **options)
-    except ImportError as error:
+        return cls.from_pretrained(path, trust_remote_code=False, **options)
+    except ImportError as error:  # of packages that read GGUF files or quantised weights
         if "gguf_file" in options:
-            raise MLAError("reading a .gguf file needs the gguf package: pip install 'mla[gguf]'") from error
-        raise
+            raise MLAError(
+                "reading a .gguf file needs gguf and accelerate: pip install gguf accelerate"
+            ) from error
+        raise MLAError(f"{path} needs a package that is not installed: {_first_line(error)}") from error
     except (OSError, ValueError, SafetensorError) as error:
         raise MLAError(f"{path} does not open: {_first_line(error)}") from error
 

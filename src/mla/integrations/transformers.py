@@ -115,6 +115,11 @@ def is_absorbed(model: PreTrainedModel) -> bool:
     return "_mla_absorbed" in vars(model)
 
 
+def absorbed_path(model: PreTrainedModel) -> Path | Literal["auto"] | None:
+    """The ``path`` that :func:`absorb` was given; None where it is not in force."""
+    return next(iter(model._mla_absorbed.modules))._mla_path if is_absorbed(model) else None
+
+
 def latent_attentions(model: nn.Module) -> dict[str, Any]:
     """The latent attention modules of a model by name, in order; empty for a model that is not MLA."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "kv_b_proj")}

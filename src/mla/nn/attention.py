@@ -86,7 +86,8 @@ class MultiheadLatentAttention(nn.Module):
 
     Raises:
         ValueError: ``context_size`` below 1, ``attention_dropout`` outside [0, 1), or a config with what this
-            module does not have: layer groups, a sliding window, a sparse indexer.
+            module does not have: layer groups, a sliding window, a sparse indexer, or, in cross-attention,
+            RoPE whose frequencies follow the sequence's length ("dynamic", "longrope").
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class MultiheadLatentAttention(nn.Module):
             raise ValueError(f"context_size: expected at least 1, or None, got {context_size}")
         if not 0.0 <= attention_dropout < 1.0:
             raise ValueError(f"attention_dropout: expected a number in [0, 1), got {attention_dropout}")
-        _refuse_what_is_not_built(config)
+        _refuse_what_is_not_built(config, crosses=context_size is not None)
         self.config = config
         self.layer_idx = layer_idx
         self.context_size = context_size
@@ -219,15 +220,18 @@ class MultiheadLatentAttention(nn.Module):
 
         q = self._queries(hidden_states, query_positions)
         rotation = self._rotation(query_positions, q.device)
+        weight = self.kv_b_proj.weight
         if source is None:
             assert cache is not None  # _source has seen to that
             held = cache.layers[self.layer_idx].latents
+            if _needs_grad(q, weight, mask):  # autograd saves what it reads; a reset writes over the rows
+                held = Latents(*(x.clone() for x in held.numbers(q.dtype)))
         else:
             same = key_positions is query_positions
             key_rotation = rotation if same else self._rotation(key_positions, q.device)
             held = Latents(*self._latents(source, key_rotation))
             if cache is not None:
-                needs_grad = torch.is_grad_enabled() and (q.requires_grad or held.c_kv.requires_grad)
+                needs_grad = _needs_grad(q, held.c_kv, held.k_rope, weight, mask)
                 held = self._store(cache, held, cached, needs_grad)
         out = self._attend(q, rotation, held, mask, causal, plan)
         projected: Tensor = self.o_proj(out.flatten(2))
@@ -336,6 +340,7 @@ class MultiheadLatentAttention(nn.Module):
     def _store(self, cache: LatentCache, new: Latents, cached: int, needs_grad: bool) -> Latents:
         """Append to the cache; returns the latents of all tokens."""
         cache.update(new.c_kv.detach()[:, None], new.k_rope.detach()[:, None], self.layer_idx)
+        cache.layers[self.layer_idx].holds_context = self.context_size is not None
         held: Latents = cache.layers[self.layer_idx].latents
         if not needs_grad:
             return held
@@ -408,7 +413,11 @@ class MultiheadLatentAttention(nn.Module):
             return torch.cat(parts, dim=2)
 
 
-def _refuse_what_is_not_built(config: MLAConfig) -> None:
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _refuse_what_is_not_built(config: MLAConfig, *, crosses: bool) -> None:
     if config.groups:
         raise ValueError(
             "config: expected the dimensions of one layer, got layer groups; pass config.at_layer(i)"
@@ -418,6 +427,11 @@ def _refuse_what_is_not_built(config: MLAConfig) -> None:
     if config.indexer_layers:
         raise ValueError(
             f"config.indexer_layers: expected none, got {config.indexer_layers}; this module sees all keys"
+        )
+    if crosses and config.rope.rope_type in ("dynamic", "longrope"):
+        raise ValueError(
+            "config.rope.rope_type: expected one whose frequencies do not follow the length, because queries "
+            f"and context have lengths of their own, got {config.rope.rope_type!r}"
         )
 
 

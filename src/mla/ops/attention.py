@@ -128,7 +128,7 @@ def prefill(
     if plan is None:
         plan = plan_for(q_nope, c_kv, k_rope, w_uv, causal=causal)
     if _kernels_take(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, sinks, dropout):
-        simple = _simple_mask(mask, causal, q_nope.shape[1])
+        simple = _simple_mask(mask, causal, q_nope.shape[1], c_kv.shape[1])
         if simple is not None:
             b, t = c_kv.shape[:2]
             lengths = torch.full((b,), t, dtype=torch.int32)
@@ -186,6 +186,20 @@ def decode(
     if len(given) != b or any(not 0 <= length <= t or length != int(length) for length in given):
         raise ValueError(f"lengths: expected {b} whole numbers from 0 to {t}, got {given}")
     sizes = [int(length) for length in given]
+    if b == 0:
+        return prefill(
+            q_nope,
+            q_rope,
+            c_kv,
+            k_rope,
+            w_uk,
+            w_uv,
+            scale=scale,
+            causal=causal,
+            sinks=sinks,
+            latent_scale=latent_scale,
+            plan=plan,
+        )
     # A mask with a row per query counts them from the end of each sequence: it stays with its sequence.
     if _kernels_take(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, sinks, 0.0) and (
         mask is None or (mask.dtype == torch.bool and mask.shape[1:3] == (1, 1))
@@ -270,9 +284,9 @@ def _kernels_take(
     )
 
 
-def _simple_mask(mask: Tensor | None, causal: bool, s: int) -> tuple[Tensor | None, bool] | None:
-    """(mask of keys [b or 1, t], causal) that says the same, or None if there is none."""
-    if mask is None:
+def _simple_mask(mask: Tensor | None, causal: bool, s: int, t: int) -> tuple[Tensor | None, bool] | None:
+    """(mask of keys [b or 1, t or 1], causal) that says the same, or None if there is none."""
+    if mask is None or s == 0:
         return None, causal
     if mask.dtype != torch.bool or mask.shape[1] != 1:
         return None
@@ -280,7 +294,7 @@ def _simple_mask(mask: Tensor | None, causal: bool, s: int) -> tuple[Tensor | No
         return mask[:, 0, 0], causal
     # Transformers writes padding and the causal limit into one mask, whose last query sees every key that is
     # not padding. Comparing costs one byte per score, next to nothing beside the score.
-    t = mask.shape[3]
+    mask = mask.expand(-1, -1, -1, t)
     keys = mask[:, :, -1:]
     if torch.equal(mask, keys & torch.ones(s, t, dtype=torch.bool).tril(t - s)):
         return keys[:, 0, 0], True
@@ -305,6 +319,7 @@ def _native(
     plan: Plan,
 ) -> tuple[Tensor, Tensor]:
     b, s, h, n = q_nope.shape
+    r = c_kv.shape[2]
     if key_mask is not None:
         key_mask = key_mask.expand(b, c_kv.shape[1]).contiguous()
     sinks = None if sinks is None else sinks.float().contiguous()
@@ -326,7 +341,7 @@ def _native(
     # One product per head, [h, b·s, n] x [h, n, r]; the result is read by its strides.
     q_latent = torch.matmul(q_nope.permute(2, 0, 1, 3).reshape(h, b * s, n), w_uk)
     out_latent, lse = native.decode(
-        q_latent.view(h, b, s, -1).permute(1, 2, 0, 3),
+        q_latent.view(h, b, s, r).permute(1, 2, 0, 3),
         q_rope,
         c_kv,
         k_rope,
@@ -337,8 +352,8 @@ def _native(
         key_mask=key_mask,
         sinks=sinks,
     )
-    flat_out = out_latent.permute(2, 0, 1, 3).reshape(h, b * s, -1)
-    out = torch.matmul(flat_out, w_uv.transpose(1, 2)).view(h, b, s, -1)
+    flat_out = out_latent.permute(2, 0, 1, 3).reshape(h, b * s, r)
+    out = torch.matmul(flat_out, w_uv.transpose(1, 2)).view(h, b, s, w_uv.shape[1])
     return out.permute(1, 2, 0, 3), lse
 
 

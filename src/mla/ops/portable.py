@@ -40,7 +40,8 @@ def absorbed(
     t, r = c_kv.shape[1:]
     dtype, precision = _compute_dtypes(q_nope)
     # One batched product per head; [h, b·s, n] x [h, n, r].
-    q_latent = torch.matmul(q_nope.permute(2, 0, 1, 3).reshape(h, b * s, n), w_uk).view(h, b, s, r)
+    flat = q_nope.permute(2, 0, 1, 3).reshape(h, b * s, n)
+    q_latent = torch.matmul(flat, w_uk.to(flat.dtype)).view(h, b, s, r)
     q_latent = (q_latent * scale).permute(1, 0, 2, 3).to(dtype)  # [b, h, s, r]
     q_rope = (q_rope * scale).transpose(1, 2).to(dtype)  # [b, h, s, p]
 
@@ -167,14 +168,17 @@ def _finish(
             out.append(torch.zeros(b, h, count, width, dtype=state.precision, device=device))
             lse.append(torch.full((b, h, count), -torch.inf, dtype=state.precision, device=device))
             continue
-        # log(0) = -inf is the right lse of a row without keys, but 0/0 is not its output.
-        row_lse = state.maximum.masked_fill(state.maximum == -torch.inf, 0.0) + state.total.log()
-        row_out = state.weighted / state.total.masked_fill(state.total == 0.0, 1.0)
+        # A row without keys has out = 0 and lse = -inf. Neither log(0) nor 0/0 may be computed on the way:
+        # their gradients are NaN even where their results are not used.
+        empty = state.total == 0.0
+        total = state.total.masked_fill(empty, 1.0)
+        row_lse = state.maximum.masked_fill(empty, 0.0) + total.log()
+        row_out = state.weighted / total
         if sinks is not None:
             # exp(lse) / (exp(lse) + exp(sink)): the share of the softmax that the sink leaves to the keys.
             row_out = row_out * torch.sigmoid(row_lse - sinks.to(state.precision).view(1, h, 1, 1))
         out.append(row_out)
-        lse.append(row_lse.squeeze(-1))
+        lse.append(row_lse.masked_fill(empty, -torch.inf).squeeze(-1))
     return torch.cat(out, dim=2), torch.cat(lse, dim=2).transpose(1, 2)
 
 

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import logging
+import os
 from typing import Any
 
 from mla.ops import native
@@ -16,6 +17,7 @@ BLOCK_SIZE = 64
 # Below "vllm", so that vLLM's own settings of the log govern it.
 _log = logging.getLogger("vllm.mla")
 
+_FORMAT = "MLA_CACHE_FORMAT"
 _BACKEND = "mla.integrations.vllm.backend.Backend"
 _MINICPM3 = "mla.integrations.vllm.minicpm3:TransformersForCausalLM"
 _MLA = "vllm.model_executor.layers.attention.mla_attention"
@@ -80,17 +82,17 @@ def register() -> None:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
+        if _FORMAT in os.environ:
+            _stand_aside("mla serves vLLM on CPUs only")
         return
     if native.best() is None:
-        _log.warning("mla was installed without its C++ kernels: vLLM keeps its own MLA backend")
+        _stand_aside("mla was installed without its C++ kernels")
         return
     missing = missing_seams(_SEAMS)
     if missing:
-        _log.error(
-            "mla does not fit vLLM %s (tested with %s), which lacks %s: vLLM keeps its own MLA backend",
-            vllm.__version__,
-            ", ".join(TESTED),
-            "; ".join(missing),
+        _stand_aside(
+            f"mla does not fit vLLM {vllm.__version__} (tested with {', '.join(TESTED)}), "
+            f"which lacks {'; '.join(missing)}"
         )
         return
     if vllm.__version__ not in TESTED:
@@ -100,6 +102,12 @@ def register() -> None:
             vllm.__version__,
         )
     _install()
+
+
+def _stand_aside(reason: str) -> None:
+    """vLLM runs as it would without us; a format that was asked for is not dropped in silence."""
+    asked = f", and {_FORMAT}={os.environ[_FORMAT]} does nothing" if _FORMAT in os.environ else ""
+    _log.warning("%s: vLLM keeps its own MLA backend%s", reason, asked)
 
 
 def _install() -> None:
@@ -172,11 +180,11 @@ def _check_biases(model: Any) -> None:
 
 
 def for_strided(original: Any) -> Any:
-    """vLLM's rotary operator reads queries as if their heads lay side by side. The rotated parts of MLA's
-    queries do not: they take the way in torch."""
+    """vLLM's rotary operator reads three-dimensional queries as if their heads lay side by side. The rotated
+    parts of MLA's queries do not: they take the way in torch."""
 
     def forward_cpu(self: Any, positions: Any, query: Any, key: Any = None) -> Any:
-        dense = all(x is None or x.is_contiguous() for x in (query, key))
+        dense = all(x is None or x.dim() < 3 or x.is_contiguous() for x in (query, key))
         return original(self, positions, query, key) if dense else self.forward_native(positions, query, key)
 
     return forward_cpu

@@ -1,0 +1,98 @@
+"""Arguments that make no sense are named, and the cache is as it was."""
+
+import pytest
+import torch
+
+from mla.cache import LatentCache
+from mla.config import MLAConfig, RopeConfig
+from mla.nn import MultiheadLatentAttention
+from tests.nn.cases import SIZES, build, make_config
+
+X = torch.zeros(2, 3, SIZES["hidden_size"])
+CONTEXT = torch.zeros(2, 5, 19)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_states": X[0]}, r"hidden_states \[b, s, d\]: expected last dimension 52, got shape"),
+        ({"hidden_states": X[..., 1:]}, r"expected last dimension 52, got shape \(2, 3, 51\)"),
+        ({"context": CONTEXT}, r"context: expected None, .* without context_size, got shape \(2, 5, 19\)"),
+        ({"context_position_ids": torch.arange(3)}, "context_position_ids: expected None in self-attention"),
+        ({"position_ids": torch.zeros(3)}, "position_ids: expected integers, got torch.float32"),
+        ({"position_ids": torch.arange(4)}, r"position_ids: expected shape \(2, 3\) or \(3,\), got \(4,\)"),
+        ({"attention_mask": torch.ones(2, 4)}, r"\[b, t\] = \(2, 3\), cached and new .*, got \(2, 4\)"),
+        ({"attention_mask": torch.ones(2, 3)}, "expected bool or integers, 0 for padding, got torch.float32"),
+        ({"attention_mask": torch.ones(2, 3, 3)}, r"or a shape that broadcasts .* got \(2, 3, 3\)"),
+        (
+            {"attention_mask": torch.ones(2, 1, 3, 4)},
+            r"broadcasts to .* = \(2, 3, 3, 3\), got \(2, 1, 3, 4\)",
+        ),
+        (
+            {"attention_mask": torch.ones(2, 1, 3, 3).int()},
+            "expected bool or a floating dtype, got torch.int",
+        ),
+        ({"path": "fast"}, 'expected path "auto", "absorbed" or "expanded"'),
+    ],
+)
+def test_misuse_of_self_attention(change, message):
+    cache = LatentCache()
+    with pytest.raises(ValueError, match=message):
+        build()(**({"hidden_states": X, "cache": cache} | change))
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"context": None}, r"context: expected \[b, t, 19\], because no cached context .* layer 0"),
+        ({"context": None, "cache": LatentCache()}, "no cached context exists"),
+        ({"context": CONTEXT[..., 1:]}, r"context .* expected last dimension 19 and batch 2"),
+        ({"context": CONTEXT[:1]}, r"context .* batch 2, got shape \(1, 5, 19\)"),
+        ({"is_causal": True}, "is_causal: expected False or None in cross-attention"),
+        ({"attention_mask": torch.ones(2, 3).int()}, r"\[b, t\] = \(2, 5\)"),
+        ({"context_position_ids": torch.arange(3)}, r"context_position_ids: expected shape \(2, 5\)"),
+        ({"path": "fast"}, 'expected path "auto", "absorbed" or "expanded"'),
+    ],
+)
+def test_misuse_of_cross_attention(change, message):
+    with pytest.raises(ValueError, match=message):
+        build(context_size=19)(**({"hidden_states": X, "context": CONTEXT} | change))
+
+
+def test_misuse_of_a_cached_context():
+    module = build(context_size=19)
+    cache = LatentCache()
+    module(X, context=CONTEXT, cache=cache)
+    with pytest.raises(ValueError, match=r"layer 0 of the cache already holds a context of 5 tokens"):
+        module(X, context=CONTEXT, cache=cache)
+    with pytest.raises(ValueError, match=r"position_ids: expected .* where RoPE meets a cached context"):
+        module(X, cache=cache)
+    with pytest.raises(ValueError, match="context_position_ids: expected None for a cached context"):
+        module(X, cache=cache, position_ids=torch.arange(3), context_position_ids=torch.arange(5))
+    with pytest.raises(ValueError, match=r"c_kv \[b, t, r\]: expected shape \(1, 5, 40\), got \(2, 5, 40\)"):
+        module(X[:1], cache=cache, position_ids=torch.arange(3))
+    cache.reset()
+    module(X, context=CONTEXT[:, :4], cache=cache)
+    assert cache.get_seq_length() == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context_size": 0}, "context_size: expected at least 1"),
+        ({"attention_dropout": 1.0}, r"attention_dropout: expected a number in \[0, 1\), got 1.0"),
+        ({"config": make_config(sliding_window=8)}, "sliding_window: expected None, got 8"),
+        ({"config": make_config(indexer_layers=(0,), indexer_width=4)}, "indexer_layers: expected none"),
+        (
+            {
+                "config": MLAConfig(**SIZES, rope=RopeConfig(layout="half", rope_type="dynamic", factor=2.0)),
+                "context_size": 19,
+            },
+            "rope_type: expected one whose frequencies do not follow the length",
+        ),
+    ],
+)
+def test_misuse_of_the_constructor(options, message):
+    with pytest.raises(ValueError, match=message):
+        MultiheadLatentAttention(**({"config": make_config()} | options))
