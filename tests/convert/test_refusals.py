@@ -20,12 +20,10 @@ from mla.errors import MLAError
 
 from .tiny import teacher, tokens
 
-_LLAMA3 = {
-    "rope_type": "llama3",
+_YARN = {
+    "rope_type": "yarn",
     "rope_theta": 5e5,
     "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
 
@@ -38,7 +36,7 @@ _LLAMA3 = {
         (GPT2Config(), "gpt2"),
         (DeepseekV3Config(), "already"),
         (LlamaConfig(mlp_bias=True), "mlp_bias"),
-        (LlamaConfig(rope_parameters=_LLAMA3), "llama3.*original_max_position_embeddings"),
+        (LlamaConfig(rope_parameters=_YARN), "yarn.*original_max_position_embeddings"),
         (LlamaConfig(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}), "linear"),
         (
             LlamaConfig(

@@ -9,6 +9,10 @@ from mla.errors import MLAError
 
 _LLAMA_LIKE = {"llama", "mistral", "qwen2"}
 
+# What fixes each pair's frequency once and for all, and leaves the fast ones alone. The target has the plain
+# ladder; its slots meet the slowed pairs where they fit best (rope_split.py).
+_ROPES = {"default", "llama3"}
+
 # Why a family that people will try cannot be stored, by model_type.
 _REASONS = {
     "qwen3": "its QK-norm normalises every key after projection, which no shared latent can absorb",
@@ -67,7 +71,7 @@ def _check_window(config: Any) -> None:
 def _check_rope(config: Any) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
-    if kind != "default":
+    if kind not in _ROPES:
         way = (
             "; for contexts within original_max_position_embeddings, remove the scaling from its config"
             if "original_max_position_embeddings" in rope

@@ -30,12 +30,16 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 
+from mla.config import RopeConfig, rope_from_dict
+from mla.convert.rope_split import ladder
 from mla.convert.statistics import AttentionWeights
+from mla.ops.rope import inverse_frequencies
 
 LATENT_NORM_EPS = 1e-6
 LATENT_GAIN = 2.0**20
@@ -120,6 +124,16 @@ def cached_numbers(config: object) -> int:
     return int(2 * groups * head_dim(config))
 
 
+def teacher_frequencies(config: Any) -> Tensor:
+    """The teacher's rotary frequencies, fp64 [d/2], scaled where its config says so (Llama 3.1 and later)."""
+    d, theta = head_dim(config), float(config.rope_parameters["rope_theta"])
+    scaled = rope_from_dict(config.rope_parameters, layout="half", theta=theta, rope_dim=d)
+    plain = RopeConfig(layout="half", theta=theta)
+    # Both in fp32, so that the ratio of a pair that the scaling leaves alone is 1 exactly.
+    slowed = inverse_frequencies(scaled, d) / inverse_frequencies(plain, d)
+    return ladder(d, theta) * slowed.double()
+
+
 def has_biases(teacher: PreTrainedModel) -> bool:
     """Whether queries, keys and values have biases: all of them have, or none."""
     return teacher.model.layers[0].self_attn.q_proj.bias is not None
@@ -129,7 +143,6 @@ def attention_weights(teacher: PreTrainedModel, layer: int) -> AttentionWeights:
     """One teacher block as fp32 matrices (copies when the teacher is not fp32)."""
     config, block = teacher.config, teacher.model.layers[layer].self_attn
     d, width = head_dim(config), config.hidden_size
-    theta = float(config.rope_parameters["rope_theta"])
 
     def rows(linear: torch.nn.Linear, *, bias: bool) -> Tensor:
         found = linear.weight.detach().float()
@@ -150,7 +163,7 @@ def attention_weights(teacher: PreTrainedModel, layer: int) -> AttentionWeights:
         k=rows(block.k_proj, bias=True),
         v=rows(block.v_proj, bias=False),
         o=block.o_proj.weight.detach().float().view(width, -1, d).transpose(0, 1).contiguous(),
-        inv_freq=theta ** -(torch.arange(0, d, 2, dtype=torch.float64) / d),
+        inv_freq=teacher_frequencies(config),
         constant=constant,
     )
 
