@@ -398,8 +398,30 @@ def test_the_vllm_engine_is_vllms_own_server(mla, mla_folder, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
     mla("serve", mla_folder)
     assert became[-1][2]["VLLM_CPU_KVCACHE_SPACE"] == "7"
-    assert "bf16 or int8" in mla("serve", mla_folder, "--cache-format", "fp32").err
+    assert "auto, fp32, bf16, int8, got fp16" in mla("serve", mla_folder, "--cache-format", "fp16").err
     assert "--engine transformers" in mla("serve", mla_folder, "--cache-dir", "x").err
+
+
+def test_vllm_computes_as_the_other_engine_does(mla, mla_folder, tmp_path, monkeypatch):
+    """A CPU without bf16 arithmetic computes a bf16 checkpoint in fp32, on a bf16 cache."""
+    from mla.cli import serve
+    from mla.integrations import loading
+
+    shutil.copytree(mla_folder, tmp_path / "half")
+    AutoModelForCausalLM.from_pretrained(mla_folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    became = []
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(serve.os, "execve", lambda *command: became.append(command) or exit(0))
+    monkeypatch.delenv("MLA_CACHE_FORMAT", raising=False)
+    told = []
+    for native in (False, True):
+        monkeypatch.setattr(loading, "computes_in_half", lambda device, native=native: native)
+        for options in ((), ("--dtype", "bfloat16"), ("--cache-format", "int8")):
+            mla("serve", tmp_path / "half", *options)
+            command, environment = became[-1][1:]
+            told.append((command[command.index("--dtype") + 1], environment.get("MLA_CACHE_FORMAT")))
+    assert told[:3] == [("float32", "bf16"), ("bfloat16", None), ("float32", "int8")]
+    assert told[3:] == [("auto", None), ("bfloat16", None), ("auto", "int8")]
 
 
 def test_save_and_load_cache(mla, mla_folder, tmp_path):

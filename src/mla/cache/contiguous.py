@@ -255,7 +255,7 @@ class LatentLayer(CacheLayerMixin):
         self._publish()
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences ``indices`` in that order, repetitions allowed, or those where a bool is True."""
+        """Keep the sequences ``indices``, in that order and as often; of bools, those that are True."""
         for rows in self._buffers():
             rows.select(indices)
         self._publish()

@@ -14,6 +14,7 @@ from mla.cli import console
 from mla.errors import MLAError
 
 _ENGINES = ("auto", "transformers", "vllm")
+_VLLM_FORMATS = ("auto", "fp32", "bf16", "int8")
 
 
 def serve(
@@ -144,15 +145,22 @@ def _become_vllm(
 ) -> None:
     """Replace this process by vLLM's server, which finds our plugin by itself."""
     import psutil
+    import torch
 
-    options = ["--host", host, "--port", str(port), "--dtype", console.check_dtype(dtype)]
+    from mla.integrations.loading import choose_cache_format, computing_dtype, load_config
+
+    if cache_format not in _VLLM_FORMATS:
+        raise MLAError(f"--cache-format: vLLM takes {', '.join(_VLLM_FORMATS)}, got {cache_format}")
+    computing = computing_dtype(model, console.check_dtype(dtype))
+    options = ["--host", host, "--port", str(port), "--dtype", computing]
     if max_model_len is not None:
         options += ["--max-model-len", str(max_model_len)]
     environment = dict(os.environ)
     if cache_format != "auto":
-        if cache_format not in ("bf16", "int8"):
-            raise MLAError(f"--cache-format: vLLM takes auto, bf16 or int8, got {cache_format}")
         environment["MLA_CACHE_FORMAT"] = cache_format
+    elif computing != dtype:  # a checkpoint in half precision that is computed in fp32
+        stored = choose_cache_format("auto", load_config(model), torch.float32)
+        environment.setdefault("MLA_CACHE_FORMAT", stored)
     if budget is not None or "VLLM_CPU_KVCACHE_SPACE" not in environment:
         # vLLM by itself asks for nine tenths of the machine, and ends where others use more than the rest.
         budget = psutil.virtual_memory().available // 2 if budget is None else budget

@@ -127,6 +127,8 @@ def cached_numbers(config: object) -> int:
 def teacher_frequencies(config: Any) -> Tensor:
     """The teacher's rotary frequencies, fp64 [d/2], scaled where its config says so (Llama 3.1 and later)."""
     d, theta = head_dim(config), float(config.rope_parameters["rope_theta"])
+    if config.rope_parameters.get("rope_type", "default") == "default":
+        return ladder(d, theta)
     scaled = rope_from_dict(config.rope_parameters, layout="half", theta=theta, rope_dim=d)
     plain = RopeConfig(layout="half", theta=theta)
     # Both in fp32, so that the ratio of a pair that the scaling leaves alone is 1 exactly.

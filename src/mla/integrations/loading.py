@@ -51,6 +51,15 @@ def load_config(source: str) -> Any:
     return _load(AutoConfig, path, options)
 
 
+def computing_dtype(source: str, dtype: DtypeName, device: str = "cpu") -> DtypeName:
+    """The dtype that :func:`load_model` computes in, "auto" for the checkpoint's own; errors as there."""
+    size = _weight_bytes(source)
+    if dtype != "auto" or size is None:
+        return dtype
+    chosen = _choose_dtype(dtype, load_config(source), device, size)
+    return "float32" if chosen is torch.float32 else "auto"
+
+
 def load_tokenizer(source: str) -> Any:
     """The tokenizer that lies with ``source``; arguments and errors as for :func:`load_model`."""
     path, options = _locate(source)
