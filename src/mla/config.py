@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mla.errors import MLAError
-from mla.families import LAYER_KINDS, Family, find_family, text_part
+from mla.families import LAYER_KINDS, Family, expect_int, expect_number, find_family, text_part
 from mla.formats import cache_format as format_of
 
 LAYOUTS = ("interleaved", "half", "none")
@@ -68,13 +68,13 @@ class RopeConfig:
             raise MLAError(f"RoPE layout: expected one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         if self.rope_type not in ROPE_TYPES:
             raise MLAError(f"rope_type: expected one of {', '.join(ROPE_TYPES)}, got {self.rope_type!r}")
-        if not self.theta > 1:
-            raise MLAError(f"rope_theta: expected a number above 1, got {self.theta!r}")
+        for f in fields(self):
+            if f.type in ("float", "float | None", "int | None") and getattr(self, f.name) is not None:
+                above = {"theta": 1, "factor": 0}.get(f.name, -1e300)
+                expect_number(f"RoPE {f.name}", getattr(self, f.name), above=above)
         missing = [name for name in ROPE_TYPES[self.rope_type] if getattr(self, name) is None]
         if missing:
             raise MLAError(f"rope_type {self.rope_type!r} needs {', '.join(missing)}")
-        if self.factor is not None and not self.factor > 0:
-            raise MLAError(f"RoPE factor: expected a positive number, got {self.factor!r}")
         if self.llama_4_scaling_beta is not None and not self.original_max_position_embeddings:
             raise MLAError("llama_4_scaling_beta needs original_max_position_embeddings")
 
@@ -167,19 +167,18 @@ class MLAConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_hidden_layers", "max_position_embeddings"):
-            _expect_int(name, getattr(self, name), least=1)
+            expect_int(name, getattr(self, name), least=1)
         _check_dimensions(self)
         for group in self.groups:
             _check_dimensions(group)
-        if not self.rms_norm_eps > 0:
-            raise MLAError(f"rms_norm_eps: expected a positive number, got {self.rms_norm_eps!r}")
+        expect_number("rms_norm_eps", self.rms_norm_eps, above=0)
         if not self.mla_layers:
             object.__setattr__(self, "mla_layers", tuple(range(self.num_hidden_layers)))
         for name, layers in (("mla_layers", self.mla_layers), ("indexer_layers", self.indexer_layers)):
             if any(not 0 <= layer < self.num_hidden_layers for layer in layers):
                 raise MLAError(f"{name}: expected indices below {self.num_hidden_layers}, got {layers}")
         if self.indexer_layers:
-            _expect_int("indexer_width", self.indexer_width, least=1)
+            expect_int("indexer_width", self.indexer_width, least=1)
 
     @property
     def qk_head_dim(self) -> int:
@@ -201,7 +200,7 @@ class MLAConfig:
 
     def at_layer(self, layer: int) -> MLAConfig:
         """This configuration with the dimensions of one layer's attention, and no groups."""
-        _expect_int("layer", layer, least=0)
+        expect_int("layer", layer, least=0)
         if layer >= self.num_hidden_layers:
             raise MLAError(f"layer: expected an index below {self.num_hidden_layers}, got {layer}")
         for group in self.groups:
@@ -269,29 +268,17 @@ class MLAConfig:
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> MLAConfig:
         """From a folder with a config.json, a config.json itself, or a Hub id (needs huggingface_hub)."""
-        path = config_file(str(name_or_path))
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise MLAError(f"{path} is not readable JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise MLAError(f"{path}: expected a JSON object, got {type(config).__name__}")
-        return cls.from_dict(config)
-
-
-def _expect_int(name: str, value: object, *, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise MLAError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        return cls.from_dict(read_config(config_file(str(name_or_path))))
 
 
 def _check_dimensions(part: MLAConfig | LayerGroup) -> None:
     for name in ("num_attention_heads", "kv_lora_rank", "v_head_dim"):
-        _expect_int(name, getattr(part, name), least=1)
+        expect_int(name, getattr(part, name), least=1)
     for name in ("qk_nope_head_dim", "qk_rope_head_dim"):
-        _expect_int(name, getattr(part, name), least=0)
+        expect_int(name, getattr(part, name), least=0)
     for name in ("q_lora_rank", "sliding_window"):
         if getattr(part, name) is not None:
-            _expect_int(name, getattr(part, name), least=1)
+            expect_int(name, getattr(part, name), least=1)
     p = part.qk_rope_head_dim
     if p + part.qk_nope_head_dim == 0:
         raise MLAError("qk_nope_head_dim and qk_rope_head_dim are both 0: a key needs a width")
@@ -312,11 +299,15 @@ def _parse(text: dict[str, Any], family: Family) -> MLAConfig:
             raw[ours] = text[theirs]
     if family.attentions_per_block and "num_layers" in text:
         raw["num_hidden_layers"] = family.attentions_per_block * text["num_layers"]
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-        _expect_int(name, raw.get(name), least=1)
+    # None means something in these two: queries without compression, values as wide as a head.
+    told = {n for n, value in family.defaults.items() if isinstance(value, int)} - {"v_head_dim"}
+    counts = {"hidden_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank"}
+    for name in sorted(told | counts | {"qk_nope_head_dim", "qk_rope_head_dim"}):
+        if not name.endswith("q_lora_rank"):
+            expect_int(name, raw.get(name), least=int(name in counts))
     if raw.get("v_head_dim") is None:
         raw["v_head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
-    width = raw.get("qk_nope_head_dim", 0) + raw.get("qk_rope_head_dim", 0)
+    width = raw["qk_nope_head_dim"] + raw["qk_rope_head_dim"]
     if raw.get("qk_head_dim") not in (None, width):
         raise MLAError(
             f"qk_head_dim: expected qk_nope_head_dim + qk_rope_head_dim = {width}, got {raw['qk_head_dim']!r}"
@@ -359,14 +350,7 @@ def _parse(text: dict[str, Any], family: Family) -> MLAConfig:
     )
 
 
-_DIMENSIONS = (
-    "num_attention_heads",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-)
+_DIMENSIONS = [f.name for f in fields(LayerGroup) if f.name not in ("layers", "rope", "sliding_window")]
 
 
 def _parse_group(
@@ -442,37 +426,61 @@ def rope_from_dict(
     unknown = sorted(set(given) - names - _ROPE_KEYS_READ_ELSEWHERE - _ROPE_KEYS_IGNORED)
     if unknown:
         raise MLAError(f"unknown RoPE parameter {', '.join(unknown)}; known: {', '.join(sorted(names))}")
-    kinds = {given[key] for key in ("rope_type", "type") if given.get(key) is not None}
+    kinds = {str(given[key]) for key in ("rope_type", "type") if given.get(key) is not None}
     if len(kinds) > 1:
         raise MLAError(f"rope_type and type disagree: {', '.join(sorted(kinds))}")
     values = {name: given[name] for name in names if given.get(name) is not None}
     for name in ("short_factor", "long_factor"):
         if name in values:
-            values[name] = tuple(float(number) for number in values[name])
+            factors = values[name] if isinstance(values[name], list | tuple) else [values[name]]
+            values[name] = tuple(expect_number(name, factor) for factor in factors)
     rope_type = kinds.pop() if kinds else "default"
     share = given.get("partial_rotary_factor")
+    share = 1.0 if share is None else expect_number("partial_rotary_factor", share)
+    widths = [w for w in (rope_dim, *head_dims) if isinstance(w, int) and 0 < w < 1 << 20]
     # Transformers rotates int(head_dim * share) numbers; what a family calls head_dim varies.
-    if share is not None and rope_dim not in [round(w * share) for w in (rope_dim, *head_dims) if w]:
+    if rope_dim not in [round(w * share) for w in widths]:
         raise MLAError(f"partial_rotary_factor {share} does not give qk_rope_head_dim = {rope_dim}")
     if rope_type in ("yarn", "longrope", "llama3"):
         original = original_length or values.get("original_max_position_embeddings")
         values["original_max_position_embeddings"] = original or max_position_embeddings
-    own_theta = given.get("rope_theta")
-    return RopeConfig(
-        layout=layout, theta=float(theta if own_theta is None else own_theta), rope_type=rope_type, **values
-    )
+    theta = expect_number("rope_theta", theta if given.get("rope_theta") is None else given["rope_theta"])
+    return RopeConfig(layout=layout, theta=theta, rope_type=rope_type, **values)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The contents of a config.json; weights are refused by their name or size before they are read."""
+    weights = {".gguf", ".safetensors", ".bin", ".pt", ".pth", ".onnx"}
+    if file.suffix.lower() in weights or file.stat().st_size > 16 << 20:
+        raise MLAError(f"{file} is no config.json: give the folder or Hub id of the model it comes from")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise MLAError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise MLAError(f"{file}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+def local_config(name: str) -> Path | None:
+    """The config.json of a folder, or the file itself; None where nothing has this name."""
+    try:
+        path = Path(name).expanduser()
+        if not path.exists():
+            return None
+    except (RuntimeError, OSError) as error:  # ~nobody, a name too long, a folder that may not be looked into
+        raise MLAError(f"{name[:80]!r}: {error.args[-1]}; expected a folder, a file or a Hub id") from error
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise MLAError(f"{path} has no config.json: expected the folder of a saved model")
+    return file
 
 
 def config_file(name: str) -> Path:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise MLAError(f"{path} has no config.json: expected the folder of a saved model")
-        return path / "config.json"
-    if path.is_file():
-        return path
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith(".json"):
-        raise MLAError(f"{path} does not exist: expected a folder, a config.json or a Hub id")
+    if (file := local_config(name)) is not None:
+        return file
+    if name.startswith((".", "~", "/")) or name.count("/") > 1 or name.endswith(".json"):
+        raise MLAError(f"{name} does not exist: expected a folder, a config.json or a Hub id")
     return _download(name)
 
 

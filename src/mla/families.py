@@ -16,6 +16,8 @@ from typing import Any
 from mla.errors import MLAError
 
 Raw = Mapping[str, Any]
+#: More than this is no number of anything in a model or a question.
+LARGEST = 10**12
 
 #: Layer kinds of Transformers' ``layer_types`` and whether their cache slot holds a latent.
 LAYER_KINDS: Mapping[str, bool] = MappingProxyType(
@@ -73,7 +75,7 @@ def _every(kind: str) -> Callable[[Raw], Sequence[str]]:
 def _kimi_layer_types(raw: Raw) -> Sequence[str]:
     if raw.get("layer_types"):
         return list(raw["layer_types"])
-    lists = raw.get("linear_attn_config") or {}
+    lists = section(raw, "linear_attn_config")
     if "full_attn_layers" in lists and "kda_layers" in lists:
         # The released checkpoints count layers from one here.
         full = {index - 1 for index in lists["full_attn_layers"]}
@@ -340,6 +342,22 @@ ALIASES: Mapping[str, str] = MappingProxyType(
 )
 
 _UNKNOWN = Family(layout=None, reads_rope_interleave=True, latent_norm_eps=None, layer_types=_FULL)
+#: Keys that say that layers differ, each in a way of its own; refused where no rule reads them.
+LAYER_PATTERNS = (
+    "attention_chunk_size",
+    "attention_other_setting",
+    "attn_layer_period",
+    "attn_type_list",
+    "block_configs",
+    "compress_ratios",
+    "full_attention_interval",
+    "global_attn_every_n_layers",
+    "hybrid_layer_pattern",
+    "hybrid_override_pattern",
+    "layers_block_type",
+    "num_kv_shared_layers",
+    "sliding_window_pattern",
+)
 #: An unknown model with one of these caches more than latents, in a way nobody told us.
 _NEEDS_A_ROW = (
     "index_head_dim",
@@ -347,16 +365,66 @@ _NEEDS_A_ROW = (
     "no_rope_layers",
     "linear_attn_config",
     "per_layer_config",
+    *LAYER_PATTERNS,
 )
+#: Names of layer kinds in older config.json files.
+_OLD_KINDS = {"deepseek_sparse_attention": "indexed_attention", "attention": "full_attention"}
 
 
 def text_part(raw: Raw) -> dict[str, Any]:
     """The part of a config.json that describes the language model; ``raw`` itself if it is not a wrapper."""
+    text = dict(raw)
     for key in ("text_config", "language_config", "llm_config"):
         inner = raw.get(key)
         if isinstance(inner, Mapping) and not raw.get("kv_lora_rank"):
-            return {"model_type": raw.get("model_type"), **inner}
-    return dict(raw)
+            text = {"model_type": raw.get("model_type"), **inner}
+            break
+    kinds = text.get("layer_types")
+    if kinds is not None:
+        if not isinstance(kinds, list | tuple) or not all(isinstance(kind, str) for kind in kinds):
+            raise MLAError(f"layer_types: expected a list of names, one for each layer, got {kinds!r}")
+        text["layer_types"] = [_OLD_KINDS.get(kind, kind) for kind in kinds]
+    return text
+
+
+def expect_int(name: str, value: Any, *, least: int) -> int:
+    """An integer from ``least`` to :data:`LARGEST`; MLAError for anything else."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise MLAError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    if value > LARGEST:
+        raise MLAError(f"{name}: expected an integer up to {LARGEST:,}, got one of {len(str(value))} digits")
+    return int(value)
+
+
+def expect_number(name: str, value: Any, *, above: float = -1e300) -> float:
+    """A number as a float; MLAError for anything else, or one that is not larger than ``above``."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not above < value < 1e300:
+        raise MLAError(
+            f"{name}: expected a number{f' above {above}' if above > -1e300 else ''}, got {value!r}"
+        )
+    return float(value)
+
+
+def integer(raw: Raw, *names: str, least: int = 0, default: int | None = None) -> int:
+    """The first of several keys that a config.json gives a value; ``default`` if it gives none.
+
+    Raises:
+        MLAError: a value that is no integer of at least ``least``; no value where there is no default.
+    """
+    name = next((name for name in names if raw.get(name) is not None), names[0])
+    value = raw.get(name)
+    if value is None and default is not None:
+        return default
+    return expect_int(name, value, least=least)
+
+
+def section(raw: Raw, key: str) -> Raw:
+    """An object inside a config.json, empty where it has none; MLAError for anything else."""
+    inner = raw.get(key) or {}
+    if not isinstance(inner, Mapping):
+        raise MLAError(f"{key}: expected an object, got {inner!r}")
+    return inner
 
 
 def find_family(text: Raw) -> Family:
@@ -384,10 +452,36 @@ def find_family(text: Raw) -> Family:
     return _UNKNOWN
 
 
+#: GPT-2's and Falcon's names for what everybody else calls otherwise.
+_USUAL_NAMES = {
+    "n_head": "num_attention_heads",
+    "n_head_kv": "num_kv_heads",
+    "n_layer": "num_hidden_layers",
+    "n_embd": "hidden_size",
+    "n_positions": "max_position_embeddings",
+}
+#: Families with one key-value head for all queries unless told otherwise.
+_MULTI_QUERY = {"falcon", "gpt_bigcode"}
+
+
+def usual_names(text: Raw) -> dict[str, Any]:
+    """A config.json without latents in the names that most have; no ``num_key_value_heads`` is None."""
+    full = {_USUAL_NAMES.get(key, key): value for key, value in text.items()}
+    if full.get("num_key_value_heads") is None:
+        one = full.get("multi_query", str(full.get("model_type")) in _MULTI_QUERY)
+        groups = 1 if one and not full.get("new_decoder_architecture") else full.get("num_kv_heads")
+        full["num_key_value_heads"] = full.get("num_attention_heads") if groups is None else groups
+    hidden = full.get("hidden_size")
+    if isinstance(hidden, int) and ("n_embd" in text or full.get("model_type") == "falcon"):
+        widths = (full.get(name) for name in ("intermediate_size", "ffn_hidden_size", "n_inner"))
+        full["intermediate_size"] = next(filter(None, widths), 4 * hidden)
+    return full
+
+
 def attention_of(text: Raw) -> str:
     """The usual name of a non-latent attention, from its head counts."""
-    heads = text.get("num_attention_heads", text.get("n_head"))
-    groups = text.get("num_key_value_heads", heads)
+    full = usual_names(text)
+    heads, groups = full.get("num_attention_heads"), full["num_key_value_heads"]
     if not isinstance(heads, int) or not isinstance(groups, int):
         return "no attention heads in its config"
     kind = "MHA" if groups == heads else "MQA" if groups == 1 else "GQA"

@@ -67,7 +67,7 @@ def test_files(mla, tmp_path):
 
 def test_png_without_matplotlib(mla, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    says(mla("plan", "youtu", "--png", tmp_path / "plan.png"), "pip install 'mla[plot]'")
+    says(mla("plan", "youtu", "--png", tmp_path / "plan.png"), "pip install matplotlib")
 
 
 @pytest.mark.parametrize(
@@ -75,15 +75,18 @@ def test_png_without_matplotlib(mla, tmp_path, monkeypatch):
     [
         (("deepsek-v3",), ("unknown model 'deepsek-v3'", "deepseek-v3")),
         (("deepseek-v3", "--hardware", "h1000"), ("unknown hardware 'h1000'", "h100")),
-        (("deepseek-v3", "--context", 0), ("--context: expected at least 1, got 0",)),
-        (("deepseek-v3", "--batch", -1), ("--batch: expected at least 1",)),
+        (("deepseek-v3", "--context", 0), ("--context: expected an integer of at least 1, got 0",)),
+        (("deepseek-v3", "--batch", -1), ("--batch: expected an integer of at least 1",)),
         (("deepseek-v3", "--query-tokens", 5, "--context", 4), ("--query-tokens: expected at most",)),
         (("deepseek-v3", "--cache-format", "int3"), ("--cache-format: expected one of",)),
         (("deepseek-v3", "--weight-format", "int3"), ("--weight-format: expected one of",)),
         (("glm-4.7-flash", "--tensor-parallel", 8), ("20 heads cannot be split over 8 devices",)),
         (("deepseek-v3", "--memory", "lots"), ("--memory: expected something like 80GB",)),
-        (("deepseek-v3", "--rank", 0), ("--rank: expected at least 1",)),
+        (("deepseek-v3", "--rank", 0), ("--rank: expected an integer of at least 1",)),
         (("./nothing",), ("unknown model './nothing'",)),
+        (("~nosuchuser/model",), ("'~nosuchuser/model': ", "expected a folder, a file or a Hub id")),
+        (("m" * 300,), ("File name too long", "expected a folder, a file or a Hub id")),
+        (("deepseek-v3", "--context", "9" * 401), ("--context: expected an integer up to", "401 digits")),
     ],
 )
 def test_mistakes(mla, options, parts):

@@ -19,7 +19,7 @@ from mla.plan import (
     read_shape,
 )
 from mla.plan.known import known_hardware
-from mla.plan.planner import WEIGHT_BYTES
+from mla.plan.weight_format import WEIGHT_BYTES
 from tests.plan.cases import plan
 
 

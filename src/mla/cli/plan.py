@@ -23,10 +23,14 @@ def plan(
     memory: Annotated[
         str | None, typer.Option(help="Memory of a device instead of the machine's: 80GB, 24GiB.")
     ] = None,
-    cache_format: Annotated[str, typer.Option(help="Of the cache: bf16, fp16, fp32, int8 or fp8.")] = "bf16",
+    cache_format: Annotated[
+        str, typer.Option(help="Number format of the cache: bf16, fp16, fp32, int8 or fp8.")
+    ] = "bf16",
     weight_format: Annotated[
         str | None,
-        typer.Option(help="Of the weights: bf16, fp8, int8, int4 ...; by default the model's own."),
+        typer.Option(
+            help="Number format of the weights: bf16, fp8, int8, int4 ...; by default the model's own."
+        ),
     ] = None,
     tensor_parallel: Annotated[int, typer.Option(help="Devices that share every layer.")] = 1,
     query_tokens: Annotated[
@@ -35,7 +39,7 @@ def plan(
     rank: Annotated[int | None, typer.Option(help="Latent rank of the MLA column, to try another.")] = None,
     html: Annotated[str | None, typer.Option(help="Write one self-contained page to this file.")] = None,
     png: Annotated[
-        str | None, typer.Option(help="Draw cache against context to this file; needs mla[plot].")
+        str | None, typer.Option(help="Draw cache against context to this PNG file; needs matplotlib.")
     ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print every formula with the numbers put in and its source.")

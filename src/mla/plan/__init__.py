@@ -3,8 +3,9 @@
 from mla.plan.formulas import Figure, Formula
 from mla.plan.hardware import Hardware, all_hardware, check_memory, get_hardware
 from mla.plan.known import known_hardware, known_models, load_shape
-from mla.plan.planner import FORMATS, WEIGHT_BYTES, Plan, Question, make_plan
+from mla.plan.planner import FORMATS, Plan, Question, make_plan
 from mla.plan.shape import Shape, read_shape
+from mla.plan.weight_format import WEIGHT_BYTES
 
 __all__ = [
     "FORMATS",

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 _OPERATORS: dict[type[ast.AST], str] = {
     ast.Add: "+",
@@ -185,6 +186,31 @@ class Values:
             self._elsewhere[key] = there
         return self._elsewhere[key]
 
+    def turns(
+        self, variable: str, first: str, second: str, *, by_way_of: float = 1.0
+    ) -> Iterator[tuple[float, int]]:
+        """Every place where two formulas change order between the marks 1, 2, 4 ... 2^30 and ``by_way_of``.
+
+        With each place the order beyond it: 1 where ``first`` is larger, -1 where it is smaller, 0 where
+        they are equal. Two changes between two marks are not seen.
+        """
+
+        def lead(at: float) -> int:
+            there = self.replaced(variable, at)
+            difference = there[first] - there[second]
+            return (difference > 0) - (difference < 0)
+
+        marks = sorted({by_way_of, *(2.0**step for step in range(LAST_DOUBLING + 1))})
+        before = lead(marks[0])
+        for low, high in pairwise(marks):
+            after = lead(high)
+            if after != before:
+                for _ in range(STEPS):
+                    middle = (low + high) / 2
+                    low, high = (middle, high) if lead(middle) == before else (low, middle)
+                yield high, after
+            before = after
+
     def figure(self, name: str, group: int | None = None) -> Figure:
         """The result with everything that went into it."""
         formula = self.sheet.formulas[name]
@@ -225,20 +251,7 @@ class _Scope:
         return inner(_Scope(self.values, 0))
 
     def crossing(self, variable: str, first: str, second: str) -> float:
-        def lead(at: float) -> float:
-            there = self.values.replaced(variable, at)
-            difference = there[first] - there[second]
-            return (difference > 0) - (difference < 0)
-
-        start = lead(1.0)
-        for step in range(1, LAST_DOUBLING + 1):
-            if lead(2.0**step) != start:
-                low, high = 2.0 ** (step - 1), 2.0**step
-                for _ in range(STEPS):
-                    middle = (low + high) / 2
-                    low, high = (middle, high) if lead(middle) == start else (low, middle)
-                return high
-        return math.inf
+        return next((place for place, _ in self.values.turns(variable, first, second)), math.inf)
 
 
 def _check(tree: ast.expr, name: str) -> None:

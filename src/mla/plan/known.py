@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mla.config import config_file, local_config, read_config
 from mla.errors import MLAError
 from mla.plan.shape import Shape, read_shape
 
@@ -57,32 +58,19 @@ def load_shape(model: str, *, rank: int | None = None) -> Shape:
     Raises:
         MLAError: none of them, with the nearest known names; or a model that cannot be counted.
     """
-    path = Path(model).expanduser()
-    if path.exists():
-        file = path / "config.json" if path.is_dir() else path
-        if not file.is_file():
-            raise MLAError(f"{path} has no config.json: expected the folder of a saved model")
-        return _read_file(file, name=path.resolve().name if path.is_dir() else file.stem, rank=rank)
-    key = find(model, known_models())
-    if key is not None:
-        return known_shape(key, rank=rank)
-    looks_like_path = path.is_absolute() or model.startswith((".", "~")) or model.endswith(".json")
-    if not looks_like_path and model.count("/") == 1:
-        # The one public way to a Hub file that level 0 has: it answers with the downloaded file.
-        from mla.config import config_file
-
-        return _read_file(config_file(model), name=model, rank=rank)
-    raise _unknown("model", model, known_models(), "a folder, a config.json, a Hub id (namespace/name)")
-
-
-def _read_file(file: Path, *, name: str, rank: int | None) -> Shape:
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise MLAError(f"{file} is not readable JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise MLAError(f"{file}: expected a JSON object, got {type(raw).__name__}")
-    return read_shape(raw, name=name, source=f"config.json of {name}", rank=rank)
+    file = local_config(model)
+    if file is None:
+        key = find(model, known_models())
+        if key is not None:
+            return known_shape(key, rank=rank)
+        if model.startswith((".", "~", "/")) or model.endswith(".json") or model.count("/") != 1:
+            raise _unknown(
+                "model", model, known_models(), "a folder, a config.json, a Hub id (namespace/name)"
+            )
+        file, name = config_file(model), model
+    else:
+        name = file.parent.resolve().name if Path(model).expanduser().is_dir() else file.stem
+    return read_shape(read_config(file), name=name, source=f"config.json of {name}", rank=rank)
 
 
 @cache

@@ -270,7 +270,7 @@ function drawTable(values, inputs) {
     const t = wholeWords(values.value("context_mla_" + column)), b = wholeWords(values.value("batch_mla_" + column));
     return `${DATA.titles[column]}: context ${t}, batch ${b}`;
   });
-  $("crossings").textContent = "Where a step with MLA absorbed and another take equally long: " + turns.join("; ")
+  $("crossings").textContent = "Where a step with MLA absorbed and another first take equally long: " + turns.join("; ")
     + ". Expanded takes fewer operations above " + wholeWords(values.value("queries_crossing")) + " query tokens.";
 }
 

@@ -1,4 +1,4 @@
-"""The main plot of a plan, cache against context, as a PNG. Needs matplotlib: ``pip install 'mla[plot]'``."""
+"""The main plot of a plan, cache against context, as a PNG. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_picture(plan: Plan, path: str | Path) -> None:
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter
     except ImportError as error:
-        raise MLAError("--png needs matplotlib: pip install 'mla[plot]'") from error
+        raise MLAError("--png needs matplotlib: pip install matplotlib") from error
     # Figure without pyplot: no window system is asked for, no global state is left.
     figure = Figure(figsize=(8, 5.33), dpi=150, layout="constrained")
     axes = figure.subplots()

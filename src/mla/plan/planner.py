@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from mla.errors import MLAError
+from mla.families import expect_int
 from mla.formats import CACHE_FORMATS, CacheFormat
 from mla.plan.formulas import Figure, Values
 from mla.plan.hardware import Hardware
 from mla.plan.shape import Shape
 from mla.plan.steps import SHEET
+from mla.plan.weight_format import WEIGHT_BYTES
 
 #: Formats of ``--cache-format``: those of the cache, and FlashMLA's fp8 layout, four fp32 scales for a latent
 #: of 512, here one per latent of any length.
 FORMATS: Mapping[str, CacheFormat] = MappingProxyType({**CACHE_FORMATS, "fp8": CacheFormat(1, 2, 1, 16)})
-#: Bytes of one weight; int4 with a 16-bit scale for every 32 weights.
-WEIGHT_BYTES: Mapping[str, float] = MappingProxyType(
-    {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "int4": 0.5625}
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +71,7 @@ def make_plan(shape: Shape, hardware: Hardware, question: Question) -> Plan:
         ("--query-tokens", question.query_tokens),
         ("--tensor-parallel", question.tensor_parallel),
     ):
-        if value < 1:
-            raise MLAError(f"{name}: expected at least 1, got {value}")
+        expect_int(name, value, least=1)
     if question.query_tokens > question.context:
         raise MLAError(
             f"--query-tokens: expected at most the context of {question.context}, got {question.query_tokens}"
@@ -82,7 +80,12 @@ def make_plan(shape: Shape, hardware: Hardware, question: Question) -> Plan:
         raise MLAError(f"--cache-format: expected one of {', '.join(FORMATS)}, got {question.cache_format!r}")
     weights = question.weight_format or shape.weight_format
     if weights not in WEIGHT_BYTES:
-        raise MLAError(f"--weight-format: expected one of {', '.join(WEIGHT_BYTES)}, got {weights!r}")
+        got = (
+            f"got {weights!r}"
+            if question.weight_format
+            else f"config.json has {weights}: say which is nearest"
+        )
+        raise MLAError(f"--weight-format: expected one of {', '.join(WEIGHT_BYTES)}; {got}")
     for group in shape.groups:
         if group["h"] % question.tensor_parallel:
             raise MLAError(
@@ -100,6 +103,7 @@ def make_plan(shape: Shape, hardware: Hardware, question: Question) -> Plan:
         "rope_bytes": stored.rope,
         "index_number_bytes": stored.index,
         "scale_bytes": stored.scale,
+        "row_multiple": math.gcd(*(stored.row_bytes(r, 0) for r in range(1, 9))),
         "state_bytes": 4,  # the recurrent state is kept in fp32 whatever the cache's format
         "conv_bytes": 2 if stored.number < 4 else 4,
         "activation_bytes": 2 if question.cache_format != "fp32" else 4,

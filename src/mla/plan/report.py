@@ -71,8 +71,7 @@ def sentences(plan: Plan) -> list[str]:
     question = plan.question
     lines = [
         f"Absorbed takes fewer operations than expanded up to {_down(plan['queries_crossing'])} query tokens "
-        f"at a context of {question.context:,}; for {question.query_tokens} query token(s) "
-        f"{_beyond(plan['context_crossing'])}."
+        f"at a context of {question.context:,}; for {question.query_tokens} query token(s) {_fewer(plan)}."
     ]
     lines += [_overtakes(plan, column) for column in ("mha", "gqa", "mqa", "expanded")]
     lines.append(
@@ -80,19 +79,18 @@ def sentences(plan: Plan) -> list[str]:
         + ", ".join(f"{whole_words(plan[f'outweighs_{c}'])} ({TITLES[c]})" for c in SIDE_BY_SIDE)
         + f" with a batch of {question.batch:,}."
     )
-    total = plan["parameters_mla"]
     memory = plan["memory"]
     if plan["weights_device_mla"] >= memory:
-        fits = math.ceil(plan["weight_bytes"] * total / memory)
         lines.append(
             f"The weights do not fit: {byte_words(plan['weights_device_mla'])} on a device of "
-            f"{byte_words(memory)}. --tensor-parallel of at least {fits}, or a smaller --weight-format; the "
-            "times are what the bandwidth would allow if they did."
+            f"{byte_words(memory)}. {_what_fits(plan)}; the times are what the bandwidth would allow if they "
+            "did."
         )
     if question.tensor_parallel > 1:
+        shared = plan["replicated_parameters"] + plan["indexer_parameters"]
         lines.append(
             f"Tensor parallel over {question.tensor_parallel}: every device holds the whole latent cache "
-            f"and {byte_words(plan['weight_bytes'] * plan['replicated_parameters'])} of shared projections; "
+            f"and {byte_words(plan['weight_bytes'] * shared)} of shared projections; "
             "heads, kv_b_proj, experts and the rest are split. Data-parallel attention avoids the copies. "
             "Communication is not counted."
         )
@@ -105,10 +103,43 @@ def _down(value: float) -> str:
     return "any number of" if not math.isfinite(value) else f"{math.floor(value):,}"
 
 
-def _beyond(context: float) -> str:
-    if not math.isfinite(context):
-        return "expanded wins at every context"
-    return f"absorbed wins beyond {math.ceil(context):,} tokens of context"
+def _what_fits(plan: Plan) -> str:
+    """The fewest devices that heads can be split over and weights fit on, or that there are none."""
+    heads = math.gcd(*(int(group["h"]) for group in plan.shape.groups))
+    for devices in range(plan.question.tensor_parallel + 1, heads + 1):
+        there = plan.values.replaced("devices", devices)
+        if heads % devices == 0 and there["weights_device_mla"] < plan["memory"]:
+            return f"--tensor-parallel {devices} is the least that holds them, or a smaller --weight-format"
+    return f"No --tensor-parallel that divides {heads} heads holds them, a smaller --weight-format may"
+
+
+def _leaders(plan: Plan, variable: str, now: float, figure: str, column: str) -> list[tuple[float, bool]]:
+    """From where on MLA absorbed has less of a figure than a column, or more: the first entry from 1 on.
+
+    Equality is no turn; ``now``, the value that is asked for, is always looked at.
+    """
+    mla, other = f"{figure}_mla", f"{figure}_{column}"
+    at_one = plan.values.replaced(variable, 1)
+    difference = at_one[mla] - at_one[other]
+    orders = [
+        (1.0, (difference > 0) - (difference < 0)),
+        *plan.values.turns(variable, mla, other, by_way_of=now),
+    ]
+    leaders: list[tuple[float, bool]] = []
+    for place, order in orders:
+        if order and (not leaders or leaders[-1][1] != (order < 0)):
+            leaders.append((place, order < 0))
+    return leaders
+
+
+def _fewer(plan: Plan) -> str:
+    """Whether absorbed or expanded takes fewer operations, by context."""
+    leaders = _leaders(plan, "t", plan.question.context, "attention_ops", "expanded")
+    names = {True: "absorbed", False: "expanded"}
+    if len(leaders) < 2:
+        return f"{names[bool(leaders and leaders[0][1])]} wins at every context"
+    turns = [f"{names[mla]} wins beyond {whole_words(place)}" for place, mla in leaders[1:]]
+    return f"{' and '.join(turns)} tokens of context"
 
 
 def _overtakes(plan: Plan, column: str) -> str:
@@ -121,14 +152,15 @@ def _overtakes(plan: Plan, column: str) -> str:
         now = f"A step with MLA absorbed is {gain:.2f} times as fast as with {other} here"
     else:
         now = f"A step with {other} is {1 / gain:.2f} times as fast as with MLA absorbed here"
-    turns = []
-    for name, unit in (("context", "tokens of context"), ("batch", "sequences")):
-        value = plan[f"{name}_mla_{column}"]
-        if math.isfinite(value):
-            at_one = plan.values.replaced({"context": "t", "batch": "b"}[name], 1)
-            first = "MLA" if at_one["step_time_mla"] < at_one[f"step_time_{column}"] else other
-            second = other if first == "MLA" else "MLA"
-            turns.append(f"{second} overtakes {first} at {whole_words(value)} {unit}")
+    names = {True: "MLA", False: other}
+    turns = [
+        f"{names[mla]} overtakes {names[not mla]} at {whole_words(place)} {unit}"
+        for variable, asked, unit in (
+            ("t", plan.question.context, "tokens of context"),
+            ("b", plan.question.batch, "sequences"),
+        )
+        for place, mla in _leaders(plan, variable, asked, "step_time", column)[1:]
+    ]
     return f"{now}; {' and '.join(turns) if turns else 'no length and no batch changes who is first'}."
 
 

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from mla.config import MLAConfig
 from mla.errors import MLAError
-from mla.families import ALIASES, FAMILIES, LAYER_KINDS, attention_of, find_family, text_part
+from mla.families import (
+    ALIASES,
+    FAMILIES,
+    LAYER_KINDS,
+    attention_of,
+    expect_int,
+    find_family,
+    integer,
+    text_part,
+    usual_names,
+)
+from mla.plan.layers import windows
+from mla.plan.weight_format import stored_format
 from mla.plan.weights import linear_attention, parameters
 
 Raw = Mapping[str, Any]
@@ -19,6 +32,29 @@ _INDEXER = {"index_topk": 2048, "index_head_dim": 128, "index_n_heads": 64}
 _INDEX_HEADS = {"glm_moe_dsa": 32, "mistral_large4": 32, "glm5_next": 32, "axk2": 16, "hy_v4": 16}
 #: Tokens that share one key of the indexer, where a family pools them and its config.json does not say.
 _INDEX_POOL = {"glm5_next": 16, "glm5_next_text": 16}
+_LLAMA4 = {"attention_chunk_size": 8192, "intermediate_size_mlp": 16384, "interleave_moe_layer_step": 1}
+_GEMMA3 = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208}
+#: What the classes of models without latents take where a config.json is silent and people leave it so.
+_CLASS_DEFAULTS: Mapping[str, Raw] = {
+    "afmoe": {"sliding_window": 1024},
+    "cohere2": {"sliding_window": 4096},
+    "ernie4_5_moe": {"moe_layer_interval": 1, "moe_layer_start_index": 1, "moe_num_shared_experts": 2},
+    "exaone4": {"sliding_window": 4096},
+    "gemma2": {"sliding_window": 4096},
+    "gemma3": {"sliding_window": 4096, **_GEMMA3},
+    "gemma3_text": {"sliding_window": 4096, **_GEMMA3},
+    "gpt_oss": {"sliding_window": 128},
+    "hunyuan_v1_moe": {"num_shared_expert": 1},
+    "llama4": _LLAMA4,
+    "llama4_text": _LLAMA4,
+    "ministral": {"sliding_window": 4096},
+    "mistral": {"sliding_window": 4096},
+    "olmo3": {"sliding_window": 4096},
+    "qwen2": {"sliding_window": 4096},
+    "qwen3": {"sliding_window": 4096},
+    "qwen3_moe": {"sliding_window": 4096},
+    "vaultgemma": {"sliding_window": 4096},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +62,9 @@ class Shape:
     """What the planner knows about a model.
 
     ``kind``: "MLA", "MHA", "GQA" or "MQA", as published. ``groups``: one dictionary per group of like layers,
-    the main one first; ``inputs``: numbers of the whole model (names: :mod:`mla.plan.storage`). ``notes``:
-    what a reader must know to read the figures.
+    the main one first; ``inputs``: numbers of the whole model (names: :mod:`mla.plan.storage`).
+    ``weight_format``: a name of ``WEIGHT_BYTES``, or else what the config.json says that is none of them.
+    ``notes``: what a reader must know to read the figures.
     """
 
     name: str
@@ -53,28 +90,30 @@ def read_shape(raw: Raw, *, name: str, source: str, rank: int | None = None) -> 
     """
     text = text_part(raw)
     notes: list[str] = []
+    if rank is not None:
+        expect_int("--rank", rank, least=1)
     if _is_latent(text):
         config = MLAConfig.from_dict(raw)
         full = {**find_family(text).defaults, **text}
         groups, linear_layers = _latent_groups(config, full, notes)
+        if rank is not None:
+            groups = [{**group, "r": rank} for group in groups]
         kind, hidden, latest = "MLA", config.hidden_size, config.max_position_embeddings
         layers = config.num_hidden_layers
     else:
-        full = _usual_names(text)
-        groups, linear_layers = _classic_groups(full, notes)
+        full = usual_names({**_CLASS_DEFAULTS.get(str(text.get("model_type")), {}), **text})
+        groups, linear_layers = _classic_groups(full, notes, rank)
         kind = attention_of(full).split(" ")[0]
-        hidden, layers = int(full["hidden_size"]), int(full["num_hidden_layers"])
-        latest = int(full.get("max_position_embeddings") or 4096)
-    if rank is not None:
-        if rank < 1:
-            raise MLAError(f"--rank: expected at least 1, got {rank}")
-        groups = [{**group, "r": rank} for group in groups]
+        hidden, layers = full["hidden_size"], full["num_hidden_layers"]
+        latest = integer(full, "max_position_embeddings", least=1, default=4096)
+    if any(group["window"] == 1 for group in groups):
+        raise MLAError("sliding_window: expected at least 2 tokens, got 1: such a layer has no cache to plan")
     inputs = {
         "d": hidden,
         "latent": float(kind == "MLA"),
         **parameters(full, layers=layers, notes=notes),
         **linear_attention(full, layers=linear_layers, hidden=hidden),
-        "mtp_layers": int(full.get("num_nextn_predict_layers") or full.get("num_mtp_layers") or 0),
+        "mtp_layers": integer(full, "num_nextn_predict_layers", "num_mtp_layers", default=0),
     }
     _tell_layers(groups, inputs, notes)
     return Shape(
@@ -83,14 +122,14 @@ def read_shape(raw: Raw, *, name: str, source: str, rank: int | None = None) -> 
         groups=tuple(groups),
         inputs=inputs,
         max_context=latest,
-        weight_format=_weight_format(raw, text),
+        weight_format=stored_format(raw, text),
         source=source,
         notes=tuple(notes),
     )
 
 
 def _is_latent(text: Raw) -> bool:
-    return bool(text.get("kv_lora_rank")) or text.get("model_type") in {*FAMILIES, *ALIASES}
+    return bool(text.get("kv_lora_rank")) or str(text.get("model_type")) in {*FAMILIES, *ALIASES}
 
 
 def _latent_groups(
@@ -100,13 +139,15 @@ def _latent_groups(
     if family.attentions_per_block and "num_layers" in full:
         full["num_hidden_layers"] = config.num_hidden_layers
     kinds = list(family.layer_types(full))[: config.num_hidden_layers]
-    topk = int(full.get("index_topk", _INDEXER["index_topk"])) if config.indexer_layers else 0
     model_type = str(full.get("model_type"))
-    heads = _INDEX_HEADS.get(ALIASES.get(model_type, model_type), _INDEXER["index_n_heads"])
+    indexer = {**_INDEXER, "index_kpool": _INDEX_POOL.get(model_type, 1)}
+    indexer["index_n_heads"] = _INDEX_HEADS.get(ALIASES.get(model_type, model_type), 64)
+    if config.indexer_layers:
+        indexer = {name: integer({**indexer, **full}, name, least=1) for name in indexer}
     found: dict[tuple[Any, ...], dict[str, float]] = {}
     for layer in (i for i, kind in enumerate(kinds) if LAYER_KINDS[kind]):
         own = config.at_layer(layer)
-        sparse = topk if kinds[layer] == "indexed_attention" else 0
+        sparse = indexer["index_topk"] if kinds[layer] == "indexed_attention" else 0
         window = own.sliding_window or 0
         dims = (
             own.num_attention_heads,
@@ -136,9 +177,9 @@ def _latent_groups(
                 "window": window,
                 "topk": sparse,
                 "index_width": config.indexer_width,
-                "index_heads": int(full.get("index_n_heads", heads)),
-                "index_pool": int(full.get("index_kpool", _INDEX_POOL.get(model_type, 1))),
-                "index_dim": int(full.get("index_head_dim") or _INDEXER["index_head_dim"]),
+                "index_heads": indexer["index_n_heads"],
+                "index_pool": indexer["index_kpool"],
+                "index_dim": indexer["index_head_dim"],
             },
         )
         group["layers"] += 1
@@ -153,21 +194,21 @@ def _latent_groups(
     return groups, sum(not LAYER_KINDS[kind] for kind in kinds)
 
 
-def _classic_groups(full: dict[str, Any], notes: list[str]) -> tuple[list[dict[str, float]], int]:
-    for key in ("num_attention_heads", "num_hidden_layers", "hidden_size"):
-        if not isinstance(full.get(key), int) or full[key] < 1:
-            raise MLAError(f"{key}: expected an integer of at least 1 in config.json, got {full.get(key)!r}")
-    h, layers = full["num_attention_heads"], full["num_hidden_layers"]
-    kv = full.get("num_key_value_heads") or h
+def _classic_groups(
+    full: dict[str, Any], notes: list[str], rank: int | None
+) -> tuple[list[dict[str, float]], int]:
+    seen = windows(full, notes)
+    h, hidden = integer(full, "num_attention_heads", least=1), integer(full, "hidden_size", least=1)
+    kv = integer(full, "num_key_value_heads", least=1)
     if h % kv:
         raise MLAError(f"num_key_value_heads: expected a divisor of {h} heads, got {kv}")
-    width = full.get("head_dim") or full["hidden_size"] // h
-    rank, rope = conversion_rule(kv, width, full["hidden_size"])
-    kinds = _classic_kinds(full, layers)
-    windows = [int(full.get("sliding_window") or 0) if kind == "sliding_attention" else 0 for kind in kinds]
-    softmax = [i for i, kind in enumerate(kinds) if kind != "linear_attention"]
+    width = expect_int("head_dim", integer(full, "head_dim", default=hidden // h), least=1)
+    if full.get("v_head_dim") not in (None, width):
+        raise MLAError(f"v_head_dim: expected the keys' width of {width}, got {full['v_head_dim']!r}")
+    softmax = [window for window in seen if window is not None]
     if not softmax:
         raise MLAError("layer_types: expected at least one layer of softmax attention")
+    own_rank, rope = conversion_rule(kv, width, hidden)
     groups: list[dict[str, float]] = [
         {
             "layers": count,
@@ -177,8 +218,8 @@ def _classic_groups(full: dict[str, Any], notes: list[str]) -> tuple[list[dict[s
             "n": width,
             "p": rope,
             "v": width,
-            "r": rank,
-            "r0": rank,
+            "r": own_rank if rank is None else rank,
+            "r0": own_rank,
             "q_rank": 0,
             "w": width,
             "own_groups": kv,
@@ -190,32 +231,17 @@ def _classic_groups(full: dict[str, Any], notes: list[str]) -> tuple[list[dict[s
             "index_dim": 0,
             "index_pool": 1,
         }
-        for window in sorted({windows[i] for i in softmax})
-        if (count := sum(windows[i] == window for i in softmax))
+        for window, count in sorted(Counter(softmax).items())
     ]
-    notes.append(
-        f"Not an MLA model: the MLA column is what `mla convert` makes of it at half its cache (rank {rank}, "
-        f"rotary key {rope}); --rank chooses another. What that costs in quality: docs/conversion.md."
+    chosen = (
+        "the sizes that `mla convert` chooses at half its cache" if rank is None else "the rank asked for"
     )
-    return groups, layers - len(softmax)
-
-
-def _classic_kinds(full: dict[str, Any], layers: int) -> list[str]:
-    known = {"full_attention", "sliding_attention", "linear_attention"}
-    kinds = full.get("layer_types")
-    if kinds is None:
-        windowed = full.get("sliding_window") and full.get("use_sliding_window", True) is not False
-        kinds = ["sliding_attention" if windowed else "full_attention"] * layers
-        if windowed and full.get("max_window_layers"):
-            first = int(full["max_window_layers"])
-            kinds = ["full_attention"] * min(first, layers) + kinds[first:]
-    unknown = sorted(set(kinds) - known)
-    if unknown or len(kinds) < layers:
-        raise MLAError(
-            f"layer_types: expected {layers} of {', '.join(sorted(known))}, got {len(kinds)}"
-            + (f" with {', '.join(unknown)}" if unknown else "")
-        )
-    return list(kinds[:layers])
+    notes.append(
+        f"Not an MLA model: the MLA column has {chosen} (rank {groups[0]['r']:.0f}, rotary key {rope}); "
+        "--rank chooses another. Which models `mla convert` converts, and what that costs in quality: "
+        "docs/conversion.md."
+    )
+    return groups, len(seen) - len(softmax)
 
 
 def conversion_rule(kv: int, width: int, hidden: int) -> tuple[int, int]:
@@ -226,31 +252,6 @@ def conversion_rule(kv: int, width: int, hidden: int) -> tuple[int, int]:
     half = kv * width
     rope = max(2, min(int(0.75 * width), half // 2) // 2 * 2)
     return min(half - rope, hidden), rope
-
-
-def _usual_names(text: Raw) -> dict[str, Any]:
-    """GPT-2's names for heads, layers and width, brought to those of everybody else."""
-    renamed = {"n_head": "num_attention_heads", "n_layer": "num_hidden_layers", "n_embd": "hidden_size"}
-    renamed["n_positions"] = "max_position_embeddings"
-    full = {renamed.get(key, key): value for key, value in text.items()}
-    if "n_embd" in text and not full.get("intermediate_size"):
-        full["intermediate_size"] = text.get("n_inner") or 4 * text["n_embd"]
-    if text.get("multi_query") is True:
-        full.setdefault("num_key_value_heads", 1)
-    return full
-
-
-def _weight_format(raw: Raw, text: Raw) -> str:
-    quantised = raw.get("quantization_config") or text.get("quantization_config")
-    if isinstance(quantised, Mapping):
-        method, bits = str(quantised.get("quant_method")), quantised.get("bits")
-        if method == "fp8":
-            return "fp8"
-        if bits in (4, 8):
-            return "int4" if bits == 4 else "int8"
-    stored = str(text.get("torch_dtype") or text.get("dtype") or raw.get("torch_dtype") or "bfloat16")
-    names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-    return names.get(stored.removeprefix("torch."), "bf16")
 
 
 def _tell_layers(groups: list[dict[str, float]], inputs: Mapping[str, float], notes: list[str]) -> None:

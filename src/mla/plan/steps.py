@@ -140,8 +140,8 @@ ROWS.each(
 ROWS.each(
     COLUMNS,
     "weights_moved_device_{a}",
-    """weight_bytes * ((rest_parameters - looked_up - routed_parameters * (1 - touched)) / devices
-    + attention_device_{a})""",
+    """weight_bytes * ((rest_parameters - indexer_parameters - looked_up - routed_parameters * (1 - touched))
+    / devices + indexer_parameters + attention_device_{a})""",
     "B",
     "weights read by each device in one step",
     MEGATRON,
@@ -157,8 +157,8 @@ ROWS.each(
 ROWS.each(
     COLUMNS,
     "weight_ops_device_{a}",
-    """2 * b * s * ((rest_parameters - resting_parameters - looked_up - applied_{a}) / devices
-    + attention_device_{a})""",
+    """2 * b * s * ((rest_parameters - indexer_parameters - resting_parameters - looked_up - applied_{a})
+    / devices + indexer_parameters + attention_device_{a})""",
     "op",
     "matrix products with weights on each device",
     MEGATRON,
@@ -223,19 +223,19 @@ ROWS.each(
 # --- Where one overtakes another --------------------------------------------------------------------------
 ROWS.add(
     "queries_crossing",
-    """main(where((2 * r - n - v) * t + r * (n + v) > 0,
-    r * (n + v) * t / ((2 * r - n - v) * t + r * (n + v)), inf))""",
+    """where(total(layers * h * ((2 * r - n - v) * attended + r * (n + v))) > 0,
+    total(layers * h * r * (n + v) * seen)
+    / total(layers * h * ((2 * r - n - v) * attended + r * (n + v))), inf)""",
     "query tokens",
     "above it expanded takes fewer operations than absorbed, at this context",
     NOTATION,
 )
 ROWS.add(
     "context_crossing",
-    """main(where(r * (n + v) > s * (2 * r - n - v),
-    s * r * (n + v) / (r * (n + v) - s * (2 * r - n - v)), inf))""",
+    "crossing(t, attention_ops_mla, attention_ops_expanded)",
     "tokens",
-    "of context above which absorbed takes fewer operations than expanded, for these query tokens",
-    NOTATION,
+    "of context at which absorbed and expanded take equally many operations, for these query tokens",
+    "found by bisection",
 )
 for _column in (*CLASSIC, "expanded"):
     for _variable, _name, _unit in (("t", "context", "tokens"), ("b", "batch", "sequences")):

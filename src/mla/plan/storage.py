@@ -43,10 +43,10 @@ ROWS.each(
 )
 ROWS.add(
     "layer_bytes_mla",
-    "r * number_bytes + p * rope_bytes + scale_bytes",
+    "ceil((r * number_bytes + p * rope_bytes + scale_bytes) / row_multiple) * row_multiple",
     "B",
-    "cached per token and layer",
-    COUNTED,
+    "cached per token and layer; rows with a scale start at multiples of 4 bytes",
+    "docs/cache-format.md",
     layer=True,
 )
 ROWS.add(
@@ -151,11 +151,18 @@ ROWS.add(
 )
 ROWS.add("routed_parameters", "moe_layers * experts * 3 * d * expert_width", "parameters", "experts", COUNTED)
 ROWS.add(
+    "indexer_parameters",
+    """total(indexers * (d * (index_dim + index_heads)
+    + where(q_rank > 0, q_rank, d) * index_heads * index_dim))""",
+    "parameters",
+    "of the sparse indexers, copied to every device",
+    COUNTED,
+)
+ROWS.add(
     "counted_rest",
     """vocab * d * (2 - tied) + dense_layers * mlp_matrices * d * dense_width + routed_parameters
     + moe_layers * (3 * d * shared_width + d * experts) + linear_layers * linear_parameters
-    + total(indexers * (d * (index_dim + index_heads)
-    + where(q_rank > 0, q_rank, d) * index_heads * index_dim))""",
+    + indexer_parameters""",
     "parameters",
     "outside of softmax attention: embeddings, MLPs, experts, routers, linear attention, indexers",
     COUNTED,
@@ -230,7 +237,8 @@ ROWS.add(
 ROWS.each(
     COLUMNS,
     "weights_device_{a}",
-    "weight_bytes * (rest_parameters / devices + attention_device_{a})",
+    """weight_bytes * ((rest_parameters - indexer_parameters) / devices + indexer_parameters
+    + attention_device_{a})""",
     "B",
     "weights on each device",
     COUNTED,
@@ -289,8 +297,10 @@ ROWS.each(
 ROWS.each(
     SIDE_BY_SIDE,
     "outweighs_{a}",
-    "weights_device_{a} / (b * (total(stores * device_bytes_{a}) + index_bytes))",
+    """where(crossing(t, cache_device_{a}, weights_device_{a}) < inf,
+    crossing(t, cache_device_{a}, weights_device_{a}),
+    where(cache_device_{a} > weights_device_{a}, 1, inf))""",
     "tokens",
     "of context at which this batch's cache weighs as much as the weights",
-    COUNTED,
+    "found by bisection",
 )
