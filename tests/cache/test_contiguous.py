@@ -310,7 +310,7 @@ def test_a_layer_of_indexer_keys_alone_is_copied():
     for cache in (source, target):
         cache.layers = [IndexedLatentLayer()]
     keys = torch.randn(1, 5, 4)
-    source.layers[0].update_indexer(keys)
+    assert not source.layers[0].update_indexer(keys.clone().requires_grad_()).requires_grad
     source.layers[0].offload()
     source.layers[0].prefetch()
     copy_prefix(source, target, 3)

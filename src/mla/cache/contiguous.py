@@ -310,7 +310,7 @@ class IndexedLatentLayer(LatentLayer):
         # Not in int8: the few largest of their scores choose the keys, and those lie close together.
         dtype = torch.bfloat16 if self.format == "int8" else self._dtype_of(indexer_key_states)
         slot = self._indexer.reserve(b, s, width, dtype, indexer_key_states.device)
-        slot[:] = indexer_key_states
+        slot[:] = indexer_key_states.detach()  # they choose keys: nothing flows back through them
         return self._indexer.held()
 
     def _all_buffers(self) -> dict[str, "_Rows"]:
