@@ -18,6 +18,7 @@ LEVELS = {
     "families": 0,
     "formats": 0,
     "looks": 0,
+    "reading": 0,
     "textfile": 0,
     "digest": 1,
     "ops": 1,
@@ -29,7 +30,7 @@ LEVELS = {
     "cli": 6,
     "__main__": 7,
 }
-WITHOUT_TORCH = {"config", "errors", "families", "formats", "looks", "plan", "textfile"}
+WITHOUT_TORCH = {"config", "errors", "families", "formats", "looks", "plan", "reading", "textfile"}
 
 
 def place(path: Path) -> str:

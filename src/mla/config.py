@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -11,8 +10,9 @@ from types import MappingProxyType
 from typing import Any
 
 from mla.errors import MLAError
-from mla.families import LAYER_KINDS, Family, expect_int, expect_number, find_family, text_part
+from mla.families import LAYER_KINDS, Family, find_family, text_part
 from mla.formats import cache_format as format_of
+from mla.reading import config_file, expect_int, expect_number, read_config
 
 LAYOUTS = ("interleaved", "half", "none")
 #: RoPE type -> the parameters it cannot do without.
@@ -446,53 +446,3 @@ def rope_from_dict(
         values["original_max_position_embeddings"] = original or max_position_embeddings
     theta = expect_number("rope_theta", theta if given.get("rope_theta") is None else given["rope_theta"])
     return RopeConfig(layout=layout, theta=theta, rope_type=rope_type, **values)
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """The contents of a config.json; weights are refused by their name or size before they are read."""
-    weights = {".gguf", ".safetensors", ".bin", ".pt", ".pth", ".onnx"}
-    if file.suffix.lower() in weights or file.stat().st_size > 16 << 20:
-        raise MLAError(f"{file} is no config.json: give the folder or Hub id of the model it comes from")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise MLAError(f"{file} is not readable JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise MLAError(f"{file}: expected a JSON object, got {type(config).__name__}")
-    return config
-
-
-def local_config(name: str) -> Path | None:
-    """The config.json of a folder, or the file itself; None where nothing has this name."""
-    try:
-        path = Path(name).expanduser()
-        if not path.exists():
-            return None
-    except (RuntimeError, OSError) as error:  # ~nobody, a name too long, a folder that may not be looked into
-        raise MLAError(f"{name[:80]!r}: {error.args[-1]}; expected a folder, a file or a Hub id") from error
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise MLAError(f"{path} has no config.json: expected the folder of a saved model")
-    return file
-
-
-def config_file(name: str) -> Path:
-    if (file := local_config(name)) is not None:
-        return file
-    if name.startswith((".", "~", "/")) or name.count("/") > 1 or name.endswith(".json"):
-        raise MLAError(f"{name} does not exist: expected a folder, a config.json or a Hub id")
-    return _download(name)
-
-
-def _download(repo: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
-    try:
-        return Path(hf_hub_download(repo, "config.json"))
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise MLAError(
-            f"{repo} is neither a local folder nor a model the Hub gave us (gated ones need HF_TOKEN): "
-            f"{reason[0]}"
-        ) from error

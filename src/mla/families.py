@@ -14,10 +14,9 @@ from types import MappingProxyType
 from typing import Any
 
 from mla.errors import MLAError
+from mla.reading import section
 
 Raw = Mapping[str, Any]
-#: More than this is no number of anything in a model or a question.
-LARGEST = 10**12
 
 #: Layer kinds of Transformers' ``layer_types`` and whether their cache slot holds a latent.
 LAYER_KINDS: Mapping[str, bool] = MappingProxyType(
@@ -385,46 +384,6 @@ def text_part(raw: Raw) -> dict[str, Any]:
             raise MLAError(f"layer_types: expected a list of names, one for each layer, got {kinds!r}")
         text["layer_types"] = [_OLD_KINDS.get(kind, kind) for kind in kinds]
     return text
-
-
-def expect_int(name: str, value: Any, *, least: int) -> int:
-    """An integer from ``least`` to :data:`LARGEST`; MLAError for anything else."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise MLAError(f"{name}: expected an integer of at least {least}, got {value!r}")
-    if value > LARGEST:
-        raise MLAError(f"{name}: expected an integer up to {LARGEST:,}, got one of {len(str(value))} digits")
-    return int(value)
-
-
-def expect_number(name: str, value: Any, *, above: float = -1e300) -> float:
-    """A number as a float; MLAError for anything else, or one that is not larger than ``above``."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not above < value < 1e300:
-        raise MLAError(
-            f"{name}: expected a number{f' above {above}' if above > -1e300 else ''}, got {value!r}"
-        )
-    return float(value)
-
-
-def integer(raw: Raw, *names: str, least: int = 0, default: int | None = None) -> int:
-    """The first of several keys that a config.json gives a value; ``default`` if it gives none.
-
-    Raises:
-        MLAError: a value that is no integer of at least ``least``; no value where there is no default.
-    """
-    name = next((name for name in names if raw.get(name) is not None), names[0])
-    value = raw.get(name)
-    if value is None and default is not None:
-        return default
-    return expect_int(name, value, least=least)
-
-
-def section(raw: Raw, key: str) -> Raw:
-    """An object inside a config.json, empty where it has none; MLAError for anything else."""
-    inner = raw.get(key) or {}
-    if not isinstance(inner, Mapping):
-        raise MLAError(f"{key}: expected an object, got {inner!r}")
-    return inner
 
 
 def find_family(text: Raw) -> Family:

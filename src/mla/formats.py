@@ -17,11 +17,15 @@ class CacheFormat:
     index: float
     scale: float
 
+    @property
+    def row_multiple(self) -> int:
+        """Rows with a scale start at multiples of its size in bytes; those without lie as they come."""
+        return 4 if self.scale else 1
+
     def row_bytes(self, r: int, p: int) -> int:
-        """Bytes of one token in one layer, a latent of r numbers and a rotary key of p; rows start at
-        multiples of their largest number."""
+        """Bytes of one token in one layer, a latent of r numbers and a rotary key of p."""
         size = int(r * self.number + p * self.rope + self.scale)
-        return -(-size // 4) * 4 if self.scale else size
+        return -(-size // self.row_multiple) * self.row_multiple
 
 
 def _plain(size: int) -> CacheFormat:

@@ -32,6 +32,12 @@ def test_missing_folder(mla):
     says(mla("doctor", "nothing-here"), "no such folder or file, and not a Hub id")
 
 
+@pytest.mark.parametrize("name", ["~nosuchuser/model", "x" * 300])
+def test_names_that_no_path_can_have(mla, mla_folder, name):
+    says(mla("doctor", name), "expected a folder, a file or a Hub id")
+    says(mla("eval", mla_folder, "--text", name), "is not readable as UTF-8 text")
+
+
 def test_folder_without_a_config(mla, tmp_path):
     says(mla("doctor", tmp_path), "expected a model folder with a config.json")
 

@@ -17,6 +17,7 @@ from transformers.cache_utils import (
 
 from mla.formats import cache_format
 from mla.ops import latent
+from mla.ops.attention import needs_grad
 
 
 class LatentCache(DynamicCache):
@@ -113,8 +114,9 @@ class LatentLayer(CacheLayerMixin):
 
     ``keys`` and ``values``, which Transformers hands on to attention, are views: latents [b, 1, t, r] and
     rotary keys [b, 1, t, p]; in the int8 format ``keys`` are the whole rows, [b, 1, t, bytes]. ``rank`` and
-    ``rope`` are r and p, 0 before the first write. ``holds_context`` says that the rows belong to the context
-    of a cross-attention: no query is one of them, so a roll-back leaves them alone.
+    ``rope`` are r and p, 0 before the first write, ``dtype`` is that of the latents as they came.
+    ``holds_context`` says that the rows belong to the context of a cross-attention: no query is one of them,
+    so a roll-back leaves them alone.
     """
 
     is_compileable = False
@@ -126,8 +128,7 @@ class LatentLayer(CacheLayerMixin):
         self.format = format
         self._rows = _Rows(capacity)
         self.rank = self.rope = 0
-        self.dtype: torch.dtype | None = None
-        self.device: torch.device | None = None
+        self.dtype = torch.float32
         self.holds_context = False
 
     @property
@@ -163,7 +164,7 @@ class LatentLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The first latents, also after a reset, fix r, p, batch, dtype and device."""
         self.rank, self.rope = key_states.shape[-1], value_states.shape[-1]
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype = key_states.dtype
         self.is_initialized = True
 
     def update(
@@ -197,8 +198,7 @@ class LatentLayer(CacheLayerMixin):
             slot[..., :r] = c_kv
             slot[..., r:] = k_rope
         self._publish()
-        with_gradients = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-        if not with_gradients or self.format == "int8":
+        if not needs_grad(key_states, value_states) or self.format == "int8":
             return self.keys, self.values
         return (
             torch.cat([self.keys[:, :, :before], key_states.to(self.keys.dtype)], dim=2),

@@ -40,8 +40,9 @@ def copy_prefix(source: LatentCache, target: LatentCache, length: int) -> None:
         if held := old.held():
             first = {name: rows[:, :length] for name, rows in held.items()}
             device = next(iter(first.values())).device
-            dtype = old.dtype or torch.float32
-            target.layer_at(index).restore(first, rank=old.rank, rope=old.rope, dtype=dtype, device=device)
+            target.layer_at(index).restore(
+                first, rank=old.rank, rope=old.rope, dtype=old.dtype, device=device
+            )
 
 
 def save_cache(path: Path, cache: LatentCache, tokens: Sequence[int], fingerprint: Mapping[str, str]) -> None:
@@ -65,8 +66,7 @@ def save_cache(path: Path, cache: LatentCache, tokens: Sequence[int], fingerprin
             if rows.shape[:2] != (1, len(tokens)):
                 raise ValueError(f"expected rows [1, {len(tokens)}, width], got {tuple(rows.shape)}")
             tensors[f"{index}.{name}"] = rows.cpu().contiguous()
-            dtype = str(layer.dtype or torch.float32).removeprefix("torch.")
-            layers[str(index)] = (layer.rank, layer.rope, dtype)
+            layers[str(index)] = (layer.rank, layer.rope, str(layer.dtype).removeprefix("torch."))
     header = {
         "format": FORMAT,
         "fingerprint": json.dumps(dict(fingerprint), sort_keys=True),

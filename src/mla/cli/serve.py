@@ -145,22 +145,21 @@ def _become_vllm(
 ) -> None:
     """Replace this process by vLLM's server, which finds our plugin by itself."""
     import psutil
-    import torch
-
-    from mla.integrations.loading import choose_cache_format, computing_dtype, load_config
 
     if cache_format not in _VLLM_FORMATS:
         raise MLAError(f"--cache-format: vLLM takes {', '.join(_VLLM_FORMATS)}, got {cache_format}")
-    computing = computing_dtype(model, console.check_dtype(dtype))
-    options = ["--host", host, "--port", str(port), "--dtype", computing]
+    environment = dict(os.environ)
+    if console.check_dtype(dtype) == "auto":
+        from mla.integrations.loading import settle_auto
+
+        dtype, usual_format = settle_auto(model)
+        if usual_format != "auto":
+            environment.setdefault("MLA_CACHE_FORMAT", usual_format)
+    options = ["--host", host, "--port", str(port), "--dtype", dtype]
     if max_model_len is not None:
         options += ["--max-model-len", str(max_model_len)]
-    environment = dict(os.environ)
     if cache_format != "auto":
         environment["MLA_CACHE_FORMAT"] = cache_format
-    elif computing != dtype:  # a checkpoint in half precision that is computed in fp32
-        stored = choose_cache_format("auto", load_config(model), torch.float32)
-        environment.setdefault("MLA_CACHE_FORMAT", stored)
     if budget is not None or "VLLM_CPU_KVCACHE_SPACE" not in environment:
         # vLLM by itself asks for nine tenths of the machine, and ends where others use more than the rest.
         budget = psutil.virtual_memory().available // 2 if budget is None else budget

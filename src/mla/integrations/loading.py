@@ -1,6 +1,5 @@
 """Open a model and its tokenizer from a folder, a GGUF file or a Hub id; refuse early, in one line."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -11,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from mla.errors import MLAError
 from mla.formats import cache_format
 from mla.ops.latent import FORMAT_DTYPES
+from mla.reading import local_path
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -51,13 +51,17 @@ def load_config(source: str) -> Any:
     return _load(AutoConfig, path, options)
 
 
-def computing_dtype(source: str, dtype: DtypeName, device: str = "cpu") -> DtypeName:
-    """The dtype that :func:`load_model` computes in, "auto" for the checkpoint's own; errors as there."""
+def settle_auto(source: str) -> tuple[DtypeName, str]:
+    """What "auto" is for ``source`` on this CPU, by :func:`load_model` and :func:`choose_cache_format`.
+
+    The dtype and the cache format where the checkpoint's own dtype is not computed in, else ("auto", "auto").
+    """
     size = _weight_bytes(source)
-    if dtype != "auto" or size is None:
-        return dtype
-    chosen = _choose_dtype(dtype, load_config(source), device, size)
-    return "float32" if chosen is torch.float32 else "auto"
+    if size is not None:
+        config = load_config(source)
+        if _choose_dtype("auto", config, "cpu", size) is torch.float32:
+            return "float32", choose_cache_format("auto", config, torch.float32)
+    return "auto", "auto"
 
 
 def load_tokenizer(source: str) -> Any:
@@ -102,12 +106,12 @@ def computes_in_half(device: str) -> bool:
 
 def _locate(source: str) -> tuple[str, dict[str, Any]]:
     """What ``from_pretrained`` wants: a folder or id, and further options."""
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = local_path(source)
+    if path is not None and path.is_file():
         if path.suffix != ".gguf":
             raise MLAError(f"{source}: expected a folder, a .gguf file or a Hub id, got another file")
         return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
+    if path is not None and path.is_dir():
         if not (path / "config.json").is_file():
             raise MLAError(f"{source}: expected a model folder with a config.json, got a folder without one")
         return str(path), {}
@@ -143,8 +147,8 @@ def _weight_bytes(source: str) -> tuple[int, int] | None:
     Raises:
         MLAError: a file is truncated or not safetensors.
     """
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
+    folder = local_path(source)
+    if folder is None or not folder.is_dir():
         return None
     count, stored = 0, 2
     for file in sorted(folder.glob("*.safetensors")):

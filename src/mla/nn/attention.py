@@ -224,14 +224,14 @@ class MultiheadLatentAttention(nn.Module):
         if source is None:
             assert cache is not None  # _source has seen to that
             held = cache.layers[self.layer_idx].latents
-            if _needs_grad(q, weight, mask):  # autograd saves what it reads; a reset writes over the rows
+            if ops.needs_grad(q, weight, mask):  # autograd saves what it reads; a reset writes over the rows
                 held = Latents(*(x.clone() for x in held.numbers(q.dtype)))
         else:
             same = key_positions is query_positions
             key_rotation = rotation if same else self._rotation(key_positions, q.device)
             held = Latents(*self._latents(source, key_rotation))
             if cache is not None:
-                needs_grad = _needs_grad(q, held.c_kv, held.k_rope, weight, mask)
+                needs_grad = ops.needs_grad(q, held.c_kv, held.k_rope, weight, mask)
                 held = self._store(cache, held, cached, needs_grad)
         out = self._attend(q, rotation, held, mask, causal, plan)
         projected: Tensor = self.o_proj(out.flatten(2))
@@ -411,10 +411,6 @@ class MultiheadLatentAttention(nn.Module):
                 )
                 parts.append(part)
             return torch.cat(parts, dim=2)
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _refuse_what_is_not_built(config: MLAConfig, *, crosses: bool) -> None:

@@ -186,20 +186,6 @@ def decode(
     if len(given) != b or any(not 0 <= length <= t or length != int(length) for length in given):
         raise ValueError(f"lengths: expected {b} whole numbers from 0 to {t}, got {given}")
     sizes = [int(length) for length in given]
-    if b == 0:
-        return prefill(
-            q_nope,
-            q_rope,
-            c_kv,
-            k_rope,
-            w_uk,
-            w_uv,
-            scale=scale,
-            causal=causal,
-            sinks=sinks,
-            latent_scale=latent_scale,
-            plan=plan,
-        )
     # A mask with a row per query counts them from the end of each sequence: it stays with its sequence.
     if _kernels_take(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, sinks, 0.0) and (
         mask is None or (mask.dtype == torch.bool and mask.shape[1:3] == (1, 1))
@@ -210,23 +196,23 @@ def decode(
         tensors = (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, sinks, latent_scale)
         return _native(*tensors, torch.tensor(sizes, dtype=torch.int32), scale, key_mask, causal, plan)
     out, lse = [], []
-    for i, size in enumerate(sizes):
+    for i, size in enumerate(sizes or [t]):  # no sequences: one part of none
+        row = slice(i, i + 1)
         row_mask = None
         if mask is not None:
-            full = mask.expand(b, mask.shape[1], mask.shape[2], t)
-            row_mask = full[i : i + 1, :, :, :size]
+            row_mask = mask.expand(b, mask.shape[1], mask.shape[2], t)[row, :, :, :size]
         row_out, row_lse = prefill(
-            q_nope[i : i + 1],
-            q_rope[i : i + 1],
-            c_kv[i : i + 1, :size],
-            k_rope[i : i + 1, :size],
+            q_nope[row],
+            q_rope[row],
+            c_kv[row, :size],
+            k_rope[row, :size],
             w_uk,
             w_uv,
             scale=scale,
             causal=causal,
             mask=row_mask,
             sinks=sinks,
-            latent_scale=None if latent_scale is None else latent_scale[i : i + 1, :size],
+            latent_scale=None if latent_scale is None else latent_scale[row, :size],
             plan=plan,
         )
         out.append(row_out)
@@ -257,6 +243,11 @@ def plan_for(
     )
 
 
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd follows any of them."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def _kernels_take(
     q_nope: Tensor,
     q_rope: Tensor,
@@ -280,7 +271,7 @@ def _kernels_take(
         and k_rope.dtype == native.rope_dtype(c_kv.dtype)
         and native.has_rows(c_kv)
         and native.has_rows(k_rope)
-        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+        and not needs_grad(*tensors)
     )
 
 

@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mla.config import config_file, local_config, read_config
 from mla.errors import MLAError
 from mla.plan.shape import Shape, read_shape
+from mla.reading import config_file, local_config, read_config
 
 _HERE = Path(__file__).parent
 

@@ -7,7 +7,8 @@ from types import MappingProxyType
 from typing import Any
 
 from mla.errors import MLAError
-from mla.families import LAYER_PATTERNS, integer
+from mla.families import LAYER_PATTERNS
+from mla.reading import integer
 
 Raw = Mapping[str, Any]
 Rule = Callable[[Raw, int], Sequence[str]]

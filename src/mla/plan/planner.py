@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from mla.errors import MLAError
-from mla.families import expect_int
 from mla.formats import CACHE_FORMATS, CacheFormat
 from mla.plan.formulas import Figure, Values
 from mla.plan.hardware import Hardware
 from mla.plan.shape import Shape
 from mla.plan.steps import SHEET
 from mla.plan.weight_format import WEIGHT_BYTES
+from mla.reading import expect_int
 
 #: Formats of ``--cache-format``: those of the cache, and FlashMLA's fp8 layout, four fp32 scales for a latent
 #: of 512, here one per latent of any length.
@@ -103,7 +102,7 @@ def make_plan(shape: Shape, hardware: Hardware, question: Question) -> Plan:
         "rope_bytes": stored.rope,
         "index_number_bytes": stored.index,
         "scale_bytes": stored.scale,
-        "row_multiple": math.gcd(*(stored.row_bytes(r, 0) for r in range(1, 9))),
+        "row_multiple": stored.row_multiple,
         "state_bytes": 4,  # the recurrent state is kept in fp32 whatever the cache's format
         "conv_bytes": 2 if stored.number < 4 else 4,
         "activation_bytes": 2 if question.cache_format != "fp32" else 4,

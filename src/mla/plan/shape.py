@@ -14,15 +14,14 @@ from mla.families import (
     FAMILIES,
     LAYER_KINDS,
     attention_of,
-    expect_int,
     find_family,
-    integer,
     text_part,
     usual_names,
 )
 from mla.plan.layers import windows
 from mla.plan.weight_format import stored_format
 from mla.plan.weights import linear_attention, parameters
+from mla.reading import expect_int, integer
 
 Raw = Mapping[str, Any]
 #: Key-value heads of the GQA column, where the model has no grouping of its own (Llama 3, Qwen 3, Mistral).

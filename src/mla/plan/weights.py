@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mla.errors import MLAError
-from mla.families import integer, section
+from mla.reading import integer, section
 
 Raw = Mapping[str, Any]
 #: Activations whose MLP has two matrices, up and down, without a gate.
