@@ -3,8 +3,8 @@
     python -m benchmarks.ceiling [--isa NAME] [--seconds 2] [--threads N] [--json]
 
 Products: the instruction that carries them in our kernels, out of registers, on torch.get_num_threads()
-threads at once. "half" is the arithmetic of bf16 and int8 caches (``vdpbf16ps`` on AVX-512, pairs of int16 on
-AVX2), "full" that of fp32 caches. Memory: torch sums a tensor larger than any cache.
+threads at once. "half" is the arithmetic of bf16 and int8 caches (``vdpbf16ps``, or pairs of int16 on
+AVX2 and on AVX-512 with VNNI), "full" that of fp32 caches. Memory: torch sums a tensor larger than any cache.
 
 A bound is the best of many short samples: whatever disturbs a sample only lowers it. The other benchmarks
 take some between the turns of their contenders, so that kernel and bound have seen the same machine.

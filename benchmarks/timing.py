@@ -23,9 +23,9 @@ from torch import Tensor
 
 from mla.ops import native
 
-TOLERANCE = (
-    5e-3  # relative error of our own kernels, as the norm of the difference over that of the reference
-)
+# Relative error of our own kernels per cache format: norm of the difference over that of the reference.
+# Over int8 latents AVX-512 rounds queries and probabilities to 8 bits, too.
+TOLERANCE = {"fp32": 5e-3, "bf16": 5e-3, "int8": 1e-2}
 SHORTEST = 1e-3  # seconds of one sample: a shorter call is repeated
 WARM_UP = 30e-3  # a longer call finds nothing of its own in the caches anyway
 

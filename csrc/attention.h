@@ -90,7 +90,8 @@ struct Kernels {
   double (*ceiling)(int64_t rounds);
 };
 
-extern const Kernels avx512_kernels;
+extern const Kernels avx512_bf16_kernels;
+extern const Kernels avx512_vnni_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels generic_kernels;
 

@@ -211,9 +211,12 @@ template <class A> struct Columns {
       stride = tile.stride;
     } else {
       constexpr int numbers = A::per_unit * A::lanes;
-      for (int t = 0; t < tokens; t += A::per_unit)
-        for (int d = 0; d < width; d += numbers)
-          A::transpose(tile.row(t) + d / A::per_unit, tile.stride, units + t / A::per_unit * stride + d);
+      const int64_t across = tile.stride;
+      for (int t = 0; t < tokens; t += A::per_unit) {
+        const uint32_t* from = tile.row(t);
+        uint32_t* to = units + t / A::per_unit * stride;
+        for (int d = 0; d < width; d += numbers, from += A::lanes, to += numbers) A::transpose(from, across, to);
+      }
     }
   }
 };

@@ -54,11 +54,11 @@ template <int lanes> struct Vec {
     return found != 0;
   }
   static MLA_INLINE float sum(F v) {
-    float parts[lanes];
-    store(parts, v);
-    for (int width = lanes / 2; width > 0; width /= 2)
-      for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
-    return parts[0];
+    I place;
+    for (int i = 0; i < lanes; ++i) place[i] = i;
+#pragma GCC unroll 4
+    for (int width = lanes / 2; width > 0; width /= 2) v += __builtin_shuffle(v, place ^ width);
+    return v[0];
   }
 
   // The nearest integer to |x| < 2^22, in the low bits of the result: adding 1.5 * 2^23 leaves it there.

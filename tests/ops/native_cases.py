@@ -253,22 +253,32 @@ def _queries(x: Tensor, dtype: torch.dtype, options: Options) -> Tensor:
     return store[..., 1 : width + 1].transpose(1, 2)
 
 
+def arithmetic(isa: str, operator: str, cache: str) -> str:
+    """What an instruction set's products are made of, for sequences of more than a few keys."""
+    if isa == "generic" or cache == "fp32":
+        return "fp32"
+    if isa.startswith("avx512") and cache == "int8" and operator == "decode":
+        return "int8"
+    return "bf16" if isa == "avx512_bf16" else "int16"
+
+
 def tolerance(call: Call, operator: str, isa: str, cache: str, queries: str) -> tuple[float, float]:
     """How far output (Frobenius norm, relative) and lse (absolute) may be from the reference.
 
-    About twice what random inputs show. Products are of fp32 numbers, of int16 whose rows share a factor
-    (AVX2), of bf16 (AVX-512), where queries, keys and probabilities are each rounded to 8 bits, and expanded
-    keys and values once more, or of int8 (AVX-512 too), where a factor is shared as well. Each errs in
-    proportion to the scores: where lse is beyond 10, more is allowed.
+    About twice what random inputs show. Products are of fp32 numbers, of int16 whose rows share a factor, of
+    bf16, where queries, keys and probabilities are each rounded to 8 bits, and expanded keys and values once
+    more, or of int8, where a factor is shared as well. Each errs in proportion to the scores: where lse is
+    beyond 10, more is allowed.
     """
-    if isa == "generic" or cache == "fp32":
+    kind = arithmetic(isa, operator, cache)
+    if kind == "fp32":
         out, lse, out_slope, lse_slope = 2e-6, 1e-5, 3e-7, 2e-6
         out *= max(1.0, max(call.lengths, default=0) / 4096)
-    elif isa == "avx2":
+    elif kind == "int16":
         out, lse, out_slope, lse_slope = 2e-3, 2e-3, 1e-4, 3e-4
-    elif operator == "prefill":
+    elif kind == "bf16" and operator == "prefill":
         out, lse, out_slope, lse_slope = 8e-3, 3e-2, 1e-3, 4e-3
-    elif cache == "bf16":
+    elif kind == "bf16":
         out, lse, out_slope, lse_slope = 5e-3, 3e-2, 1e-3, 4e-3
     else:
         out, lse, out_slope, lse_slope = 2e-2, 5e-2, 2e-3, 1e-2

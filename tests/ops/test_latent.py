@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla.formats import CACHE_FORMATS
-from mla.ops import attention, latent, reference
+from mla.ops import attention, latent, native, reference
 from tests.ops.cases import Case
+from tests.ops.native_cases import arithmetic
 
 
 @settings(max_examples=200, deadline=None)
@@ -76,8 +77,11 @@ def test_attention_on_int8_equals_the_numbers_it_stands_for(path, requires_grad)
     plan = attention.plan_for(inputs["q_nope"], packed, inputs["k_rope"], inputs["w_uv"], path=path)
     stored = {**inputs, "c_kv": packed, "latent_scale": scale}
     out, lse = attention.prefill(**stored, scale=case.scale, plan=plan)
-    assert float((out.detach().double() - want).norm() / want.norm()) < 5e-3
-    torch.testing.assert_close(lse.detach().double(), want_lse, atol=5e-3, rtol=0)
+    # Some kernels round queries and probabilities to int8 as well.
+    kernel = None if requires_grad or path == "expanded" else native.best()
+    most = 2e-2 if kernel and arithmetic(kernel, "decode", "int8") == "int8" else 5e-3
+    assert float((out.detach().double() - want).norm() / want.norm()) < most
+    torch.testing.assert_close(lse.detach().double(), want_lse, atol=most, rtol=0)
     for name, change in {"none": {"latent_scale": None}, "short": {"latent_scale": scale[:, 1:]}}.items():
         with pytest.raises(ValueError, match="latent_scale"):
             attention.prefill(**{**stored, **change}, scale=case.scale), name

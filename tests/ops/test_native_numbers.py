@@ -5,7 +5,17 @@ import torch
 
 from mla.ops import native
 from tests.ops.cases import Case
-from tests.ops.native_cases import FORMATS, ISAS, OPERATORS, Options, check, kept_call, make_call, make_inputs
+from tests.ops.native_cases import (
+    FORMATS,
+    ISAS,
+    OPERATORS,
+    Options,
+    arithmetic,
+    check,
+    kept_call,
+    make_call,
+    make_inputs,
+)
 
 CASE = Case(b=1, s=2, t=300, h=6, n=32, r=128, p=32, v=24)
 
@@ -90,9 +100,8 @@ NUMBERS = {
 # Where a row shares one factor, what is small beside its largest number is lost: a channel of queries that is
 # a thousand times smaller in int16, ten times in int8.
 LOST = {
-    ("avx2", "decode"): {"an outlier of 1000 that queries level"},
-    ("avx2", "prefill"): {"an outlier of 1000 that queries level"},
-    ("avx512", "decode"): {"an outlier of 10 that queries level", "an outlier of 1000 that queries level"},
+    "int16": {"an outlier of 1000 that queries level"},
+    "int8": {"an outlier of 10 that queries level", "an outlier of 1000 that queries level"},
 }
 
 by_isa = pytest.mark.parametrize("isa", ISAS)
@@ -106,8 +115,7 @@ by_cache = pytest.mark.parametrize("cache", FORMATS)
 @pytest.mark.parametrize("queries", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", NUMBERS)
 def test_magnitudes(request, isa, operator, cache, queries, name):
-    shared = cache == "int8" or (cache == "bf16" and isa == "avx2")
-    if shared and name in LOST.get((isa, operator), ()):
+    if name in LOST.get(arithmetic(isa, operator, cache), ()):
         request.applymarker(pytest.mark.xfail(reason="a row shares one factor", strict=True))
     inputs = make_inputs(CASE)
     NUMBERS[name](inputs)

@@ -10,7 +10,17 @@ import torch
 
 from mla.ops import native
 from tests.ops.cases import Case
-from tests.ops.native_cases import FORMATS, ISAS, OPERATORS, Options, check, distance, kept_call, make_call
+from tests.ops.native_cases import (
+    FORMATS,
+    ISAS,
+    OPERATORS,
+    Options,
+    arithmetic,
+    check,
+    distance,
+    kept_call,
+    make_call,
+)
 
 needs_kernels = pytest.mark.skipif(not native.instruction_sets(), reason="built without kernels")
 by_isa = pytest.mark.parametrize("isa", ISAS)
@@ -44,8 +54,8 @@ def test_numbers_of_threads_agree(isa, operator, cache):
             assert torch.equal(again[0], got[0][0])
             assert torch.equal(again[1], got[0][1])
         # Partial sums meet in another order, and have other maxima: probabilities round to other integers.
-        exact = operator == "prefill" or cache == "fp32" or isa == "generic"
-        assert distance(got[0][0], out.double()) < (1e-6 if exact else 2e-5 if isa == "avx2" else 2e-3)
+        kind = "fp32" if operator == "prefill" else arithmetic(isa, operator, cache)
+        assert distance(got[0][0], out.double()) < {"fp32": 1e-6, "int16": 2e-5}.get(kind, 2e-3)
         torch.testing.assert_close(got[0][1], lse, atol=2e-6, rtol=1e-6)
         check(call, operator, isa, cache)
 

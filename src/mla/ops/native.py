@@ -31,7 +31,8 @@ QUERY_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Names of the kernels that run on this machine, best first: of "avx512", "avx2" and "generic"."""
+    """Names of the kernels that run on this machine, best first: of "avx512_bf16",
+    "avx512_vnni", "avx2" and "generic"."""
     return _AVAILABLE
 
 

@@ -1,4 +1,6 @@
-// AVX-512 with BF16 and VNNI: bf16 pairs and int8 quads multiply as they lie in the cache.
+// What the instruction sets with 512-bit vectors share.
+#pragma once
+
 #ifdef MLA_EMULATE_AVX512 // the same source on a machine without AVX-512, for tests
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
@@ -6,62 +8,35 @@
 #include <immintrin.h>
 #endif
 
+#include <type_traits>
+
 #include "arithmetic.h"
 
 namespace mla {
 namespace {
 
-struct Bf16 {
-  static constexpr int lanes = 16, per_unit = 2;
-  using V = Vec<lanes>;
-  using F = V::F;
+// Two rows of pairs of 16 bits -> one pair per column.
+MLA_INLINE void transpose_pairs(const uint32_t* rows, int64_t stride, uint32_t* to) {
+  using V = Vec<16>;
   using Unit = V::U;
-  using Sum = F;
+  const Unit row0 = V::load<Unit>(rows), row1 = V::load<Unit>(rows + stride);
+  const Unit even = (row0 & 0xffffu) | (row1 << 16), odd = (row0 >> 16) | (row1 & 0xffff0000u);
+  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i high = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
+  V::store(to, _mm512_permutex2var_epi32(V::as<__m512i>(even), low, V::as<__m512i>(odd)));
+  V::store(to + 16, _mm512_permutex2var_epi32(V::as<__m512i>(even), high, V::as<__m512i>(odd)));
+}
 
-  static MLA_INLINE Unit spread(const uint32_t* a) { return V::all(*a); }
-  static MLA_INLINE Sum dot(Sum sum, Unit b, Unit a) {
-    return V::as<Sum>(_mm512_dpbf16_ps(V::as<__m512>(sum), V::as<__m512bh>(b), V::as<__m512bh>(a)));
-  }
-  static MLA_INLINE F value(Sum sum) { return sum; }
-  // Rounded to the nearest; half-way cases away from zero.
-  static MLA_INLINE Unit join(F even, F odd) {
-    return ((V::as<Unit>(even) + 0x8000u) >> 16) | ((V::as<Unit>(odd) + 0x8000u) & 0xffff0000u);
-  }
-
-  template <Type type> static MLA_INLINE void pack(const char* row, int count, float factor, uint32_t* units) {
-    using R = Read<lanes, type>;
-    walk<2 * lanes, R::bytes>(row, count, [&](const char* p, int i) {
-      if (type == Type::bf16 && factor == 1.0f) { // the cache's own numbers
-        V::store(units + i / 2, V::load<Unit>(p));
-      } else {
-        F even, odd;
-        R::pair(p, even, odd);
-        V::store(units + i / 2, join(even * factor, odd * factor));
-      }
-    });
-  }
-  static MLA_INLINE Unit weights(const F* p) { return join(p[0], p[1]); }
-  static MLA_INLINE void transpose(const uint32_t* rows, int64_t stride, uint32_t* to) {
-    const Unit row0 = V::load<Unit>(rows), row1 = V::load<Unit>(rows + stride);
-    const Unit even = (row0 & 0xffffu) | (row1 << 16), odd = (row0 >> 16) | (row1 & 0xffff0000u);
-    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    const __m512i high = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
-    V::store(to, _mm512_permutex2var_epi32(V::as<__m512i>(even), low, V::as<__m512i>(odd)));
-    V::store(to + lanes, _mm512_permutex2var_epi32(V::as<__m512i>(even), high, V::as<__m512i>(odd)));
-  }
-  using Rest = void;
-};
-
-// Quads of int8 for int8 latents, beside rotary keys in bf16. The instruction takes one side unsigned: queries are
-// stored as q + 128, and 128 times the sum of its numbers is taken from every key's score again.
-struct Int8 {
+// Quads of int8 for int8 latents, beside rotary keys in another arithmetic. The instruction takes one side unsigned:
+// queries are stored as q + 128, and 128 times the sum of its numbers is taken from every key's score again.
+template <class Rest_> struct Int8 {
   static constexpr int lanes = 16, per_unit = 4;
   static constexpr bool shifted = true;
   using V = Vec<lanes>;
   using F = V::F;
   using Unit = V::U;
   using Sum = V::I;
-  using Rest = Bf16;
+  using Rest = Rest_;
 
   static MLA_INLINE Unit spread(const uint32_t* a) { return V::all(*a); }
   static MLA_INLINE Sum dot(Sum sum, Unit b, Unit a) {
@@ -82,8 +57,8 @@ struct Int8 {
       sum = _mm512_dpbusd_epi32(sum, ones, bytes);
       V::store(units + i / 4, bytes);
     });
-    mla::pack<Bf16>(parts.b, 1.0f, units + units_of<Int8>(count));
-    return {__builtin_fabsf(parts.a.factor), 1.0f, 128.0f * V::sum(value(V::as<Sum>(sum)))};
+    const float rest = pack_rest(parts.b, units + units_of<Int8>(count));
+    return {__builtin_fabsf(parts.a.factor), rest, 128.0f * V::sum(value(V::as<Sum>(sum)))};
   }
   static Factors pack_query(const Parts& parts, uint32_t* units) {
     return parts.a.type == Type::f32 ? pack_query_of<Type::f32>(parts, units) : pack_query_of<Type::bf16>(parts, units);
@@ -105,8 +80,16 @@ struct Int8 {
       const Unit numbers = V::nearest(R::one(p) * inner) + 128u;
       V::store(reinterpret_cast<uint8_t*>(units) + i, __builtin_convertvector(numbers, V::B));
     });
-    mla::pack<Bf16>(parts.b, 1.0f, units + units_of<Int8>(count));
-    return {top / 127.0f, 1.0f, 0.0f};
+    return {top / 127.0f, pack_rest(parts.b, units + units_of<Int8>(count)), 0.0f};
+  }
+  // Returns the factor of the rotary part.
+  static float pack_rest(const Part& part, uint32_t* units) {
+    if constexpr (std::is_void_v<typename Rest::Rest>) {
+      mla::pack<Rest>(part, 1.0f, units);
+      return 1.0f;
+    } else {
+      return Rest::pack_part(part, units);
+    }
   }
 
   // The largest probability of a row and tile becomes 255.
@@ -132,26 +115,15 @@ struct Int8 {
   }
 };
 
-struct Isa {
-  using Half = Bf16;
-  using Full = Float32<16>;
-  using Byte = Int8;
-  static constexpr int wide_x = 12, narrow_x = 24;
-};
-
-bool supported() {
 #ifdef MLA_EMULATE_AVX512
-  return true;
+bool has_avx512() { return true; }
 #else
+bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-#endif
+         __builtin_cpu_supports("avx512vnni");
 }
+#endif
 
 } // namespace
 } // namespace mla
-
-#define MLA_KERNELS avx512_kernels
-#define MLA_NAME "avx512"
-#include "kernels.h"
