@@ -10,10 +10,13 @@
 //   transpose            `per_unit` rows of units -> one unit per column, `lanes` units of each row at a time
 //   Rest                 void, or (integers) the arithmetic of the second part of a row; then each part of a row
 //                        has a factor of its own, and there are
-//   pack_key, pack_query a whole row, for either side, with its factors
+//   pack_key, pack_query a whole row, for either side, with its factors; the type is that of the first part
+//   holds                of what types a key's first part may be
 //   shifted              whether keys have an offset
 //   collect, limit       of a row's probabilities in one tile, what may reach `limit`
 #pragma once
+
+#include <type_traits>
 
 #include "attention.h"
 #include "vectors.h"
@@ -88,28 +91,24 @@ struct Factors {
 
 template <class A> constexpr int units_of(int count) { return (count + A::per_unit - 1) / A::per_unit; }
 
-template <class A> float squares(const Part& part) {
-  switch (part.type) {
+// The type of the rotary keys beside latents of a type, or of the second part of a row beside the first.
+constexpr Type beside(Type latents) { return latents == Type::f32 ? Type::f32 : Type::bf16; }
+
+// step(type), which then is a constant.
+template <class Step> MLA_INLINE auto with(Type type, Step&& step) {
+  switch (type) {
   case Type::f32:
-    return A::template squares<Type::f32>(part.data, part.count);
+    return step(std::integral_constant<Type, Type::f32>());
   case Type::bf16:
-    return A::template squares<Type::bf16>(part.data, part.count);
+    return step(std::integral_constant<Type, Type::bf16>());
   default:
-    return A::template squares<Type::i8>(part.data, part.count);
+    return step(std::integral_constant<Type, Type::i8>());
   }
 }
 
 // Writes whole vectors: up to 2 * lanes units beyond the part.
-template <class A> void pack(const Part& part, float factor, uint32_t* units) {
-  factor *= part.factor;
-  switch (part.type) {
-  case Type::f32:
-    return A::template pack<Type::f32>(part.data, part.count, factor, units);
-  case Type::bf16:
-    return A::template pack<Type::bf16>(part.data, part.count, factor, units);
-  default:
-    return A::template pack<Type::i8>(part.data, part.count, factor, units);
-  }
+template <class A, Type type> MLA_INLINE void pack(const Part& part, float factor, uint32_t* units) {
+  A::template pack<type>(part.data, part.count, factor * part.factor, units);
 }
 
 // Floats as they are: the arithmetic that every machine has, and that of fp32 caches.

@@ -8,8 +8,6 @@
 #include <immintrin.h>
 #endif
 
-#include <type_traits>
-
 #include "arithmetic.h"
 
 namespace mla {
@@ -32,6 +30,7 @@ MLA_INLINE void transpose_pairs(const uint32_t* rows, int64_t stride, uint32_t* 
 template <class Rest_> struct Int8 {
   static constexpr int lanes = 16, per_unit = 4;
   static constexpr bool shifted = true;
+  static constexpr bool holds(Type type) { return type == Type::i8; }
   using V = Vec<lanes>;
   using F = V::F;
   using Unit = V::U;
@@ -46,7 +45,8 @@ template <class Rest_> struct Int8 {
 
   // The cache's own bytes. The sign of a factor goes into them, because times a probability the factor becomes a
   // weight, which has none; -128, which quantising never gives, then becomes 127.
-  static Factors pack_key(const Parts& parts, uint32_t* units) {
+  template <Type type> static Factors pack_key(const Parts& parts, uint32_t* units) {
+    static_assert(type == Type::i8);
     const int count = parts.a.count;
     const bool negative = parts.a.factor < 0;
     const __m512i ones = _mm512_set1_epi8(1);
@@ -57,13 +57,10 @@ template <class Rest_> struct Int8 {
       sum = _mm512_dpbusd_epi32(sum, ones, bytes);
       V::store(units + i / 4, bytes);
     });
-    const float rest = pack_rest(parts.b, units + units_of<Int8>(count));
+    const float rest = pack_rest<Type::bf16>(parts.b, units + units_of<Int8>(count));
     return {__builtin_fabsf(parts.a.factor), rest, 128.0f * V::sum(value(V::as<Sum>(sum)))};
   }
-  static Factors pack_query(const Parts& parts, uint32_t* units) {
-    return parts.a.type == Type::f32 ? pack_query_of<Type::f32>(parts, units) : pack_query_of<Type::bf16>(parts, units);
-  }
-  template <Type type> static Factors pack_query_of(const Parts& parts, uint32_t* units) {
+  template <Type type> static Factors pack_query(const Parts& parts, uint32_t* units) {
     using R = Read<lanes, type>;
     const int count = parts.a.count;
     F tops = {}, poison = {}; // a maximum forgets NaN
@@ -80,15 +77,15 @@ template <class Rest_> struct Int8 {
       const Unit numbers = V::nearest(R::one(p) * inner) + 128u;
       V::store(reinterpret_cast<uint8_t*>(units) + i, __builtin_convertvector(numbers, V::B));
     });
-    return {top / 127.0f, pack_rest(parts.b, units + units_of<Int8>(count)), 0.0f};
+    return {top / 127.0f, pack_rest<beside(type)>(parts.b, units + units_of<Int8>(count)), 0.0f};
   }
   // Returns the factor of the rotary part.
-  static float pack_rest(const Part& part, uint32_t* units) {
+  template <Type type> static MLA_INLINE float pack_rest(const Part& part, uint32_t* units) {
     if constexpr (std::is_void_v<typename Rest::Rest>) {
-      mla::pack<Rest>(part, 1.0f, units);
+      mla::pack<Rest, type>(part, 1.0f, units);
       return 1.0f;
     } else {
-      return Rest::pack_part(part, units);
+      return Rest::template pack_part<type>(part, units);
     }
   }
 

@@ -126,16 +126,15 @@ private:
     const Cache& cache = attention_.cache;
     const int64_t from = tile * kKeys, count = least(kKeys, item.tokens - from);
     const int tokens = static_cast<int>(up(count, narrow_x));
-    fill(attention_, item.sequence, from, static_cast<int>(count), tokens, scratch.keys,
-         [&](int, const Cursor& cursor) { return Parts{latent(cache, cursor), rotary(cache, cursor)}; });
-    scratch.values.fill(scratch.keys, tokens, r_);
+    fill(
+        attention_, item.sequence, from, static_cast<int>(count), tokens, scratch.keys,
+        [&](int, const Cursor& cursor) { return Parts{latent(cache, cursor), rotary(cache, cursor)}; },
+        [&](int i) { scratch.values.fill(scratch.keys, i, r_); });
     const int64_t next = from + kKeys;
-    const int64_t ahead = tile + 1 < last ? least(kKeys, item.tokens - next) : 0;
+    RowsAhead ahead(cache, item.sequence, next, tile + 1 < last ? least(kKeys, item.tokens - next) : 0);
     attend_rows<A, wide_x, narrow_x>(scratch.queries, static_cast<int>(up(item.rows, A::lanes)), units_of<A>(r_),
                                      scratch.keys, scratch.keys.factors, scratch.values, from, count, tokens,
-                                     scratch.limits, state, scratch.weights, [&](int row, int t, int x) {
-                                       if (row == 0) prefetch(cache, item.sequence, next + t, least(x, ahead - t));
-                                     });
+                                     scratch.limits, state, scratch.weights, ahead);
   }
 
   void write(const Item& item, const State& state, int begin, int end) {

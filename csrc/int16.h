@@ -15,6 +15,7 @@ namespace {
 template <class Machine> struct Int16 {
   static constexpr int lanes = Machine::lanes, per_unit = 2;
   static constexpr bool shifted = false;
+  static constexpr bool holds(Type) { return true; }
   using V = Vec<lanes>;
   using F = typename V::F;
   using Unit = typename V::U;
@@ -59,23 +60,27 @@ template <class Machine> struct Int16 {
   }
 
   using Rest = Int16;
-  static Factors pack_key(const Parts& parts, uint32_t* units) {
-    return {pack_part(parts.a, units), pack_part(parts.b, units + units_of<Int16>(parts.a.count)), 0.0f};
+  template <Type type> static MLA_INLINE Factors pack_key(const Parts& parts, uint32_t* units) {
+    return {pack_part<type>(parts.a, units), pack_part<beside(type)>(parts.b, units + units_of<Int16>(parts.a.count)),
+            0.0f};
   }
-  static Factors pack_query(const Parts& parts, uint32_t* units) { return pack_key(parts, units); }
+  template <Type type> static Factors pack_query(const Parts& parts, uint32_t* units) {
+    return pack_key<type>(parts, units);
+  }
   // The sign of a factor goes into the numbers: times a probability the factor becomes a weight, which has none.
-  static float pack_part(Part part, uint32_t* units) {
-    const float length = length_of(part), factor = part.factor;
+  template <Type type> static MLA_INLINE float pack_part(Part part, uint32_t* units) {
+    float length = __builtin_sqrtf(squares<type>(part.data, part.count));
+    // Zeros and NaN, or squares that fp32 does not hold.
+    if (type != Type::i8 && !(length > 1e-15f && length <= __FLT_MAX__)) length = exact_length(part, type);
+    const float factor = part.factor;
     part.factor = __builtin_copysignf(1.0f, factor);
-    mla::pack<Int16>(part, length > 1e-33f ? limit / length : 0.0f, units); // below, the quotient would be infinite
-    return length * (__builtin_fabsf(factor) * (1.0f / limit));             // NaN where the part holds one
+    mla::pack<Int16, type>(part, length > 1e-33f ? limit / length : 0.0f, units); // below, it would be infinite
+    return length * (__builtin_fabsf(factor) * (1.0f / limit));                   // NaN where the part holds one
   }
-  static float length_of(const Part& part) {
-    const float sum = mla::squares<Int16>(part);
-    if ((sum > 1e-30f && sum <= __FLT_MAX__) || part.type == Type::i8) return __builtin_sqrtf(sum);
-    // Zeros and NaN, or squares that fp32 does not hold: rare enough to be summed one by one.
+  // Rare enough to be summed one by one.
+  static __attribute__((noinline)) float exact_length(const Part& part, Type type) {
     double exact = 0;
-    const int bytes = part.type == Type::f32 ? 4 : 2;
+    const int bytes = type == Type::f32 ? 4 : 2;
     for (int i = 0; i < part.count; ++i) {
       float x = 0; // bf16 is the upper half of it
       std::memcpy(reinterpret_cast<char*>(&x) + 4 - bytes, part.data + i * bytes, static_cast<size_t>(bytes));

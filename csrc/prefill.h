@@ -102,9 +102,10 @@ private:
       const int count = static_cast<int>(least(kKeys, tokens - from));
       const int filled = static_cast<int>(up(count, narrow_x));
       expand(sequence, from, count, filled, scratch);
+      NoAhead ahead;
       attend_rows<A, wide_x, narrow_x>(scratch.queries, padded, units_of<A>(call_.n), scratch.keys,
                                        scratch.values.factors, scratch.columns, from, count, filled, scratch.limits,
-                                       state, scratch.weights, [](int, int, int) {});
+                                       state, scratch.weights, ahead);
     }
     finish_rows<A>(attention_, state, 0, rows, rows, call_.v, call_.out.type, [&](int i) {
       return Place{head(call_.out, sequence, first + i, h), lse_of(attention_, sequence, first + i, h), h};
@@ -132,24 +133,34 @@ private:
   void expand(int sequence, int64_t from, int count, int filled, Scratch& scratch) {
     using Floats = Float32<A::lanes>;
     const Cache& cache = attention_.cache;
-    fill(attention_, sequence, from, count, filled, scratch.latents, [&](int i, const Cursor& cursor) {
-      float* to = scratch.key_floats + static_cast<int64_t>(i) * scratch.key_line + scratch.key_channels;
-      mla::pack<Floats>(rotary(cache, cursor), 1.0f, reinterpret_cast<uint32_t*>(to));
-      return Parts{latent(cache, cursor), {}};
-    });
+    fill(
+        attention_, sequence, from, count, filled, scratch.latents,
+        [&](int i, const Cursor& cursor) {
+          float* to = scratch.key_floats + static_cast<int64_t>(i) * scratch.key_line + scratch.key_channels;
+          const Part part = rotary(cache, cursor);
+          with(part.type, [&](auto type) { mla::pack<Floats, type()>(part, 1.0f, reinterpret_cast<uint32_t*>(to)); });
+          return Parts{latent(cache, cursor), {}};
+        },
+        [](int) {});
     multiply(scratch.uk, scratch.key_channels, scratch.latents, filled, scratch.key_floats, scratch.key_line);
     multiply(scratch.uv, scratch.value_channels, scratch.latents, filled, scratch.value_floats, scratch.value_line);
-    std::optional<Parts> keys[kKeys], values[kKeys];
-    for (int t = 0; t < filled; ++t) {
-      if (scratch.latents.biases[t] != 0.0f) continue;
-      const float* key = scratch.key_floats + static_cast<int64_t>(t) * scratch.key_line;
-      const float* value = scratch.value_floats + static_cast<int64_t>(t) * scratch.value_line;
-      keys[t] = Parts{floats(key, call_.n), floats(key + scratch.key_channels, cache.p)};
-      values[t] = Parts{floats(value, call_.v), {}};
-    }
-    scratch.keys.pack(keys, filled);
-    scratch.values.pack(values, filled);
-    scratch.columns.fill(scratch.values, filled, call_.v);
+    const auto seen = [&](int t) { return scratch.latents.biases[t] == 0.0f; };
+    scratch.keys.pack(
+        Type::f32, filled,
+        [&](int t, auto&& take) {
+          const float* key = scratch.key_floats + static_cast<int64_t>(t) * scratch.key_line;
+          if (seen(t)) take(Parts{floats(key, call_.n), floats(key + scratch.key_channels, cache.p)});
+          return seen(t);
+        },
+        [](int) {});
+    scratch.values.pack(
+        Type::f32, filled,
+        [&](int t, auto&& take) {
+          const float* value = scratch.value_floats + static_cast<int64_t>(t) * scratch.value_line;
+          if (seen(t)) take(Parts{floats(value, call_.v), {}});
+          return seen(t);
+        },
+        [&](int t) { scratch.columns.fill(scratch.values, t, call_.v); });
   }
 
   static Part floats(const float* data, int count) {
@@ -170,10 +181,11 @@ private:
                                                     int64_t line, int channel) {
     using V = typename A::V;
     using F = typename A::F;
+    NoAhead ahead;
     F factors[G];
     for (int g = 0; g < G; ++g) factors[g] = V::template load<F>(w.factors + channel + g * A::lanes);
     for (int t = 0; t < tokens; t += X)
-      product<A, X, G>(w.tile(channel), w.units, latents.rows + t * latents.stride, latents.stride, 1,
+      product<A, X, G>(w.tile(channel), w.units, latents.rows + t * latents.stride, latents.stride, 1, ahead,
                        [&](int x, int g, F value) MLA_INLINE_LAMBDA {
                          if constexpr (kSplit<A>) value = value * (factors[g] * latents.factors[t + x]);
                          V::store(to + (t + x) * line + channel + g * A::lanes, value);

@@ -75,34 +75,60 @@ inline Part rotary(const Cache& cache, const Cursor& cursor) {
 }
 
 // Tokens first..first+count-1 of a sequence as a tile of `tokens` rows; those beyond, and those that are masked
-// or do not exist, are empty. row(i, cursor) says where the parts of one that does lie.
-template <class A, class Row>
-void fill(const Attention& call, int sequence, int64_t first, int count, int tokens, Tile<A>& tile, Row&& row) {
+// or do not exist, are empty. row(i, cursor) says where the parts of one that does lie; after(i) follows every row.
+template <class A, class Row, class After> void fill(const Attention& call, int sequence, int64_t first, int count,
+                                                     int tokens, Tile<A>& tile, Row&& row, After&& after) {
   const uint8_t* mask = call.key_mask ? call.key_mask + sequence * call.key_mask_stride + first : nullptr;
   Cursor cursor(call.cache, sequence, first);
-  std::optional<Parts> parts[kKeys];
-  for (int i = 0; i < count; ++i, cursor.next()) {
+  const auto next = [&](int i, auto&& take) MLA_INLINE_LAMBDA {
+    if (i >= count) return false;
     if (cursor.stale()) cursor.turn();
-    if (cursor.exists() && (!mask || mask[i])) parts[i] = row(i, cursor);
-  }
-  tile.pack(parts, tokens);
+    const bool seen = cursor.exists() && (!mask || mask[i]);
+    if (seen) take(row(i, cursor));
+    cursor.next();
+    return seen;
+  };
+  tile.pack(call.cache.type, tokens, next, after);
 }
 
-// Brings rows that the next tile will need into the second-level cache.
-inline void prefetch(const Cache& cache, int sequence, int64_t first, int64_t count) {
-  if (count <= 0) return;
-  Cursor cursor(cache, sequence, first);
-  const int64_t latent_bytes = cache.r * (cache.type == Type::f32 ? 4 : cache.type == Type::bf16 ? 2 : 1);
-  const int64_t rotary_bytes = cache.p * (cache.type == Type::f32 ? 4 : 2);
-  for (int64_t i = 0; i < count; ++i, cursor.next()) {
-    if (cursor.stale()) cursor.turn();
-    if (!cursor.exists()) continue;
-    const char* p = cursor.at(cache.c_kv);
-    for (int64_t at = 0; at < latent_bytes; at += 64) __builtin_prefetch(p + at, 0, 2);
-    p = cursor.at(cache.k_rope);
-    for (int64_t at = 0; at < rotary_bytes; at += 64) __builtin_prefetch(p + at, 0, 2);
+// Brings the rows of tokens first..first+count-1 into the second-level cache, a line at every step of a product:
+// more at once would wait for one another.
+class RowsAhead {
+public:
+  RowsAhead(const Cache& cache, int sequence, int64_t first, int64_t count)
+      : cache_(cache), cursor_(cache, sequence, count > 0 ? first : 0), left_(most(0, count)) {
+    latent_bytes_ = cache.r * (cache.type == Type::f32 ? 4 : cache.type == Type::bf16 ? 2 : 1);
+    rotary_bytes_ = cache.p * (cache.type == Type::f32 ? 4 : 2);
   }
-}
+  MLA_INLINE void step() {
+    if (at_ < end_) {
+      __builtin_prefetch(at_, 0, 2);
+      at_ += 64;
+    } else if (left_ > 0) {
+      turn();
+    }
+  }
+
+private:
+  // The next run of bytes: a token's latent, then its rotary key.
+  __attribute__((noinline)) void turn() {
+    if (cursor_.stale()) cursor_.turn();
+    if (!cursor_.exists()) rotary_next_ = true;
+    const bool latent = !rotary_next_;
+    at_ = end_ = cursor_.exists() ? cursor_.at(latent ? cache_.c_kv : cache_.k_rope) : nullptr;
+    if (at_) end_ += latent ? latent_bytes_ : rotary_bytes_;
+    rotary_next_ = latent;
+    if (latent) return;
+    cursor_.next();
+    --left_;
+  }
+
+  const Cache& cache_;
+  Cursor cursor_;
+  int64_t left_, latent_bytes_, rotary_bytes_;
+  const char *at_ = nullptr, *end_ = nullptr;
+  bool rotary_next_ = false;
+};
 
 inline char* head(const Heads& x, int b, int s, int h) {
   return x.data + b * x.stride_b + s * x.stride_s + h * x.stride_h;
@@ -135,11 +161,11 @@ struct Limits {
 };
 
 // All row tiles of `padded` rows against one tile of keys, `count` from key `from` on, filled up to `tokens`.
-// `first`: units of a row's first part. before(row, t, x) runs before the scores of keys t to t + x - 1.
-template <class A, int wide_x, int narrow_x, class Before>
+// `first`: units of a row's first part.
+template <class A, int wide_x, int narrow_x, class Ahead>
 void attend_rows(const Lanes<A>& queries, int padded, int first, const Tile<A>& keys, const float* value_factors,
                  const Columns<A>& values, int64_t from, int64_t count, int tokens, Limits& limits, State& state,
-                 Weights<A>& weights, Before&& before) {
+                 Weights<A>& weights, Ahead& ahead) {
   for (int row = 0; row < padded; row += 2 * A::lanes) {
     const int lanes = static_cast<int>(least(2 * A::lanes, padded - row));
     const int32_t *seen = limits.seen + row, *relative = nullptr;
@@ -148,11 +174,10 @@ void attend_rows(const Lanes<A>& queries, int padded, int first, const Tile<A>& 
       for (int i = 0; i < lanes; ++i) limits.relative[i] = static_cast<int32_t>(most(0, seen[i] - from));
       relative = limits.relative;
     }
-    const auto here = [&](int t, int x) { before(row, t, x); };
     if (lanes > A::lanes)
-      attend<A, wide_x, 2>(queries, row, first, keys, value_factors, values, tokens, relative, state, weights, here);
+      attend<A, wide_x, 2>(queries, row, first, keys, value_factors, values, tokens, relative, state, weights, ahead);
     else
-      attend<A, narrow_x, 1>(queries, row, first, keys, value_factors, values, tokens, relative, state, weights, here);
+      attend<A, narrow_x, 1>(queries, row, first, keys, value_factors, values, tokens, relative, state, weights, ahead);
   }
 }
 

@@ -5,7 +5,6 @@
 // is vertical and nothing is ever summed across a vector.
 #pragma once
 
-#include <optional>
 #include <type_traits>
 
 #include "arithmetic.h"
@@ -33,8 +32,9 @@ private:
   int64_t used_ = 0;
 };
 
-// A stride that is an odd multiple of 16 bytes: walking along it does not fall into few sets of a cache.
-inline int64_t odd_stride(int64_t units) { return up(units, 4) | 4; }
+// A stride that is an odd number of cache lines: whole vectors are stored within one, and walking along it does not
+// fall into few sets of a cache.
+inline int64_t odd_stride(int64_t units) { return up(units, 16) | 16; }
 
 template <class A> constexpr bool kSplit = !std::is_void_v<typename A::Rest>;
 
@@ -76,14 +76,18 @@ template <class A> struct Lanes {
         continue;
       }
       const Parts parts = row(i);
-      if constexpr (kSplit<A>) {
-        const Factors own = A::pack_query(parts, line);
-        factors[i] = own.first * gain;
-        rests[i] = own.rest * gain;
-      } else {
-        mla::pack<A>(parts.a, gain, line);
-        mla::pack<A>(parts.b, gain, line + units_of<A>(parts.a.count));
-      }
+      with(parts.a.type, [&](auto type) {
+        if constexpr (type() == Type::i8) {
+          // no query is
+        } else if constexpr (kSplit<A>) {
+          const Factors own = A::template pack_query<type()>(parts, line);
+          factors[i] = own.first * gain;
+          rests[i] = own.rest * gain;
+        } else {
+          mla::pack<A, type()>(parts.a, gain, line);
+          mla::pack<A, type()>(parts.b, gain, line + units_of<A>(parts.a.count));
+        }
+      });
       for (int u = 0; u < units; ++u) lane[static_cast<int64_t>(u) * width] = line[u];
     }
   }
@@ -125,14 +129,21 @@ private:
   const uint32_t* a_;
 };
 
+// What a product calls at every step to fetch memory that will be read later, here nothing.
+struct NoAhead {
+  void step() {}
+};
+
 // sums[x][g] = sum over k of packed[k][g] . spread(a[x * across + k * along]), then done(x, g, sum).
-template <class A, int X, int G, class Across, class Done> MLA_INLINE void
-product(const uint32_t* packed, int length, const uint32_t* a, Across across, int64_t along, Done&& done) {
+template <class A, int X, int G, class Across, class Ahead, class Done>
+MLA_INLINE void product(const uint32_t* packed, int length, const uint32_t* a, Across across, int64_t along,
+                        Ahead& ahead, Done&& done) {
   using V = typename A::V;
   typename A::Sum sums[X][G] = {};
   Broadcasts<X, Across> from(a, across);
 #pragma GCC unroll 2
   for (int k = 0; k < length; ++k, packed += G * A::lanes, from.step(along)) {
+    ahead.step();
     typename A::Unit rows[G];
 #pragma GCC unroll 2
     for (int g = 0; g < G; ++g) rows[g] = V::template load<typename A::Unit>(packed + g * A::lanes);
@@ -166,24 +177,30 @@ template <class A> struct Tile {
     offsets = carver.take<float>(kKeys);
     biases = carver.take<float>(kKeys);
   }
-  uint32_t* row(int i) { return rows + i * stride; }
-  // Rows 0..count-1 from memory; one without parts is one that nobody sees.
-  void pack(const std::optional<Parts>* parts, int count) {
-    for (int i = 0; i < count; ++i) {
-      if (!parts[i]) {
-        erase(i);
-        continue;
+  uint32_t* row(int i) const { return rows + i * stride; }
+  // Rows 0..count-1, whose first parts are of `type`. row(i, take), called in order, hands the parts to take(parts) and
+  // returns true, or false for a row that nobody sees; after(i) follows every row.
+  template <class Row, class After> void pack(Type type, int count, Row&& row, After&& after) {
+    with(type, [&](auto constant) {
+      for (int i = 0; i < count; ++i) {
+        const bool seen = row(i, [&](const Parts& parts) MLA_INLINE_LAMBDA { pack_row<constant()>(i, parts); });
+        if (!seen) erase(i);
+        after(i);
       }
-      biases[i] = 0.0f;
-      if constexpr (kSplit<A>) {
-        const Factors own = A::pack_key(*parts[i], row(i));
-        factors[i] = own.first;
-        rests[i] = own.rest;
-        offsets[i] = own.offset;
-      } else {
-        mla::pack<A>(parts[i]->a, 1.0f, row(i));
-        mla::pack<A>(parts[i]->b, 1.0f, row(i) + units_of<A>(parts[i]->a.count));
-      }
+    });
+  }
+
+private:
+  template <Type type> MLA_INLINE void pack_row(int i, const Parts& parts) {
+    biases[i] = 0.0f;
+    if constexpr (!kSplit<A>) {
+      mla::pack<A, type>(parts.a, 1.0f, row(i));
+      mla::pack<A, beside(type)>(parts.b, 1.0f, row(i) + units_of<A>(parts.a.count));
+    } else if constexpr (A::holds(type)) {
+      const Factors own = A::template pack_key<type>(parts, row(i));
+      factors[i] = own.first;
+      rests[i] = own.rest;
+      offsets[i] = own.offset;
     }
   }
   void erase(int i) {
@@ -204,15 +221,17 @@ template <class A> struct Columns {
       units = carver.take<uint32_t>(kKeys / A::per_unit * stride);
     }
   }
-  // `tokens` a multiple of per_unit.
-  void fill(Tile<A>& tile, int tokens, int width) {
+  // Those of the last rows up to i, where these make a group: to be called after every row, so that a group is read
+  // again while it lies in the nearest cache. Row by row it would wait for what was just written.
+  MLA_INLINE void fill(const Tile<A>& tile, int i, int width) {
+    constexpr int group = 12; // divides the rows of every tile
     if constexpr (A::per_unit == 1) {
       units = tile.rows;
       stride = tile.stride;
-    } else {
+    } else if (i % group == group - 1) {
       constexpr int numbers = A::per_unit * A::lanes;
       const int64_t across = tile.stride;
-      for (int t = 0; t < tokens; t += A::per_unit) {
+      for (int t = i + 1 - group; t < i; t += A::per_unit) {
         const uint32_t* from = tile.row(t);
         uint32_t* to = units + t / A::per_unit * stride;
         for (int d = 0; d < width; d += numbers, from += A::lanes, to += numbers) A::transpose(from, across, to);
@@ -255,9 +274,8 @@ template <class A> struct Weights {
 
 // The scores of `tokens` keys (a multiple of X): scores[t][row] in powers of two. `first` units of a row belong to
 // its first part.
-template <class A, int X, int G, class Before> void score(const Lanes<A>& queries, int row, int first,
-                                                          const Tile<A>& keys, int tokens, float* scores,
-                                                          const Before& before) {
+template <class A, int X, int G, class Ahead>
+void score(const Lanes<A>& queries, int row, int first, const Tile<A>& keys, int tokens, float* scores, Ahead& ahead) {
   using V = typename A::V;
   using F = typename A::F;
   const uint32_t* packed = queries.tile(row);
@@ -268,10 +286,9 @@ template <class A, int X, int G, class Before> void score(const Lanes<A>& querie
   }
   const int length = kSplit<A> ? first : queries.units;
   for (int t = 0; t < tokens; t += X) {
-    before(t, X);
     const uint32_t* rows = keys.rows + t * keys.stride;
     float* to = scores + t * G * A::lanes;
-    product<A, X, G>(packed, length, rows, keys.stride, 1, [&](int x, int g, F value) MLA_INLINE_LAMBDA {
+    product<A, X, G>(packed, length, rows, keys.stride, 1, ahead, [&](int x, int g, F value) MLA_INLINE_LAMBDA {
       if constexpr (kSplit<A>) {
         if constexpr (A::shifted) value = value - keys.offsets[t + x];
         value = value * (factors[g] * keys.factors[t + x]);
@@ -280,7 +297,7 @@ template <class A, int X, int G, class Before> void score(const Lanes<A>& querie
     });
     if constexpr (kSplit<A>)
       product<typename A::Rest, X, G>(packed + first * G * A::lanes, queries.units - first, rows + first, keys.stride,
-                                      1, [&](int x, int g, F value) MLA_INLINE_LAMBDA {
+                                      1, ahead, [&](int x, int g, F value) MLA_INLINE_LAMBDA {
                                         float* at = to + (x * G + g) * A::lanes;
                                         value = value * (rests[g] * keys.rests[t + x]);
                                         V::store(at, V::template load<F>(at) + value);
@@ -351,14 +368,14 @@ template <class A, int G> void soften(int tokens, const float* value_factors, co
 }
 
 // sums[d][row] += sum over keys of probability * value, for every number d of the width.
-template <class A, int X, int G>
-void weigh(int tokens, const Columns<A>& columns, int width, float* sums, const Weights<A>& weights) {
+template <class A, int X, int G, class Ahead>
+void weigh(int tokens, const Columns<A>& columns, int width, float* sums, const Weights<A>& weights, Ahead& ahead) {
   using V = typename A::V;
   using F = typename A::F;
   F factors[G];
   for (int g = 0; g < G; ++g) factors[g] = V::template load<F>(weights.factors + g * A::lanes);
   for (int d = 0; d < width; d += X)
-    product<A, X, G>(weights.units, tokens / A::per_unit, columns.units + d, One{}, columns.stride,
+    product<A, X, G>(weights.units, tokens / A::per_unit, columns.units + d, One{}, columns.stride, ahead,
                      [&](int x, int g, F value) MLA_INLINE_LAMBDA {
                        float* at = sums + (static_cast<int64_t>(d + x) * G + g) * A::lanes;
                        if constexpr (kSplit<A>) value = value * factors[g];
@@ -367,14 +384,14 @@ void weigh(int tokens, const Columns<A>& columns, int width, float* sums, const 
 }
 
 // One row tile against one tile of keys.
-template <class A, int X, int G, class Before> void attend(const Lanes<A>& queries, int row, int first,
-                                                           const Tile<A>& keys, const float* value_factors,
-                                                           const Columns<A>& values, int tokens, const int32_t* limits,
-                                                           State& state, Weights<A>& weights, const Before& before) {
+template <class A, int X, int G, class Ahead> void attend(const Lanes<A>& queries, int row, int first,
+                                                          const Tile<A>& keys, const float* value_factors,
+                                                          const Columns<A>& values, int tokens, const int32_t* limits,
+                                                          State& state, Weights<A>& weights, Ahead& ahead) {
   float* sums = state.sums + static_cast<int64_t>(row) * state.width;
-  score<A, X, G>(queries, row, first, keys, tokens, weights.scores, before);
+  score<A, X, G>(queries, row, first, keys, tokens, weights.scores, ahead);
   soften<A, G>(tokens, value_factors, limits, row, state, sums, weights);
-  weigh<A, X, G>(tokens, values, state.width, sums, weights);
+  weigh<A, X, G>(tokens, values, state.width, sums, weights, ahead);
 }
 
 } // namespace
