@@ -51,11 +51,10 @@ template <int lanes, Type type> struct Read {
       odd = __builtin_convertvector(V::template as<I>(both << 16) >> 24, F);
     } else {
       const F a = one(p), b = one(p + 4 * lanes);
-      even = odd = a;
-      for (int i = 0; i < lanes / 2; ++i) {
-        even[i] = a[2 * i], even[i + lanes / 2] = b[2 * i];
-        odd[i] = a[2 * i + 1], odd[i + lanes / 2] = b[2 * i + 1];
-      }
+      I places;
+      for (int i = 0; i < lanes; ++i) places[i] = 2 * i; // in a and b, one after the other
+      even = __builtin_shuffle(a, b, places);
+      odd = __builtin_shuffle(a, b, places + 1);
     }
   }
 };
