@@ -65,8 +65,8 @@ template <int numbers, int bytes, class Step> MLA_INLINE void walk(const char* r
 #pragma GCC unroll 4
   for (; i + numbers <= count; i += numbers) step(row + static_cast<int64_t>(i) * bytes, i);
   if (i < count) {
-    char tail[numbers * bytes] = {};
-    std::memcpy(tail, row + static_cast<int64_t>(i) * bytes, static_cast<size_t>(count - i) * bytes);
+    alignas(64) char tail[numbers * bytes];
+    copy_some<numbers * bytes>(tail, row + static_cast<int64_t>(i) * bytes, (count - i) * bytes);
     step(tail, i);
   }
 }

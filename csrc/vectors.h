@@ -3,6 +3,9 @@
 
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #define MLA_INLINE inline __attribute__((always_inline))
 #define MLA_INLINE_LAMBDA __attribute__((always_inline))
@@ -44,7 +47,7 @@ template <int lanes> struct Vec {
     std::memcpy(&to, &v, sizeof to);
     return to;
   }
-  static MLA_INLINE F all(float x) { return F{} + x; }
+  static MLA_INLINE F all(float x) { return x - F{}; } // not x + F{}: that makes 0 of -0, and would be computed
   static MLA_INLINE U all(uint32_t x) { return U{} + x; }
   static MLA_INLINE F max(F a, F b) { return a > b ? a : b; }
   static MLA_INLINE F min(F a, F b) { return a < b ? a : b; }
@@ -80,6 +83,39 @@ template <int lanes> struct Vec {
     return x < -126.0f ? F{} : y * power;
   }
 };
+
+// The first `count` bytes of `from`, and zeros up to `size`. In whole vectors where the machine can: a copy of unknown
+// length is a call, and a vector cannot be read again before all its parts are in the cache.
+template <int size> MLA_INLINE void copy_some(char* to, const char* from, int count) {
+#if defined(__AVX512BW__)
+  if constexpr (size % 16 == 0) {
+    for (int i = 0; i < size; i += 64) {
+      const int left = count - i;
+      const __mmask64 some = left >= 64 ? ~0ull : left <= 0 ? 0 : (1ull << left) - 1;
+      const __m512i bytes = _mm512_maskz_loadu_epi8(some, from + i);
+      if constexpr (size >= 64)
+        _mm512_store_si512(to + i, bytes);
+      else if constexpr (size == 32)
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(bytes));
+      else
+        _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(bytes));
+    }
+    return;
+  }
+#elif defined(__AVX2__)
+  if (size % 32 == 0 && count % 4 == 0) {
+    for (int i = 0; i < size; i += 32) {
+      const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+      const __m256i some = _mm256_cmpgt_epi32(_mm256_set1_epi32((count - i) / 4), places);
+      const __m256i bytes = _mm256_maskload_epi32(reinterpret_cast<const int*>(from + i), some);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to + i), bytes);
+    }
+    return;
+  }
+#endif
+  std::memset(to, 0, size);
+  std::memcpy(to, from, static_cast<size_t>(count));
+}
 
 MLA_INLINE uint16_t to_bf16(float x) { // nearest, ties to even
   uint32_t bits;
