@@ -33,7 +33,8 @@ SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
 # The AVX-512 kernels, on SIMDe (apt-get install libsimde-dev): on any x86-64 machine with AVX2.
 emulate: build/emulate/.installed
-	MLA_ISA=avx512_bf16 build/emulate/bin/python -m pytest -q $(KERNEL_TESTS)
+	for isa in avx512_bf16 avx512_vnni; do \
+	  MLA_ISA=$$isa build/emulate/bin/python -m pytest -q $(KERNEL_TESTS) || exit 1; done
 
 # Every instruction set under the address and undefined behaviour sanitizers, the emulated AVX-512 among them.
 # Python itself leaks by design; the runtimes must be there before anything that they watch.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mla.convert import Request, run, workspace
+from mla.convert import Request, convert, run, workspace
 from mla.convert.text import cut_text, tokenize_windows
 from mla.errors import MLAError
 from tests.convert.tiny import teacher, tokens
@@ -122,6 +122,24 @@ def test_a_failure_at_the_very_end_costs_no_healing(tmp_path: Path, monkeypatch:
     assert facts["heal"]["tokens"] > 0
     assert facts["quality"]["kl"] == pytest.approx(lost[0]["quality"]["kl"], rel=1e-5)
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_finished_layers_are_only_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A healing that goes on does not wait for the calibration text to be read by both models."""
+    model, calibration = teacher("qwen2"), tokens(2, 24)  # its biases leave a constant in every layer
+    first = convert(model, calibration=calibration, cache=0.5, state=tmp_path)
+    read = importlib.import_module("mla.convert.pipeline")
+    with monkeypatch.context() as patch:
+        for name in ("teacher_block", "student_block", "collect"):
+            patch.setattr(read, name, lambda *_, **__: pytest.fail("the text was read again"))
+        again = convert(model, calibration=calibration, cache=0.5, state=tmp_path)
+    for name, value in first.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    # One layer that is not finished: its input has to be found.
+    (tmp_path / "layer-001.safetensors").unlink()
+    other = convert(model, calibration=calibration, cache=0.5, state=tmp_path)
+    for name, value in first.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], value, atol=1e-4, rtol=1e-3)
 
 
 def test_an_exact_conversion_can_be_healed(tmp_path: Path) -> None:
