@@ -44,13 +44,14 @@ public:
   }
   bool exists() const { return id_ >= 0; }
   const char* at(const Rows& rows) const { return rows.data + id_ * rows.page_stride + offset_ * rows.row_stride; }
-  void next() {
-    if (++offset_ == cache_.page_size) {
+  void next(int64_t count = 1) { // no further than to the end of the page
+    if ((offset_ += count) == cache_.page_size) {
       offset_ = 0;
       ++page_;
       stale_ = true;
     }
   }
+  int64_t left_in_page() const { return cache_.page_size - offset_; }
   // To be called before a row is read: the entry after the last token may not be there to look at.
   void turn() {
     id_ = cache_.table ? cache_.table[sequence_ * cache_.table_stride + page_] : sequence_;
@@ -99,6 +100,9 @@ public:
       : cache_(cache), cursor_(cache, sequence, count > 0 ? first : 0), left_(most(0, count)) {
     latent_bytes_ = cache.r * (cache.type == Type::f32 ? 4 : cache.type == Type::bf16 ? 2 : 1);
     rotary_bytes_ = cache.p * (cache.type == Type::f32 ? 4 : 2);
+    const int64_t stride = cache.c_kv.row_stride;
+    dense_ = cache.k_rope.data == cache.c_kv.data + latent_bytes_ && stride == latent_bytes_ + rotary_bytes_ &&
+             cache.k_rope.row_stride == stride && cache.k_rope.page_stride == cache.c_kv.page_stride;
   }
   MLA_INLINE void step() {
     if (at_ < end_) {
@@ -110,24 +114,31 @@ public:
   }
 
 private:
-  // The next run of bytes: a token's latent, then its rotary key.
+  // The next run of bytes: the rest of a page where rows lie side by side, else a latent or a rotary key.
   __attribute__((noinline)) void turn() {
     if (cursor_.stale()) cursor_.turn();
-    if (!cursor_.exists()) rotary_next_ = true;
-    const bool latent = !rotary_next_;
-    at_ = end_ = cursor_.exists() ? cursor_.at(latent ? cache_.c_kv : cache_.k_rope) : nullptr;
-    if (at_) end_ += latent ? latent_bytes_ : rotary_bytes_;
-    rotary_next_ = latent;
-    if (latent) return;
-    cursor_.next();
-    --left_;
+    at_ = end_ = nullptr;
+    if (!cursor_.exists()) return advance(1);
+    at_ = end_ = cursor_.at(rotary_ ? cache_.k_rope : cache_.c_kv);
+    if (dense_) {
+      const int64_t count = least(left_, cursor_.left_in_page());
+      end_ += count * cache_.c_kv.row_stride;
+      return advance(count);
+    }
+    end_ += rotary_ ? rotary_bytes_ : latent_bytes_;
+    rotary_ = !rotary_;
+    if (!rotary_) advance(1);
+  }
+  void advance(int64_t count) {
+    cursor_.next(count);
+    left_ -= count;
   }
 
   const Cache& cache_;
   Cursor cursor_;
   int64_t left_, latent_bytes_, rotary_bytes_;
+  bool dense_, rotary_ = false;
   const char *at_ = nullptr, *end_ = nullptr;
-  bool rotary_next_ = false;
 };
 
 inline char* head(const Heads& x, int b, int s, int h) {
