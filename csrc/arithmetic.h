@@ -37,6 +37,9 @@ template <int lanes, Type type> struct Read {
     if constexpr (type == Type::i8) return __builtin_convertvector(V::template load<typename V::B>(p), F);
   }
 
+  template <int first> struct Every {
+    static constexpr int of(int i) { return 2 * i + first; }
+  };
   // 2 * lanes numbers, those at even places apart from those at odd ones.
   static MLA_INLINE void pair(const char* p, F& even, F& odd) {
     using U = typename V::U;
@@ -51,10 +54,8 @@ template <int lanes, Type type> struct Read {
       odd = __builtin_convertvector(V::template as<I>(both << 16) >> 24, F);
     } else {
       const F a = one(p), b = one(p + 4 * lanes);
-      I places;
-      for (int i = 0; i < lanes; ++i) places[i] = 2 * i; // in a and b, one after the other
-      even = __builtin_shuffle(a, b, places);
-      odd = __builtin_shuffle(a, b, places + 1);
+      even = V::template pick<Every<0>>(a, b);
+      odd = V::template pick<Every<1>>(a, b);
     }
   }
 };

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -56,12 +57,25 @@ template <int lanes> struct Vec {
     for (int i = 0; i < lanes; ++i) found |= mask[i];
     return found != 0;
   }
-  static MLA_INLINE float sum(F v) {
-    I place;
-    for (int i = 0; i < lanes; ++i) place[i] = i;
-#pragma GCC unroll 4
-    for (int width = lanes / 2; width > 0; width /= 2) v += __builtin_shuffle(v, place ^ width);
-    return v[0];
+  // Lane i of the result is lane Place::of(i) of a and b, one after the other.
+  template <class Place, int... i> static MLA_INLINE F pick(F a, F b, std::integer_sequence<int, i...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, Place::of(i)...);
+#else
+    return __builtin_shuffle(a, b, I{Place::of(i)...});
+#endif
+  }
+  template <class Place> static MLA_INLINE F pick(F a, F b) {
+    return pick<Place>(a, b, std::make_integer_sequence<int, lanes>());
+  }
+  template <int width> struct Swapped {
+    static constexpr int of(int i) { return i ^ width; }
+  };
+  template <int width = lanes / 2> static MLA_INLINE float sum(F v) {
+    if constexpr (width == 0)
+      return v[0];
+    else
+      return sum<width / 2>(v + pick<Swapped<width>>(v, v));
   }
 
   // The nearest integer to |x| < 2^22, in the low bits of the result: adding 1.5 * 2^23 leaves it there.
