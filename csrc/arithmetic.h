@@ -13,6 +13,7 @@
 //   pack_key, pack_query a whole row, for either side, with its factors; the type is that of the first part
 //   holds                of what types a key's first part may be
 //   shifted              whether keys have an offset
+//   second               0, or by what the first part of a query is finer in the second digits that follow its row
 //   collect, limit       of a row's probabilities in one tile, what may reach `limit`
 #pragma once
 
@@ -84,9 +85,11 @@ struct Parts {
   Part a, b;
 };
 
-// What the integers of a packed row are to be multiplied by, and what they have too much.
+// What the integers of a packed row are to be multiplied by, what those of a key have too much, and whether a query
+// needs its second digits.
 struct Factors {
   float first, rest, offset;
+  bool second = false;
 };
 
 template <class A> constexpr int units_of(int count) { return (count + A::per_unit - 1) / A::per_unit; }

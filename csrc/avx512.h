@@ -26,11 +26,15 @@ MLA_INLINE void transpose_pairs(const uint32_t* rows, int64_t stride, uint32_t* 
 }
 
 // Quads of int8 for int8 latents, beside rotary keys in another arithmetic. The instruction takes one side unsigned:
-// queries are stored as q + 128, and 128 times the sum of its numbers is taken from every key's score again.
+// queries are stored as q + 128, and 128 times the sum of its numbers is taken from every key's score again. Where
+// eight bits are too few for a query, a second product adds eight more.
 template <class Rest_> struct Int8 {
   static constexpr int lanes = 16, per_unit = 4;
   static constexpr bool shifted = true;
   static constexpr bool holds(Type type) { return type == Type::i8; }
+  // Eight bits are enough for a query whose largest number is so many times the root of its mean square. Those of
+  // trained models often have channels far beyond: then all others would be rounded away.
+  static constexpr float crest = 4.5f, second = 254.0f;
   using V = Vec<lanes>;
   using F = V::F;
   using Unit = V::U;
@@ -63,21 +67,29 @@ template <class Rest_> struct Int8 {
   template <Type type> static Factors pack_query(const Parts& parts, uint32_t* units) {
     using R = Read<lanes, type>;
     const int count = parts.a.count;
-    F tops = {}, poison = {}; // a maximum forgets NaN
+    F tops = {}, poison = {}, squares = {}; // a maximum forgets NaN
     walk<lanes, R::bytes>(parts.a.data, count, [&](const char* p, int) {
       const F x = R::one(p);
       tops = V::max(tops, V::max(x, -x));
       poison += 0.0f * x;
+      squares += x * x;
     });
     float top = 0;
     for (int i = 0; i < lanes; ++i) top = top > tops[i] ? top : tops[i];
     top += V::sum(poison);
     const float inner = top > 0 ? 127.0f / top : 0.0f;
-    walk<lanes, R::bytes>(parts.a.data, count, [&](const char* p, int i) {
-      const Unit numbers = V::nearest(R::one(p) * inner) + 128u;
-      V::store(reinterpret_cast<uint8_t*>(units) + i, __builtin_convertvector(numbers, V::B));
-    });
-    return {top / 127.0f, pack_rest<beside(type)>(parts.b, units + units_of<Int8>(count)), 0.0f};
+    const auto write = [&](uint32_t* to, auto&& digits) {
+      walk<lanes, R::bytes>(parts.a.data, count, [&](const char* p, int i) {
+        const Unit numbers = V::nearest(digits(R::one(p) * inner)) + 128u;
+        V::store(reinterpret_cast<uint8_t*>(to) + i, __builtin_convertvector(numbers, V::B));
+      });
+    };
+    write(units, [](F x) { return x; });
+    units += units_of<Int8>(count);
+    const float rest = pack_rest<beside(type)>(parts.b, units);
+    // What rounding took away.
+    write(units + units_of<Rest>(parts.b.count), [](F x) { return (x - ((x + 12582912.0f) - 12582912.0f)) * second; });
+    return {top / 127.0f, rest, 0.0f, top * top * static_cast<float>(count) > crest * crest * V::sum(squares)};
   }
   // Returns the factor of the rotary part.
   template <Type type> static MLA_INLINE float pack_rest(const Part& part, uint32_t* units) {

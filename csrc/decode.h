@@ -47,7 +47,7 @@ private:
     Piece pieces[2];
 
     void carve(Carver& carver, const Decoder& d) {
-      queries.carve(carver, d.rows_, d.units_);
+      queries.carve(carver, d.rows_, query_units_of<A>(d.r_, d.call_.attention.cache.p));
       limits.carve(carver, d.rows_, A::lanes);
       keys.carve(carver, d.units_);
       values.carve(carver, d.r_);

@@ -15,6 +15,7 @@ namespace {
 template <class Machine> struct Int16 {
   static constexpr int lanes = Machine::lanes, per_unit = 2;
   static constexpr bool shifted = false;
+  static constexpr float second = 0.0f;
   static constexpr bool holds(Type) { return true; }
   using V = Vec<lanes>;
   using F = typename V::F;

@@ -46,11 +46,20 @@ template <class A> constexpr int units_of(int a, int b) {
     return units_of<A>(a) + units_of<A>(b);
 }
 
+// The same with the second digits, if there are any.
+template <class A> constexpr int query_units_of(int a, int b) {
+  if constexpr (kSplit<A>)
+    return units_of<A>(a, b) + (A::second > 0 ? units_of<A>(a) : 0);
+  else
+    return units_of<A>(a, b);
+}
+
 // Rows of queries or of output channels, in lanes.
 template <class A> struct Lanes {
   uint32_t* packed; // row tile by row tile: [unit][row of the tile]
   float* factors;   // [rows] of the first part
   float* rests;     // [rows] of the second part
+  bool* second;     // [rows] whether the second digits matter
   uint32_t* line;   // room for one row
   int units;        // of a row
 
@@ -59,6 +68,7 @@ template <class A> struct Lanes {
     packed = carver.take<uint32_t>(up(rows, A::lanes) * units);
     factors = carver.take<float>(up(rows, A::lanes));
     rests = carver.take<float>(up(rows, A::lanes));
+    second = carver.take<bool>(up(rows, A::lanes));
     line = carver.take<uint32_t>(units + 4 * A::lanes);
   }
   const uint32_t* tile(int row) const { return packed + static_cast<int64_t>(row) * units; }
@@ -71,6 +81,7 @@ template <class A> struct Lanes {
       const int width = static_cast<int>(least(2 * A::lanes, padded - first));
       uint32_t* lane = packed + static_cast<int64_t>(first) * units + (i - first);
       factors[i] = rests[i] = 0.0f;
+      second[i] = false;
       if (i >= count) {
         for (int u = 0; u < units; ++u) lane[static_cast<int64_t>(u) * width] = 0;
         continue;
@@ -83,6 +94,7 @@ template <class A> struct Lanes {
           const Factors own = A::template pack_query<type()>(parts, line);
           factors[i] = own.first * gain;
           rests[i] = own.rest * gain;
+          second[i] = own.second;
         } else {
           mla::pack<A, type()>(parts.a, gain, line);
           mla::pack<A, type()>(parts.b, gain, line + units_of<A>(parts.a.count));
@@ -284,7 +296,13 @@ void score(const Lanes<A>& queries, int row, int first, const Tile<A>& keys, int
     factors[g] = V::template load<F>(queries.factors + row + g * A::lanes);
     rests[g] = V::template load<F>(queries.rests + row + g * A::lanes);
   }
-  const int length = kSplit<A> ? first : queries.units;
+  int length = queries.units, rest = 0;
+  bool finer = false;
+  if constexpr (kSplit<A>) {
+    length = first;
+    rest = queries.units - first - (A::second > 0 ? first : 0);
+    for (int i = 0; i < G * A::lanes; ++i) finer |= queries.second[row + i];
+  }
   for (int t = 0; t < tokens; t += X) {
     const uint32_t* rows = keys.rows + t * keys.stride;
     float* to = scores + t * G * A::lanes;
@@ -295,13 +313,23 @@ void score(const Lanes<A>& queries, int row, int first, const Tile<A>& keys, int
       }
       V::store(to + (x * G + g) * A::lanes, value + keys.biases[t + x]);
     });
-    if constexpr (kSplit<A>)
-      product<typename A::Rest, X, G>(packed + first * G * A::lanes, queries.units - first, rows + first, keys.stride,
-                                      1, ahead, [&](int x, int g, F value) MLA_INLINE_LAMBDA {
-                                        float* at = to + (x * G + g) * A::lanes;
-                                        value = value * (rests[g] * keys.rests[t + x]);
-                                        V::store(at, V::template load<F>(at) + value);
-                                      });
+    if constexpr (kSplit<A>) {
+      const auto add = [&](int x, int g, F value) MLA_INLINE_LAMBDA {
+        float* at = to + (x * G + g) * A::lanes;
+        V::store(at, V::template load<F>(at) + value);
+      };
+      product<typename A::Rest, X, G>(packed + first * G * A::lanes, rest, rows + first, keys.stride, 1, ahead,
+                                      [&](int x, int g, F value)
+                                          MLA_INLINE_LAMBDA { add(x, g, value * (rests[g] * keys.rests[t + x])); });
+      if constexpr (A::second > 0) {
+        if (finer)
+          product<A, X, G>(packed + (first + rest) * G * A::lanes, first, rows, keys.stride, 1, ahead,
+                           [&](int x, int g, F value) MLA_INLINE_LAMBDA {
+                             value = value - keys.offsets[t + x];
+                             add(x, g, value * (factors[g] * (1.0f / A::second) * keys.factors[t + x]));
+                           });
+      }
+    }
   }
 }
 

@@ -49,6 +49,12 @@ def ramp(values):
     return change
 
 
+def spike(x):
+    """As in trained models, where keys are small: eight bits for a row leave the other channels two."""
+    x["q_latent"][..., 5] *= 30
+    x["c_kv"][..., 5] /= 30
+
+
 def tokens_of_all_sizes(x):
     x["c_kv"] *= torch.logspace(-3, 1, CASE.t, dtype=torch.float64)[:, None]
 
@@ -88,6 +94,7 @@ NUMBERS = {
     "an outlier of 1000": outlier(1000),
     "an outlier of 1000 that queries level": outlier(1000, 1e-3),
     "an outlier of 10 that queries level": outlier(10, 0.1),
+    "a channel of queries far beyond the others": spike,
     "rotary keys of 30": scale_by(30.0, "k_rope"),
     "tokens of all sizes": tokens_of_all_sizes,
     "scores of 30": scale_by(10.0, "q_latent", "q_nope", "q_rope"),
