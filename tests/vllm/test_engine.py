@@ -170,7 +170,10 @@ def test_fp16_is_computed_in_fp32(with_settings, references):
 def test_int8_latents(ours, with_settings, references, paths):
     by_variable = engine.run([job(paths["deepseek-v3"])], {"MLA_CACHE_FORMAT": "int8"})[0]
     for answer in (by_variable, with_settings["int8 by vLLM's setting"]):
-        assert deviation(references["deepseek-v3"], answer) < 0.15
+        # Now and then rounding sends a token to another expert, and all of that step lies elsewhere.
+        apart = sorted(deviations(references["deepseek-v3"], answer))
+        assert statistics.median(apart) < 0.05
+        assert apart[len(apart) * 9 // 10] < 0.15
         # 644 bytes instead of 2304
         assert answer["cache_tokens"] / ours["deepseek-v3"]["cache_tokens"] == pytest.approx(2304 / 644, 0.01)
 
