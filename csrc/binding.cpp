@@ -80,8 +80,7 @@ Attention attention(const CacheTuple& c, const SizesTuple& t, float scale, bool 
   return call;
 }
 
-// The kernels that this machine runs, best first.
-std::vector<const Kernels*> available() {
+std::vector<const Kernels*> find_available() {
   std::vector<const Kernels*> all = {
 #ifdef MLA_X86
       &avx512_bf16_kernels, &avx512_vnni_kernels, &avx2_kernels,
@@ -93,6 +92,12 @@ std::vector<const Kernels*> available() {
 #endif
   all.erase(std::remove_if(all.begin(), all.end(), [](const Kernels* k) { return !k->supported(); }), all.end());
   return all;
+}
+
+// The kernels that this machine runs, best first: looked for once, not at every call.
+const std::vector<const Kernels*>& available() {
+  static const std::vector<const Kernels*> found = find_available();
+  return found;
 }
 
 const Kernels& named(const std::string& isa) {
