@@ -4,13 +4,18 @@
 // channels) lie in the lanes of vectors; the other side is broadcast unit by unit. An arithmetic gives
 //
 //   lanes, per_unit      rows per vector; numbers per unit
-//   Sum, dot, value      the accumulator, one step of the product, and the accumulator as floats
+//   Sum, dot, value      the accumulator, one step of the product (of queries or probabilities with keys or values),
+//   and
+//                        the accumulator as floats
 //   squares, pack        a row of numbers: its sum of squares, and its units, each number times a factor
 //   weights              `per_unit` vectors of probabilities as one vector of units
-//   transpose            `per_unit` rows of units -> one unit per column, `lanes` units of each row at a time
+//   interleave           one vector of units of `per_unit` rows -> as many vectors of units that hold a number of each
+//                        row; every 16 bytes keep to themselves, so that numbers end up where place_of says
 //   Rest                 void, or (integers) the arithmetic of the second part of a row; then each part of a row
 //                        has a factor of its own, and there are
 //   pack_key, pack_query a whole row, for either side, with its factors; the type is that of the first part
+//   Measure, measure     what has to be known of a whole key before it is packed
+//   together             keys that are measured before any of them is packed: a measure is the end of a long chain
 //   holds                of what types a key's first part may be
 //   shifted              whether keys have an offset
 //   second               0, or by what the first part of a query is finer in the second digits that follow its row
@@ -116,7 +121,7 @@ template <class A, Type type> MLA_INLINE void pack(const Part& part, float facto
 
 // Floats as they are: the arithmetic that every machine has, and that of fp32 caches.
 template <int lanes_> struct Float32 {
-  static constexpr int lanes = lanes_, per_unit = 1;
+  static constexpr int lanes = lanes_, per_unit = 1, together = 1;
   using V = Vec<lanes>;
   using F = typename V::F;
   using Unit = F;

@@ -13,23 +13,19 @@
 namespace mla {
 namespace {
 
-// Two rows of pairs of 16 bits -> one pair per column.
-MLA_INLINE void transpose_pairs(const uint32_t* rows, int64_t stride, uint32_t* to) {
+// Two rows of pairs of 16 bits.
+MLA_INLINE void interleave_pairs(const uint32_t* rows, int64_t stride, uint32_t* to) {
   using V = Vec<16>;
-  using Unit = V::U;
-  const Unit row0 = V::load<Unit>(rows), row1 = V::load<Unit>(rows + stride);
-  const Unit even = (row0 & 0xffffu) | (row1 << 16), odd = (row0 >> 16) | (row1 & 0xffff0000u);
-  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512i high = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
-  V::store(to, _mm512_permutex2var_epi32(V::as<__m512i>(even), low, V::as<__m512i>(odd)));
-  V::store(to + 16, _mm512_permutex2var_epi32(V::as<__m512i>(even), high, V::as<__m512i>(odd)));
+  const __m512i row0 = V::load<__m512i>(rows), row1 = V::load<__m512i>(rows + stride);
+  V::store(to, _mm512_unpacklo_epi16(row0, row1));
+  V::store(to + 16, _mm512_unpackhi_epi16(row0, row1));
 }
 
 // Quads of int8 for int8 latents, beside rotary keys in another arithmetic. The instruction takes one side unsigned:
 // queries are stored as q + 128, and 128 times the sum of its numbers is taken from every key's score again. Where
 // eight bits are too few for a query, a second product adds eight more.
 template <class Rest_> struct Int8 {
-  static constexpr int lanes = 16, per_unit = 4;
+  static constexpr int lanes = 16, per_unit = 4, together = 1;
   static constexpr bool shifted = true;
   static constexpr bool holds(Type type) { return type == Type::i8; }
   // Eight bits are enough for a query whose largest number is so many times the root of its mean square. Those of
@@ -49,7 +45,9 @@ template <class Rest_> struct Int8 {
 
   // The cache's own bytes. The sign of a factor goes into them, because times a probability the factor becomes a
   // weight, which has none; -128, which quantising never gives, then becomes 127.
-  template <Type type> static Factors pack_key(const Parts& parts, uint32_t* units) {
+  struct Measure {};
+  template <Type type> static MLA_INLINE Measure measure(const Parts&) { return {}; }
+  template <Type type> static MLA_INLINE Factors pack_key(const Parts& parts, Measure, uint32_t* units) {
     static_assert(type == Type::i8);
     const int count = parts.a.count;
     const bool negative = parts.a.factor < 0;
@@ -97,7 +95,7 @@ template <class Rest_> struct Int8 {
       mla::pack<Rest, type>(part, 1.0f, units);
       return 1.0f;
     } else {
-      return Rest::template pack_part<type>(part, units);
+      return Rest::template pack_part<type>(part, Rest::template length_of<type>(part), units);
     }
   }
 
@@ -108,19 +106,14 @@ template <class Rest_> struct Int8 {
     return (V::nearest(p[0]) & 0xffu) | ((V::nearest(p[1]) & 0xffu) << 8) | ((V::nearest(p[2]) & 0xffu) << 16) |
            (V::nearest(p[3]) << 24);
   }
-  static MLA_INLINE void transpose(const uint32_t* rows, int64_t stride, uint32_t* to) {
+  static MLA_INLINE void interleave(const uint32_t* rows, int64_t stride, uint32_t* to) {
     const auto row = [&](int i) { return V::load<__m512i>(rows + i * stride); };
     const __m512i low01 = _mm512_unpacklo_epi8(row(0), row(1)), high01 = _mm512_unpackhi_epi8(row(0), row(1));
     const __m512i low23 = _mm512_unpacklo_epi8(row(2), row(3)), high23 = _mm512_unpackhi_epi8(row(2), row(3));
-    // Quads 0-3, 4-7, 8-11 and 12-15 of every 16 bytes; then their 16-byte parts in order.
-    const __m512i a = _mm512_unpacklo_epi16(low01, low23), b = _mm512_unpackhi_epi16(low01, low23);
-    const __m512i c = _mm512_unpacklo_epi16(high01, high23), d = _mm512_unpackhi_epi16(high01, high23);
-    const __m512i ab0 = _mm512_shuffle_i32x4(a, b, 0x44), cd0 = _mm512_shuffle_i32x4(c, d, 0x44);
-    const __m512i ab1 = _mm512_shuffle_i32x4(a, b, 0xee), cd1 = _mm512_shuffle_i32x4(c, d, 0xee);
-    V::store(to, _mm512_shuffle_i32x4(ab0, cd0, 0x88));
-    V::store(to + lanes, _mm512_shuffle_i32x4(ab0, cd0, 0xdd));
-    V::store(to + 2 * lanes, _mm512_shuffle_i32x4(ab1, cd1, 0x88));
-    V::store(to + 3 * lanes, _mm512_shuffle_i32x4(ab1, cd1, 0xdd));
+    V::store(to, _mm512_unpacklo_epi16(low01, low23));
+    V::store(to + lanes, _mm512_unpackhi_epi16(low01, low23));
+    V::store(to + 2 * lanes, _mm512_unpacklo_epi16(high01, high23));
+    V::store(to + 3 * lanes, _mm512_unpackhi_epi16(high01, high23));
   }
 };
 

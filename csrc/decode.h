@@ -50,11 +50,11 @@ private:
       queries.carve(carver, d.rows_, query_units_of<A>(d.r_, d.call_.attention.cache.p));
       limits.carve(carver, d.rows_, A::lanes);
       keys.carve(carver, d.units_);
-      values.carve(carver, d.r_);
+      values.carve(carver, d.r_, d.rows_);
       weights.carve(carver);
-      state.carve(carver, d.rows_, d.r_, narrow_x);
+      state.template carve<A>(carver, d.rows_, d.r_);
       if (d.threads_ > 1)
-        for (Piece& piece : pieces) piece.state.carve(carver, d.rows_, d.r_, narrow_x);
+        for (Piece& piece : pieces) piece.state.template carve<A>(carver, d.rows_, d.r_);
     }
   };
 
@@ -126,25 +126,24 @@ private:
     const Cache& cache = attention_.cache;
     const int64_t from = tile * kKeys, count = least(kKeys, item.tokens - from);
     const int tokens = static_cast<int>(up(count, narrow_x));
-    fill(
-        attention_, item.sequence, from, static_cast<int>(count), tokens, scratch.keys,
-        [&](int, const Cursor& cursor) { return Parts{latent(cache, cursor), rotary(cache, cursor)}; },
-        [&](int i) { scratch.values.fill(scratch.keys, i, r_); });
+    fill(attention_, item.sequence, from, static_cast<int>(count), tokens, scratch.keys,
+         [&](int, const Cursor& cursor) { return Parts{latent(cache, cursor), rotary(cache, cursor)}; });
+    scratch.values.begin(scratch.keys);
     const int64_t next = from + kKeys;
     RowsAhead ahead(cache, item.sequence, next, tile + 1 < last ? least(kKeys, item.tokens - next) : 0);
-    attend_rows<A, wide_x, narrow_x>(scratch.queries, static_cast<int>(up(item.rows, A::lanes)), units_of<A>(r_),
-                                     scratch.keys, scratch.keys.factors, scratch.values, from, count, tokens,
-                                     scratch.limits, state, scratch.weights, ahead);
+    attend_rows<A, wide_x, narrow_x>(scratch.queries, item.rows, units_of<A>(r_), scratch.keys, scratch.keys.factors,
+                                     scratch.values, from, count, tokens, scratch.limits, state, scratch.weights,
+                                     ahead);
   }
 
   void write(const Item& item, const State& state, int begin, int end) {
-    finish_rows<A>(attention_, state, begin, end, item.rows, r_, call_.out.type, [&](int i) {
+    finish<A>(attention_, state, begin, end, r_, call_.out.type, [&](int i) {
       const int all = item.first + i, s = all / attention_.h, h = all % attention_.h;
       return Place{head(call_.out, item.sequence, s, h), lse_of(attention_, item.sequence, s, h), h};
     });
   }
 
-  // Row tiles of all cut items, dealt out to the threads in turn.
+  // Vectors of rows of all cut items, dealt out to the threads in turn.
   void merge(int thread) {
     int turn = 0;
     for (int i = 0; i < static_cast<int>(items_.size()); ++i) {
@@ -154,33 +153,29 @@ private:
           if (piece.item == i) parts.push_back(&piece.state);
       if (parts.empty()) continue;
       const Item& item = items_[static_cast<size_t>(i)];
-      const int padded = static_cast<int>(up(item.rows, A::lanes));
-      for (int row = 0; row < padded; row += 2 * A::lanes) {
+      for (int row = 0; row < item.rows; row += 4) {
         if (turn++ % threads_ != thread) continue;
-        const int lanes = static_cast<int>(least(2 * A::lanes, padded - row));
-        for (size_t part = 1; part < parts.size(); ++part) add(*parts[part], *parts[0], row, lanes);
-        write(item, *parts[0], row, static_cast<int>(least(row + lanes, item.rows)));
+        const int end = static_cast<int>(least(row + 4, item.rows));
+        for (size_t part = 1; part < parts.size(); ++part)
+          for (int each = row; each < end; ++each) add(*parts[part], *parts[0], each);
+        write(item, *parts[0], row, end);
       }
     }
   }
 
-  static void add(const State& from, State& to, int row, int lanes) {
+  static void add(const State& from, State& to, int row) {
     using V = typename A::V;
     using F = typename A::F;
-    const auto load = [](const float* p) { return V::template load<F>(p); };
-    for (int at = 0; at < lanes; at += A::lanes) {
-      float *maximum = to.maximum + row + at, *total = to.total + row + at;
-      const F other = load(from.maximum + row + at), top = V::max(load(maximum), other);
-      const F finite = top == -kInfinity ? F{} : top;
-      const F mine = V::exp2(load(maximum) - finite), theirs = V::exp2(other - finite);
-      V::store(total, load(total) * mine + load(from.total + row + at) * theirs);
-      V::store(maximum, top);
-      const int64_t begin = static_cast<int64_t>(row) * to.width + at;
-      for (int d = 0; d < to.width; ++d) {
-        const int64_t place = begin + static_cast<int64_t>(d) * lanes;
-        V::store(to.sums + place, load(to.sums + place) * mine + load(from.sums + place) * theirs);
-      }
-    }
+    const auto power = [](float x) { return V::exp2(V::all(x))[0]; };
+    const float old = to.maximum[row], other = from.maximum[row], top = old > other ? old : other;
+    const float finite = top == -kInfinity ? 0.0f : top;
+    const float mine = power(old - finite), theirs = power(other - finite);
+    to.maximum[row] = top;
+    to.total[row] = to.total[row] * mine + from.total[row] * theirs;
+    float* sums = to.row(row);
+    const float* more = from.row(row);
+    for (int d = 0; d < to.width; d += A::lanes)
+      V::store(sums + d, V::template load<F>(sums + d) * mine + V::template load<F>(more + d) * theirs);
   }
 
   const Decode& call_;

@@ -10,10 +10,10 @@ namespace {
 // dot products. A part of a row is scaled to the length 32767; then, by Cauchy and Schwarz, no partial sum of a
 // product of two parts exceeds 2^30, and each carries a rounding error of 0.29 sqrt(width) / 32767 of its length,
 // 2e-4 at a width of 512: a fifth of what bf16 itself rounds away.
-// `Machine` has lanes, multiply_add(sum, b, a), transpose(rows, stride, to) as an arithmetic has, and blend(low, high):
-// the lower halves of `low` and the upper ones of `high`, whose lower ones are zero.
+// `Machine` has lanes, multiply_add(sum, b, a), interleave(rows, stride, to) as an arithmetic has, and blend(low,
+// high): the lower halves of `low` and the upper ones of `high`, whose lower ones are zero.
 template <class Machine> struct Int16 {
-  static constexpr int lanes = Machine::lanes, per_unit = 2;
+  static constexpr int lanes = Machine::lanes, per_unit = 2, together = 4;
   static constexpr bool shifted = false;
   static constexpr float second = 0.0f;
   static constexpr bool holds(Type) { return true; }
@@ -56,23 +56,32 @@ template <class Machine> struct Int16 {
   // The probabilities of a row and tile add up to 32767, so that no sum of products overflows.
   static constexpr float limit = 32767.0f;
   static MLA_INLINE F collect(F so_far, F p) { return so_far + p; }
-  static MLA_INLINE void transpose(const uint32_t* rows, int64_t stride, uint32_t* to) {
-    Machine::transpose(rows, stride, to);
+  static MLA_INLINE void interleave(const uint32_t* rows, int64_t stride, uint32_t* to) {
+    Machine::interleave(rows, stride, to);
   }
 
   using Rest = Int16;
-  template <Type type> static MLA_INLINE Factors pack_key(const Parts& parts, uint32_t* units) {
-    return {pack_part<type>(parts.a, units), pack_part<beside(type)>(parts.b, units + units_of<Int16>(parts.a.count)),
-            0.0f};
+  // The lengths of a row's parts.
+  struct Measure {
+    float a, b;
+  };
+  template <Type type> static MLA_INLINE Measure measure(const Parts& parts) {
+    return {length_of<type>(parts.a), length_of<beside(type)>(parts.b)};
+  }
+  template <Type type> static MLA_INLINE Factors pack_key(const Parts& parts, Measure lengths, uint32_t* units) {
+    return {pack_part<type>(parts.a, lengths.a, units),
+            pack_part<beside(type)>(parts.b, lengths.b, units + units_of<Int16>(parts.a.count)), 0.0f};
   }
   template <Type type> static Factors pack_query(const Parts& parts, uint32_t* units) {
-    return pack_key<type>(parts, units);
+    return pack_key<type>(parts, measure<type>(parts), units);
+  }
+  template <Type type> static MLA_INLINE float length_of(const Part& part) {
+    const float length = __builtin_sqrtf(squares<type>(part.data, part.count));
+    // Zeros and NaN, or squares that fp32 does not hold.
+    return type == Type::i8 || (length > 1e-15f && length <= __FLT_MAX__) ? length : exact_length(part, type);
   }
   // The sign of a factor goes into the numbers: times a probability the factor becomes a weight, which has none.
-  template <Type type> static MLA_INLINE float pack_part(Part part, uint32_t* units) {
-    float length = __builtin_sqrtf(squares<type>(part.data, part.count));
-    // Zeros and NaN, or squares that fp32 does not hold.
-    if (type != Type::i8 && !(length > 1e-15f && length <= __FLT_MAX__)) length = exact_length(part, type);
+  template <Type type> static MLA_INLINE float pack_part(Part part, float length, uint32_t* units) {
     const float factor = part.factor;
     part.factor = __builtin_copysignf(1.0f, factor);
     mla::pack<Int16, type>(part, length > 1e-33f ? limit / length : 0.0f, units); // below, it would be infinite

@@ -18,11 +18,10 @@ struct Avx2 {
   static MLA_INLINE U blend(U low, U high) {
     return V::as<U>(_mm256_blend_epi16(V::as<__m256i>(low), V::as<__m256i>(high), 0xaa));
   }
-  static MLA_INLINE void transpose(const uint32_t* rows, int64_t stride, uint32_t* to) {
+  static MLA_INLINE void interleave(const uint32_t* rows, int64_t stride, uint32_t* to) {
     const __m256i row0 = V::load<__m256i>(rows), row1 = V::load<__m256i>(rows + stride);
-    const __m256i low = _mm256_unpacklo_epi16(row0, row1), high = _mm256_unpackhi_epi16(row0, row1);
-    V::store(to, _mm256_permute2x128_si256(low, high, 0x20));
-    V::store(to + lanes, _mm256_permute2x128_si256(low, high, 0x31));
+    V::store(to, _mm256_unpacklo_epi16(row0, row1));
+    V::store(to + lanes, _mm256_unpackhi_epi16(row0, row1));
   }
 };
 

@@ -5,7 +5,7 @@ namespace mla {
 namespace {
 
 struct Bf16 {
-  static constexpr int lanes = 16, per_unit = 2;
+  static constexpr int lanes = 16, per_unit = 2, together = 1;
   using V = Vec<lanes>;
   using F = V::F;
   using Unit = V::U;
@@ -34,8 +34,8 @@ struct Bf16 {
     });
   }
   static MLA_INLINE Unit weights(const F* p) { return join(p[0], p[1]); }
-  static MLA_INLINE void transpose(const uint32_t* rows, int64_t stride, uint32_t* to) {
-    transpose_pairs(rows, stride, to);
+  static MLA_INLINE void interleave(const uint32_t* rows, int64_t stride, uint32_t* to) {
+    interleave_pairs(rows, stride, to);
   }
   using Rest = void;
 };

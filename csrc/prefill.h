@@ -52,9 +52,9 @@ private:
       latents.carve(carver, units_of<A>(r));
       keys.carve(carver, p.units_);
       values.carve(carver, units_of<A>(call.v));
-      columns.carve(carver, call.v);
+      columns.carve(carver, call.v, p.chunk_);
       weights.carve(carver);
-      state.carve(carver, up(p.chunk_, A::lanes), call.v, narrow_x);
+      state.template carve<A>(carver, up(p.chunk_, A::lanes), call.v);
     }
   };
 
@@ -103,11 +103,11 @@ private:
       const int filled = static_cast<int>(up(count, narrow_x));
       expand(sequence, from, count, filled, scratch);
       NoAhead ahead;
-      attend_rows<A, wide_x, narrow_x>(scratch.queries, padded, units_of<A>(call_.n), scratch.keys,
+      attend_rows<A, wide_x, narrow_x>(scratch.queries, rows, units_of<A>(call_.n), scratch.keys,
                                        scratch.values.factors, scratch.columns, from, count, filled, scratch.limits,
                                        state, scratch.weights, ahead);
     }
-    finish_rows<A>(attention_, state, 0, rows, rows, call_.v, call_.out.type, [&](int i) {
+    finish<A>(attention_, state, 0, rows, call_.v, call_.out.type, [&](int i) {
       return Place{head(call_.out, sequence, first + i, h), lse_of(attention_, sequence, first + i, h), h};
     });
   }
@@ -133,34 +133,26 @@ private:
   void expand(int sequence, int64_t from, int count, int filled, Scratch& scratch) {
     using Floats = Float32<A::lanes>;
     const Cache& cache = attention_.cache;
-    fill(
-        attention_, sequence, from, count, filled, scratch.latents,
-        [&](int i, const Cursor& cursor) {
-          float* to = scratch.key_floats + static_cast<int64_t>(i) * scratch.key_line + scratch.key_channels;
-          const Part part = rotary(cache, cursor);
-          with(part.type, [&](auto type) { mla::pack<Floats, type()>(part, 1.0f, reinterpret_cast<uint32_t*>(to)); });
-          return Parts{latent(cache, cursor), {}};
-        },
-        [](int) {});
+    fill(attention_, sequence, from, count, filled, scratch.latents, [&](int i, const Cursor& cursor) {
+      float* to = scratch.key_floats + static_cast<int64_t>(i) * scratch.key_line + scratch.key_channels;
+      const Part part = rotary(cache, cursor);
+      with(part.type, [&](auto type) { mla::pack<Floats, type()>(part, 1.0f, reinterpret_cast<uint32_t*>(to)); });
+      return Parts{latent(cache, cursor), {}};
+    });
     multiply(scratch.uk, scratch.key_channels, scratch.latents, filled, scratch.key_floats, scratch.key_line);
     multiply(scratch.uv, scratch.value_channels, scratch.latents, filled, scratch.value_floats, scratch.value_line);
     const auto seen = [&](int t) { return scratch.latents.biases[t] == 0.0f; };
-    scratch.keys.pack(
-        Type::f32, filled,
-        [&](int t, auto&& take) {
-          const float* key = scratch.key_floats + static_cast<int64_t>(t) * scratch.key_line;
-          if (seen(t)) take(Parts{floats(key, call_.n), floats(key + scratch.key_channels, cache.p)});
-          return seen(t);
-        },
-        [](int) {});
-    scratch.values.pack(
-        Type::f32, filled,
-        [&](int t, auto&& take) {
-          const float* value = scratch.value_floats + static_cast<int64_t>(t) * scratch.value_line;
-          if (seen(t)) take(Parts{floats(value, call_.v), {}});
-          return seen(t);
-        },
-        [&](int t) { scratch.columns.fill(scratch.values, t, call_.v); });
+    scratch.keys.pack(Type::f32, filled, [&](int t, auto&& take) {
+      const float* key = scratch.key_floats + static_cast<int64_t>(t) * scratch.key_line;
+      if (seen(t)) take(Parts{floats(key, call_.n), floats(key + scratch.key_channels, cache.p)});
+      return seen(t);
+    });
+    scratch.values.pack(Type::f32, filled, [&](int t, auto&& take) {
+      const float* value = scratch.value_floats + static_cast<int64_t>(t) * scratch.value_line;
+      if (seen(t)) take(Parts{floats(value, call_.v), {}});
+      return seen(t);
+    });
+    scratch.columns.begin(scratch.values);
   }
 
   static Part floats(const float* data, int count) {
@@ -185,7 +177,8 @@ private:
     F factors[G];
     for (int g = 0; g < G; ++g) factors[g] = V::template load<F>(w.factors + channel + g * A::lanes);
     for (int t = 0; t < tokens; t += X)
-      product<A, X, G>(w.tile(channel), w.units, latents.rows + t * latents.stride, latents.stride, 1, ahead,
+      product<A, X, G>(w.tile(channel), std::integral_constant<int, G * A::lanes>(), w.units,
+                       latents.rows + t * latents.stride, latents.stride, 1, ahead,
                        [&](int x, int g, F value) MLA_INLINE_LAMBDA {
                          if constexpr (kSplit<A>) value = value * (factors[g] * latents.factors[t + x]);
                          V::store(to + (t + x) * line + channel + g * A::lanes, value);

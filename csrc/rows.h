@@ -76,9 +76,9 @@ inline Part rotary(const Cache& cache, const Cursor& cursor) {
 }
 
 // Tokens first..first+count-1 of a sequence as a tile of `tokens` rows; those beyond, and those that are masked
-// or do not exist, are empty. row(i, cursor) says where the parts of one that does lie; after(i) follows every row.
-template <class A, class Row, class After> void fill(const Attention& call, int sequence, int64_t first, int count,
-                                                     int tokens, Tile<A>& tile, Row&& row, After&& after) {
+// or do not exist, are empty. row(i, cursor) says where the parts of one that does lie.
+template <class A, class Row>
+void fill(const Attention& call, int sequence, int64_t first, int count, int tokens, Tile<A>& tile, Row&& row) {
   const uint8_t* mask = call.key_mask ? call.key_mask + sequence * call.key_mask_stride + first : nullptr;
   Cursor cursor(call.cache, sequence, first);
   const auto next = [&](int i, auto&& take) MLA_INLINE_LAMBDA {
@@ -89,7 +89,7 @@ template <class A, class Row, class After> void fill(const Attention& call, int 
     cursor.next();
     return seen;
   };
-  tile.pack(call.cache.type, tokens, next, after);
+  tile.pack(call.cache.type, tokens, next);
 }
 
 // Brings the rows of tokens first..first+count-1 into the second-level cache, a line at every step of a product:
@@ -171,68 +171,56 @@ struct Limits {
   }
 };
 
-// All row tiles of `padded` rows against one tile of keys, `count` from key `from` on, filled up to `tokens`.
+// All row tiles of `rows` rows against one tile of keys, `count` from key `from` on, filled up to `tokens`.
 // `first`: units of a row's first part.
 template <class A, int wide_x, int narrow_x, class Ahead>
-void attend_rows(const Lanes<A>& queries, int padded, int first, const Tile<A>& keys, const float* value_factors,
-                 const Columns<A>& values, int64_t from, int64_t count, int tokens, Limits& limits, State& state,
+void attend_rows(const Lanes<A>& queries, int rows, int first, const Tile<A>& keys, const float* value_factors,
+                 Columns<A>& values, int64_t from, int64_t count, int tokens, Limits& limits, State& state,
                  Weights<A>& weights, Ahead& ahead) {
-  for (int row = 0; row < padded; row += 2 * A::lanes) {
-    const int lanes = static_cast<int>(least(2 * A::lanes, padded - row));
+  for (int row = 0; row < rows; row += 2 * A::lanes) {
+    const int some = static_cast<int>(least(2 * A::lanes, rows - row));
+    const int lanes = static_cast<int>(up(some, A::lanes));
     const int32_t *seen = limits.seen + row, *relative = nullptr;
     if (seen[lanes - 1] <= from) continue;
     if (seen[0] < from + count) {
       for (int i = 0; i < lanes; ++i) limits.relative[i] = static_cast<int32_t>(most(0, seen[i] - from));
       relative = limits.relative;
     }
+    const auto tile = [&](auto x, auto groups) MLA_INLINE_LAMBDA {
+      attend<A, x(), groups()>(queries, row, some, first, keys, value_factors, values, tokens, relative, state, weights,
+                               ahead);
+    };
     if (lanes > A::lanes)
-      attend<A, wide_x, 2>(queries, row, first, keys, value_factors, values, tokens, relative, state, weights, ahead);
+      tile(std::integral_constant<int, wide_x>(), std::integral_constant<int, 2>());
     else
-      attend<A, narrow_x, 1>(queries, row, first, keys, value_factors, values, tokens, relative, state, weights, ahead);
+      tile(std::integral_constant<int, narrow_x>(), std::integral_constant<int, 1>());
   }
 }
 
-// One row tile's sums [width][lanes of the tile] -> rows of the output and their lse. where(row) says where a row
-// goes.
-template <class A, class Where> void finish(const Attention& call, const State& state, const float* sums, int64_t first,
-                                            int rows, int lanes, int width, Type type, Where&& where) {
-  float factors[2 * A::lanes];
-  char* out[2 * A::lanes];
-  for (int i = 0; i < rows; ++i) {
-    const float total = state.total[first + i];
+// Rows begin to end - 1 of the sums -> rows of the output and their lse. where(row) says where a row goes.
+template <class A, class Where>
+void finish(const Attention& call, const State& state, int begin, int end, int width, Type type, Where&& where) {
+  for (int row = begin; row < end; ++row) {
+    const float total = state.total[row];
     // A total of zero: no key was seen. NaN is neither.
     const bool empty = total == 0.0f;
-    const float lse = empty ? -kInfinity : (state.maximum[first + i] + __builtin_log2f(total)) * kLn2;
-    const Place place = where(static_cast<int>(first) + i);
+    const float lse = empty ? -kInfinity : (state.maximum[row] + __builtin_log2f(total)) * kLn2;
+    const Place place = where(row);
     *place.lse = lse;
-    factors[i] = empty ? 0.0f : 1.0f / total;
+    float factor = empty ? 0.0f : 1.0f / total;
     // exp(lse) / (exp(lse) + exp(sink)): the share of the softmax that the sink leaves to the keys.
-    if (call.sinks && !empty) factors[i] /= 1.0f + __builtin_expf(call.sinks[place.h] - lse);
-    out[i] = place.out;
-  }
-  for (int d = 0; d < width; d += 16) {
-    const int count = static_cast<int>(least(16, width - d));
-    for (int i = 0; i < rows; ++i) {
-      const float* from = sums + static_cast<int64_t>(d) * lanes + i;
-      if (type == Type::f32) {
-        float* to = reinterpret_cast<float*>(out[i]) + d;
-        for (int x = 0; x < count; ++x) to[x] = from[x * lanes] * factors[i];
-      } else {
-        uint16_t* to = reinterpret_cast<uint16_t*>(out[i]) + d;
-        for (int x = 0; x < count; ++x) to[x] = to_bf16(from[x * lanes] * factors[i]);
-      }
-    }
-  }
-}
-
-// Row tiles begin to end - 1, of `rows` rows.
-template <class A, class Where> void finish_rows(const Attention& call, const State& state, int begin, int end,
-                                                 int rows, int width, Type type, Where&& where) {
-  const int padded = static_cast<int>(up(rows, A::lanes));
-  for (int row = begin; row < end; row += 2 * A::lanes) {
-    const int lanes = static_cast<int>(least(2 * A::lanes, padded - row));
-    finish<A>(call, state, state.sums + static_cast<int64_t>(row) * state.width, row,
-              static_cast<int>(least(lanes, rows - row)), lanes, width, type, where);
+    if (call.sinks && !empty) factor /= 1.0f + __builtin_expf(call.sinks[place.h] - lse);
+    const auto copy = [&](auto* to, auto&& rounded) MLA_INLINE_LAMBDA {
+      const float* sums = state.row(row);
+      int d = 0;
+      for (; d + 4 <= width; d += 4)
+        for (int i = 0; i < 4; ++i) to[d + i] = rounded(sums[place_of<A>(d) + i] * factor);
+      for (; d < width; ++d) to[d] = rounded(sums[place_of<A>(d)] * factor);
+    };
+    if (type == Type::f32)
+      copy(reinterpret_cast<float*>(place.out), [](float x) { return x; });
+    else
+      copy(reinterpret_cast<uint16_t*>(place.out), to_bf16);
   }
 }
 

@@ -1,266 +1,25 @@
 // The steps of attention over one tile of keys, for one tile of query rows, in any arithmetic.
 //
 // Rows lie in lanes: a row tile is one or two vectors wide (`groups`), and holds lanes * groups rows. Packed
-// rows, scores, probabilities and sums are all [something][row of the tile], so that every step of the softmax
-// is vertical and nothing is ever summed across a vector.
+// rows, scores and probabilities are all [something][row of the tile], so that every step of the softmax is
+// vertical and nothing is ever summed across a vector. In the weighted sums the numbers of a value lie in lanes:
+// a row of sums is a row of the output, and lanes without a row cost nothing there.
 #pragma once
 
-#include <type_traits>
-
-#include "arithmetic.h"
+#include "operands.h"
 
 namespace mla {
 namespace {
-
-constexpr float kInfinity = __builtin_inff();
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
-constexpr int kKeys = 120; // keys per tile: a multiple of every wide_x and narrow_x
-
-// Hands out aligned pieces of one allocation; with no memory behind it, it only counts.
-class Carver {
-public:
-  explicit Carver(char* base) : base_(base) {}
-  template <class T> T* take(int64_t count) {
-    char* p = base_ ? base_ + used_ : nullptr;
-    used_ += up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return reinterpret_cast<T*>(p);
-  }
-  int64_t used() const { return used_; }
-
-private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
-// A stride that is an odd number of cache lines: whole vectors are stored within one, and walking along it does not
-// fall into few sets of a cache.
-inline int64_t odd_stride(int64_t units) { return up(units, 16) | 16; }
-
-template <class A> constexpr bool kSplit = !std::is_void_v<typename A::Rest>;
-
-// Units of a row of two parts, the second from its own unit on.
-template <class A> constexpr int units_of(int a, int b) {
-  if constexpr (kSplit<A>)
-    return units_of<A>(a) + units_of<typename A::Rest>(b);
-  else
-    return units_of<A>(a) + units_of<A>(b);
-}
-
-// The same with the second digits, if there are any.
-template <class A> constexpr int query_units_of(int a, int b) {
-  if constexpr (kSplit<A>)
-    return units_of<A>(a, b) + (A::second > 0 ? units_of<A>(a) : 0);
-  else
-    return units_of<A>(a, b);
-}
-
-// Rows of queries or of output channels, in lanes.
-template <class A> struct Lanes {
-  uint32_t* packed; // row tile by row tile: [unit][row of the tile]
-  float* factors;   // [rows] of the first part
-  float* rests;     // [rows] of the second part
-  bool* second;     // [rows] whether the second digits matter
-  uint32_t* line;   // room for one row
-  int units;        // of a row
-
-  void carve(Carver& carver, int64_t rows, int row_units) {
-    units = row_units;
-    packed = carver.take<uint32_t>(up(rows, A::lanes) * units);
-    factors = carver.take<float>(up(rows, A::lanes));
-    rests = carver.take<float>(up(rows, A::lanes));
-    second = carver.take<bool>(up(rows, A::lanes));
-    line = carver.take<uint32_t>(units + 4 * A::lanes);
-  }
-  const uint32_t* tile(int row) const { return packed + static_cast<int64_t>(row) * units; }
-
-  // row(i) gives the parts of row i; lanes beyond `count` are zero. `gain` multiplies every number.
-  template <class Row> void pack(int count, float gain, Row&& row) {
-    const int padded = static_cast<int>(up(count, A::lanes));
-    for (int i = 0; i < padded; ++i) {
-      const int first = i / (2 * A::lanes) * 2 * A::lanes;
-      const int width = static_cast<int>(least(2 * A::lanes, padded - first));
-      uint32_t* lane = packed + static_cast<int64_t>(first) * units + (i - first);
-      factors[i] = rests[i] = 0.0f;
-      second[i] = false;
-      if (i >= count) {
-        for (int u = 0; u < units; ++u) lane[static_cast<int64_t>(u) * width] = 0;
-        continue;
-      }
-      const Parts parts = row(i);
-      with(parts.a.type, [&](auto type) {
-        if constexpr (type() == Type::i8) {
-          // no query is
-        } else if constexpr (kSplit<A>) {
-          const Factors own = A::template pack_query<type()>(parts, line);
-          factors[i] = own.first * gain;
-          rests[i] = own.rest * gain;
-          second[i] = own.second;
-        } else {
-          mla::pack<A, type()>(parts.a, gain, line);
-          mla::pack<A, type()>(parts.b, gain, line + units_of<A>(parts.a.count));
-        }
-      });
-      for (int u = 0; u < units; ++u) lane[static_cast<int64_t>(u) * width] = line[u];
-    }
-  }
-};
-
-// A stride of one unit, which the compiler sees.
-struct One {};
-
-// The X units that one step of a product broadcasts: a[x * across]. With a stride that is not known, every third
-// is the base of an address with an index of once or twice the stride; left alone, the compiler keeps a register
-// for each and runs out of them.
-template <int X, class Across> class Broadcasts {
-public:
-  MLA_INLINE Broadcasts(const uint32_t* a, Across across) : across_(across) {
-    for (int i = 0; i < X / 3; ++i) {
-      base_[i] = a + 3 * i * across;
-      asm("" : "+r"(base_[i]));
-    }
-  }
-  MLA_INLINE const uint32_t* operator[](int x) const { return base_[x / 3] + x % 3 * across_; }
-  MLA_INLINE void step(int64_t along) {
-#pragma GCC unroll 8
-    for (int i = 0; i < X / 3; ++i) base_[i] += along;
-  }
-
-private:
-  static_assert(X % 3 == 0);
-  const uint32_t* base_[X / 3];
-  Across across_;
-};
-
-template <int X> class Broadcasts<X, One> {
-public:
-  MLA_INLINE Broadcasts(const uint32_t* a, One) : a_(a) {}
-  MLA_INLINE const uint32_t* operator[](int x) const { return a_ + x; }
-  MLA_INLINE void step(int64_t along) { a_ += along; }
-
-private:
-  const uint32_t* a_;
-};
-
-// What a product calls at every step to fetch memory that will be read later, here nothing.
-struct NoAhead {
-  void step() {}
-};
-
-// sums[x][g] = sum over k of packed[k][g] . spread(a[x * across + k * along]), then done(x, g, sum).
-template <class A, int X, int G, class Across, class Ahead, class Done>
-MLA_INLINE void product(const uint32_t* packed, int length, const uint32_t* a, Across across, int64_t along,
-                        Ahead& ahead, Done&& done) {
-  using V = typename A::V;
-  typename A::Sum sums[X][G] = {};
-  Broadcasts<X, Across> from(a, across);
-#pragma GCC unroll 2
-  for (int k = 0; k < length; ++k, packed += G * A::lanes, from.step(along)) {
-    ahead.step();
-    typename A::Unit rows[G];
-#pragma GCC unroll 2
-    for (int g = 0; g < G; ++g) rows[g] = V::template load<typename A::Unit>(packed + g * A::lanes);
-#pragma GCC unroll 24
-    for (int x = 0; x < X; ++x) {
-      const typename A::Unit one = A::spread(from[x]);
-#pragma GCC unroll 2
-      for (int g = 0; g < G; ++g) sums[x][g] = A::dot(sums[x][g], rows[g], one);
-    }
-  }
-#pragma GCC unroll 24
-  for (int x = 0; x < X; ++x)
-#pragma GCC unroll 2
-    for (int g = 0; g < G; ++g) done(x, g, A::value(sums[x][g]));
-}
-
-// A tile of keys (or values) of `A`: rows of units, and what belongs to each of them.
-template <class A> struct Tile {
-  int64_t stride; // units from row to row
-  uint32_t* rows; // [kKeys][stride]
-  float* factors; // [kKeys] of the first part
-  float* rests;   // [kKeys] of the second part
-  float* offsets; // [kKeys] what is to be taken from products with the first part
-  float* biases;  // [kKeys] 0, or -inf for a key that nobody sees
-
-  void carve(Carver& carver, int units) {
-    stride = odd_stride(units);
-    rows = carver.take<uint32_t>(kKeys * stride + 4 * A::lanes + 32);
-    factors = carver.take<float>(kKeys);
-    rests = carver.take<float>(kKeys);
-    offsets = carver.take<float>(kKeys);
-    biases = carver.take<float>(kKeys);
-  }
-  uint32_t* row(int i) const { return rows + i * stride; }
-  // Rows 0..count-1, whose first parts are of `type`. row(i, take), called in order, hands the parts to take(parts) and
-  // returns true, or false for a row that nobody sees; after(i) follows every row.
-  template <class Row, class After> void pack(Type type, int count, Row&& row, After&& after) {
-    with(type, [&](auto constant) {
-      for (int i = 0; i < count; ++i) {
-        const bool seen = row(i, [&](const Parts& parts) MLA_INLINE_LAMBDA { pack_row<constant()>(i, parts); });
-        if (!seen) erase(i);
-        after(i);
-      }
-    });
-  }
-
-private:
-  template <Type type> MLA_INLINE void pack_row(int i, const Parts& parts) {
-    biases[i] = 0.0f;
-    if constexpr (!kSplit<A>) {
-      mla::pack<A, type>(parts.a, 1.0f, row(i));
-      mla::pack<A, beside(type)>(parts.b, 1.0f, row(i) + units_of<A>(parts.a.count));
-    } else if constexpr (A::holds(type)) {
-      const Factors own = A::template pack_key<type>(parts, row(i));
-      factors[i] = own.first;
-      rests[i] = own.rest;
-      offsets[i] = own.offset;
-    }
-  }
-  void erase(int i) {
-    std::memset(row(i), 0, static_cast<size_t>(stride) * 4);
-    factors[i] = rests[i] = offsets[i] = 0.0f;
-    biases[i] = -kInfinity;
-  }
-};
-
-// The transpose of a tile's first `width` numbers: [key / per_unit][number] units, for weighted sums.
-template <class A> struct Columns {
-  int64_t stride = 0;
-  uint32_t* units = nullptr;
-
-  void carve(Carver& carver, int width) {
-    if constexpr (A::per_unit > 1) {
-      stride = odd_stride(up(width, A::per_unit * A::lanes) + 24);
-      units = carver.take<uint32_t>(kKeys / A::per_unit * stride);
-    }
-  }
-  // Those of the last rows up to i, where these make a group: to be called after every row, so that a group is read
-  // again while it lies in the nearest cache. Row by row it would wait for what was just written.
-  MLA_INLINE void fill(const Tile<A>& tile, int i, int width) {
-    constexpr int group = 12; // divides the rows of every tile
-    if constexpr (A::per_unit == 1) {
-      units = tile.rows;
-      stride = tile.stride;
-    } else if (i % group == group - 1) {
-      constexpr int numbers = A::per_unit * A::lanes;
-      const int64_t across = tile.stride;
-      for (int t = i + 1 - group; t < i; t += A::per_unit) {
-        const uint32_t* from = tile.row(t);
-        uint32_t* to = units + t / A::per_unit * stride;
-        for (int d = 0; d < width; d += numbers, from += A::lanes, to += numbers) A::transpose(from, across, to);
-      }
-    }
-  }
-};
 
 // The running softmax of a set of rows: maximum and sum in powers of two, and the weighted sums.
 struct State {
   float* maximum; // [rows]
   float* total;   // [rows]
-  float* sums;    // row tile by row tile: [width, padded][row of the tile]
-  int width;      // padded to a multiple of `step`
+  float* sums;    // [rows][width], numbers in the order of place_of
+  int width;      // padded to whole pairs of vectors and whole chunks
 
-  void carve(Carver& carver, int64_t rows, int numbers, int step) {
-    width = static_cast<int>(up(numbers, step));
+  template <class A> void carve(Carver& carver, int64_t rows, int numbers) {
+    width = static_cast<int>(up(numbers, A::lanes * (A::per_unit > 2 ? A::per_unit : 2)));
     maximum = carver.take<float>(rows);
     total = carver.take<float>(rows);
     sums = carver.take<float>(rows * width);
@@ -269,6 +28,7 @@ struct State {
     for (int64_t i = 0; i < rows; ++i) maximum[i] = -kInfinity, total[i] = 0.0f;
     std::memset(sums, 0, static_cast<size_t>(rows) * static_cast<size_t>(width) * sizeof(float));
   }
+  float* row(int64_t i) const { return sums + i * width; }
 };
 
 // What one row tile needs besides its state.
@@ -290,6 +50,7 @@ template <class A, int X, int G, class Ahead>
 void score(const Lanes<A>& queries, int row, int first, const Tile<A>& keys, int tokens, float* scores, Ahead& ahead) {
   using V = typename A::V;
   using F = typename A::F;
+  constexpr std::integral_constant<int, G * A::lanes> step;
   const uint32_t* packed = queries.tile(row);
   F factors[G], rests[G];
   for (int g = 0; g < G; ++g) {
@@ -306,7 +67,7 @@ void score(const Lanes<A>& queries, int row, int first, const Tile<A>& keys, int
   for (int t = 0; t < tokens; t += X) {
     const uint32_t* rows = keys.rows + t * keys.stride;
     float* to = scores + t * G * A::lanes;
-    product<A, X, G>(packed, length, rows, keys.stride, 1, ahead, [&](int x, int g, F value) MLA_INLINE_LAMBDA {
+    product<A, X, G>(packed, step, length, rows, keys.stride, 1, ahead, [&](int x, int g, F value) MLA_INLINE_LAMBDA {
       if constexpr (kSplit<A>) {
         if constexpr (A::shifted) value = value - keys.offsets[t + x];
         value = value * (factors[g] * keys.factors[t + x]);
@@ -318,12 +79,12 @@ void score(const Lanes<A>& queries, int row, int first, const Tile<A>& keys, int
         float* at = to + (x * G + g) * A::lanes;
         V::store(at, V::template load<F>(at) + value);
       };
-      product<typename A::Rest, X, G>(packed + first * G * A::lanes, rest, rows + first, keys.stride, 1, ahead,
+      product<typename A::Rest, X, G>(packed + first * step, step, rest, rows + first, keys.stride, 1, ahead,
                                       [&](int x, int g, F value)
                                           MLA_INLINE_LAMBDA { add(x, g, value * (rests[g] * keys.rests[t + x])); });
       if constexpr (A::second > 0) {
         if (finer)
-          product<A, X, G>(packed + (first + rest) * G * A::lanes, first, rows, keys.stride, 1, ahead,
+          product<A, X, G>(packed + (first + rest) * step, step, first, rows, keys.stride, 1, ahead,
                            [&](int x, int g, F value) MLA_INLINE_LAMBDA {
                              value = value - keys.offsets[t + x];
                              add(x, g, value * (factors[g] * (1.0f / A::second) * keys.factors[t + x]));
@@ -337,7 +98,7 @@ void score(const Lanes<A>& queries, int row, int first, const Tile<A>& keys, int
 // counted from the tile's first key; null where all rows see all keys. `value_factors`: those of the rows that
 // the weighted sum will run over.
 template <class A, int G> void soften(int tokens, const float* value_factors, const int32_t* limits, int64_t row,
-                                      State& state, float* sums, Weights<A>& weights) {
+                                      State& state, Weights<A>& weights) {
   using V = typename A::V;
   using F = typename A::F;
   using I = typename V::I;
@@ -365,10 +126,11 @@ template <class A, int G> void soften(int tokens, const float* value_factors, co
       const F shrink = V::exp2(old - finite);
       total *= shrink;
       V::store(state.maximum + row + g * lanes, now);
-      for (int d = 0; d < state.width; ++d) {
-        float* at = sums + (static_cast<int64_t>(d) * G + g) * lanes;
-        V::store(at, V::template load<F>(at) * shrink);
-      }
+      for (int i = 0; i < lanes; ++i)
+        if (shrink[i] != 1.0f) {
+          float* sums = state.row(row + g * lanes + i);
+          for (int d = 0; d < state.width; d += lanes) V::store(sums + d, V::template load<F>(sums + d) * shrink[i]);
+        }
     }
     F weighted{};
     for (int t = 0; t < tokens; ++t) {
@@ -395,31 +157,53 @@ template <class A, int G> void soften(int tokens, const float* value_factors, co
   }
 }
 
-// sums[d][row] += sum over keys of probability * value, for every number d of the width.
-template <class A, int X, int G, class Ahead>
-void weigh(int tokens, const Columns<A>& columns, int width, float* sums, const Weights<A>& weights, Ahead& ahead) {
+// Rows whose sums are held in registers at a time, two vectors each: 32 registers or 16.
+template <class A> constexpr int kRowsAtOnce = A::lanes < 16 ? 4 : 12;
+
+// X rows from `i` of a row tile that is `lanes` wide and begins with `row`: sums += probability * value, over the keys
+// and 2 * A::lanes numbers from `d` on.
+template <class A, int X, class Ahead> void weigh_rows(int tokens, const uint32_t* values, int64_t step, int d,
+                                                       int lanes, int i, int64_t row, State& state,
+                                                       const Weights<A>& weights, Ahead& ahead) {
   using V = typename A::V;
   using F = typename A::F;
-  F factors[G];
-  for (int g = 0; g < G; ++g) factors[g] = V::template load<F>(weights.factors + g * A::lanes);
-  for (int d = 0; d < width; d += X)
-    product<A, X, G>(weights.units, tokens / A::per_unit, columns.units + d, One{}, columns.stride, ahead,
-                     [&](int x, int g, F value) MLA_INLINE_LAMBDA {
-                       float* at = sums + (static_cast<int64_t>(d + x) * G + g) * A::lanes;
-                       if constexpr (kSplit<A>) value = value * factors[g];
-                       V::store(at, V::template load<F>(at) + value);
-                     });
+  product<A, X, 2, true>(values, step, tokens / A::per_unit, weights.units + i, One{}, lanes, ahead,
+                         [&](int x, int g, F value) MLA_INLINE_LAMBDA {
+                           float* at = state.row(row + i + x) + d + g * A::lanes;
+                           if constexpr (kSplit<A>) value = value * weights.factors[i + x];
+                           V::store(at, V::template load<F>(at) + value);
+                         });
 }
 
-// One row tile against one tile of keys.
-template <class A, int X, int G, class Ahead> void attend(const Lanes<A>& queries, int row, int first,
-                                                          const Tile<A>& keys, const float* value_factors,
-                                                          const Columns<A>& values, int tokens, const int32_t* limits,
-                                                          State& state, Weights<A>& weights, Ahead& ahead) {
-  float* sums = state.sums + static_cast<int64_t>(row) * state.width;
+// The same for the first `rows` rows of the tile, and all numbers.
+template <class A, class Ahead> void weigh(int tokens, Columns<A>& values, int rows, int lanes, int64_t row,
+                                           State& state, const Weights<A>& weights, Ahead& ahead) {
+  const int64_t step = values.step();
+  for (int d = 0; d < state.width; d += 2 * A::lanes) {
+    const uint32_t* from = values.at(d, tokens);
+    const auto some = [&](auto count, int i) MLA_INLINE_LAMBDA {
+      weigh_rows<A, count()>(tokens, from, step, d, lanes, i, row, state, weights, ahead);
+    };
+    for (int i = 0; i < rows;) {
+      const int left = rows - i;
+      if (kRowsAtOnce<A> >= 12 && left > 8 && (left <= 12 || left > 16))
+        some(std::integral_constant<int, kRowsAtOnce<A>>(), i), i += 12;
+      else if (kRowsAtOnce<A> >= 8 && left > 4)
+        some(std::integral_constant<int, kRowsAtOnce<A> >= 8 ? 8 : 4>(), i), i += 8;
+      else
+        some(std::integral_constant<int, 4>(), i), i += 4;
+    }
+  }
+  values.ready = true;
+}
+
+// One row tile, of which `rows` rows count, against one tile of keys.
+template <class A, int X, int G, class Ahead>
+void attend(const Lanes<A>& queries, int row, int rows, int first, const Tile<A>& keys, const float* value_factors,
+            Columns<A>& values, int tokens, const int32_t* limits, State& state, Weights<A>& weights, Ahead& ahead) {
   score<A, X, G>(queries, row, first, keys, tokens, weights.scores, ahead);
-  soften<A, G>(tokens, value_factors, limits, row, state, sums, weights);
-  weigh<A, X, G>(tokens, values, state.width, sums, weights, ahead);
+  soften<A, G>(tokens, value_factors, limits, row, state, weights);
+  weigh<A>(tokens, values, rows, G * A::lanes, row, state, weights, ahead);
 }
 
 } // namespace

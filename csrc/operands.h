@@ -1,0 +1,281 @@
+// What the products of attention read: rows of queries in lanes, tiles of keys, and their values; and the product
+// itself.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "arithmetic.h"
+
+namespace mla {
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
+constexpr int kKeys = 120; // keys per tile: a multiple of every wide_x and narrow_x
+
+// Hands out aligned pieces of one allocation; with no memory behind it, it only counts.
+class Carver {
+public:
+  explicit Carver(char* base) : base_(base) {}
+  template <class T> T* take(int64_t count) {
+    char* p = base_ ? base_ + used_ : nullptr;
+    used_ += up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return reinterpret_cast<T*>(p);
+  }
+  int64_t used() const { return used_; }
+
+private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// A stride that is an odd number of cache lines: whole vectors are stored within one, and walking along it does not
+// fall into few sets of a cache.
+inline int64_t odd_stride(int64_t units) { return up(units, 16) | 16; }
+
+template <class A> constexpr bool kSplit = !std::is_void_v<typename A::Rest>;
+
+// Units of a row of two parts, the second from its own unit on.
+template <class A> constexpr int units_of(int a, int b) {
+  if constexpr (kSplit<A>)
+    return units_of<A>(a) + units_of<typename A::Rest>(b);
+  else
+    return units_of<A>(a) + units_of<A>(b);
+}
+
+// The same with the second digits, if there are any.
+template <class A> constexpr int query_units_of(int a, int b) {
+  if constexpr (kSplit<A>)
+    return units_of<A>(a, b) + (A::second > 0 ? units_of<A>(a) : 0);
+  else
+    return units_of<A>(a, b);
+}
+
+// Rows of queries or of output channels, in lanes.
+template <class A> struct Lanes {
+  uint32_t* packed; // row tile by row tile: [unit][row of the tile]
+  float* factors;   // [rows] of the first part
+  float* rests;     // [rows] of the second part
+  bool* second;     // [rows] whether the second digits matter
+  uint32_t* line;   // room for one row
+  int units;        // of a row
+
+  void carve(Carver& carver, int64_t rows, int row_units) {
+    units = row_units;
+    packed = carver.take<uint32_t>(up(rows, A::lanes) * units);
+    factors = carver.take<float>(up(rows, A::lanes));
+    rests = carver.take<float>(up(rows, A::lanes));
+    second = carver.take<bool>(up(rows, A::lanes));
+    line = carver.take<uint32_t>(units + 4 * A::lanes);
+  }
+  const uint32_t* tile(int row) const { return packed + static_cast<int64_t>(row) * units; }
+
+  // row(i) gives the parts of row i; lanes beyond `count` are zero. `gain` multiplies every number.
+  template <class Row> void pack(int count, float gain, Row&& row) {
+    const int padded = static_cast<int>(up(count, A::lanes));
+    for (int i = 0; i < padded; ++i) {
+      const int first = i / (2 * A::lanes) * 2 * A::lanes;
+      const int width = static_cast<int>(least(2 * A::lanes, padded - first));
+      uint32_t* lane = packed + static_cast<int64_t>(first) * units + (i - first);
+      factors[i] = rests[i] = 0.0f;
+      second[i] = false;
+      if (i >= count) {
+        for (int u = 0; u < units; ++u) lane[static_cast<int64_t>(u) * width] = 0;
+        continue;
+      }
+      const Parts parts = row(i);
+      with(parts.a.type, [&](auto type) {
+        if constexpr (type() == Type::i8) {
+          // no query is
+        } else if constexpr (kSplit<A>) {
+          const Factors own = A::template pack_query<type()>(parts, line);
+          factors[i] = own.first * gain;
+          rests[i] = own.rest * gain;
+          second[i] = own.second;
+        } else {
+          mla::pack<A, type()>(parts.a, gain, line);
+          mla::pack<A, type()>(parts.b, gain, line + units_of<A>(parts.a.count));
+        }
+      });
+      for (int u = 0; u < units; ++u) lane[static_cast<int64_t>(u) * width] = line[u];
+    }
+  }
+};
+
+// A stride of one unit, which the compiler sees.
+struct One {};
+
+// The X units that one step of a product broadcasts: a[x * across]. With a stride that is not known, every third
+// is the base of an address with an index of once or twice the stride; left alone, the compiler keeps a register
+// for each and runs out of them.
+template <int X, class Across> class Broadcasts {
+public:
+  MLA_INLINE Broadcasts(const uint32_t* a, Across across) : across_(across) {
+    for (int i = 0; i < X / 3; ++i) {
+      base_[i] = a + 3 * i * across;
+      asm("" : "+r"(base_[i]));
+    }
+  }
+  MLA_INLINE const uint32_t* operator[](int x) const { return base_[x / 3] + x % 3 * across_; }
+  MLA_INLINE void step(int64_t along) {
+#pragma GCC unroll 8
+    for (int i = 0; i < X / 3; ++i) base_[i] += along;
+  }
+
+private:
+  static_assert(X % 3 == 0);
+  const uint32_t* base_[X / 3];
+  Across across_;
+};
+
+template <int X> class Broadcasts<X, One> {
+public:
+  MLA_INLINE Broadcasts(const uint32_t* a, One) : a_(a) {}
+  MLA_INLINE const uint32_t* operator[](int x) const { return a_ + x; }
+  MLA_INLINE void step(int64_t along) { a_ += along; }
+
+private:
+  const uint32_t* a_;
+};
+
+// What a product calls at every step to fetch memory that will be read later, here nothing.
+struct NoAhead {
+  void step() {}
+};
+
+// sums[x][g] = sum over k of packed[k * step + g] . spread(a[x * across + k * along]), then done(x, g, sum). Rows in
+// lanes meet keys that are spread, or `values` in lanes meet probabilities: to some arithmetics the sides differ.
+template <class A, int X, int G, bool values = false, class Step, class Across, class Ahead, class Done>
+MLA_INLINE void product(const uint32_t* packed, Step step, int length, const uint32_t* a, Across across, int64_t along,
+                        Ahead& ahead, Done&& done) {
+  using V = typename A::V;
+  typename A::Sum sums[X][G] = {};
+  Broadcasts<X, Across> from(a, across);
+#pragma GCC unroll 2
+  for (int k = 0; k < length; ++k, packed += step, from.step(along)) {
+    ahead.step();
+    typename A::Unit rows[G];
+#pragma GCC unroll 2
+    for (int g = 0; g < G; ++g) rows[g] = V::template load<typename A::Unit>(packed + g * A::lanes);
+#pragma GCC unroll 24
+    for (int x = 0; x < X; ++x) {
+      const typename A::Unit one = A::spread(from[x]);
+#pragma GCC unroll 2
+      for (int g = 0; g < G; ++g)
+        sums[x][g] = values ? A::dot(sums[x][g], one, rows[g]) : A::dot(sums[x][g], rows[g], one);
+    }
+  }
+#pragma GCC unroll 24
+  for (int x = 0; x < X; ++x)
+#pragma GCC unroll 2
+    for (int g = 0; g < G; ++g) done(x, g, A::value(sums[x][g]));
+}
+
+// A tile of keys (or values) of `A`: rows of units, and what belongs to each of them.
+template <class A> struct Tile {
+  int64_t stride; // units from row to row
+  uint32_t* rows; // [kKeys][stride]
+  float* factors; // [kKeys] of the first part
+  float* rests;   // [kKeys] of the second part
+  float* offsets; // [kKeys] what is to be taken from products with the first part
+  float* biases;  // [kKeys] 0, or -inf for a key that nobody sees
+
+  void carve(Carver& carver, int units) {
+    stride = odd_stride(units);
+    rows = carver.take<uint32_t>(kKeys * stride + 4 * A::lanes + 32);
+    factors = carver.take<float>(kKeys);
+    rests = carver.take<float>(kKeys);
+    offsets = carver.take<float>(kKeys);
+    biases = carver.take<float>(kKeys);
+  }
+  uint32_t* row(int i) const { return rows + i * stride; }
+  // Rows 0..count-1, whose first parts are of `type`. row(i, take), called in order, hands the parts to take(parts) and
+  // returns true, or false for a row that nobody sees.
+  template <class Row> void pack(Type type, int count, Row&& row) {
+    with(type, [&](auto constant) {
+      Parts parts[A::together];
+      int places[A::together], some = 0;
+      for (int i = 0; i < count; ++i) {
+        const auto take = [&](const Parts& seen) MLA_INLINE_LAMBDA {
+          parts[some] = seen;
+          places[some++] = i;
+        };
+        if (!row(i, take)) erase(i);
+        if (some == A::together || i == count - 1) pack_rows<constant()>(parts, places, std::exchange(some, 0));
+      }
+    });
+  }
+
+private:
+  template <Type type> MLA_INLINE void pack_rows(const Parts* parts, const int* places, int count) {
+    if constexpr (!kSplit<A>) {
+      for (int i = 0; i < count; ++i) {
+        uint32_t* to = row(places[i]);
+        biases[places[i]] = 0.0f;
+        mla::pack<A, type>(parts[i].a, 1.0f, to);
+        mla::pack<A, beside(type)>(parts[i].b, 1.0f, to + units_of<A>(parts[i].a.count));
+      }
+    } else if constexpr (A::holds(type)) {
+      typename A::Measure measures[A::together];
+      for (int i = 0; i < count; ++i) measures[i] = A::template measure<type>(parts[i]);
+      for (int i = 0; i < count; ++i) {
+        const Factors own = A::template pack_key<type>(parts[i], measures[i], row(places[i]));
+        biases[places[i]] = 0.0f;
+        factors[places[i]] = own.first;
+        rests[places[i]] = own.rest;
+        offsets[places[i]] = own.offset;
+      }
+    }
+  }
+  void erase(int i) {
+    std::memset(row(i), 0, static_cast<size_t>(stride) * 4);
+    factors[i] = rests[i] = offsets[i] = 0.0f;
+    biases[i] = -kInfinity;
+  }
+};
+
+// Where number d of a value stands in a row of sums: in every 16 bytes of units, four numbers of each interleaved key.
+template <class A> constexpr int place_of(int d) {
+  constexpr int chunk = A::per_unit * A::lanes, four = 4 * A::per_unit;
+  return d / chunk * chunk + d % four / 4 * A::lanes + d % chunk / four * 4 + d % 4;
+}
+
+// The values of a tile for weighted sums: units that hold one number of `per_unit` keys each, in vectors along the
+// numbers. Chunks of per_unit vectors are made when the first row tile asks for them, and kept for the others; one row
+// tile alone needs one chunk at a time, which stays in the nearest cache.
+template <class A> struct Columns {
+  static constexpr int chunk = A::per_unit * A::lanes; // numbers
+  const Tile<A>* tile;
+  uint32_t* units = nullptr;
+  int64_t stride = 0; // units from chunk to chunk
+  bool ready = false;
+
+  void carve(Carver& carver, int width, int64_t rows) {
+    if constexpr (A::per_unit > 1) {
+      stride = rows > 2 * A::lanes ? kKeys * A::lanes : 0;
+      units = carver.take<uint32_t>(kKeys * A::lanes + up(width, chunk) / chunk * stride);
+    }
+  }
+  // Rows of `tile`, which has been packed anew.
+  void begin(const Tile<A>& packed) {
+    tile = &packed;
+    ready = false;
+  }
+  // Two vectors of every `per_unit` keys, step() units apart, from number d on.
+  const uint32_t* at(int d, int tokens) {
+    if constexpr (A::per_unit == 1) {
+      return tile->rows + d;
+    } else {
+      uint32_t* to = units + d / chunk * stride;
+      if (!ready && d % chunk == 0)
+        for (int t = 0; t < tokens; t += A::per_unit)
+          A::interleave(tile->row(t) + d / A::per_unit, tile->stride, to + t * A::lanes);
+      return to + d % chunk;
+    }
+  }
+  int64_t step() const { return A::per_unit == 1 ? tile->stride : chunk; }
+};
+
+} // namespace
+} // namespace mla
