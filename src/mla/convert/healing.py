@@ -36,7 +36,8 @@ _WARM_UP = 0.02  # share of the time
 _TOKENS_PER_STEP = 512
 _ROWS = 256  # logits of so many tokens exist at a time
 _SAVE_EVERY = 90.0  # seconds
-_CHECKS = 8  # measurements on the held-out windows while healing
+_CHECKS = 8  # measurements on the held-out windows while healing, at most
+_CHECKING = 0.05  # share of the time that they may take, but for the last
 _KEPT = 2 * 2**30  # bytes of the teacher's outputs that are kept for the next time a window is read
 
 
@@ -134,6 +135,7 @@ class _Run:
         self.mark = _mark(windows, held_out, seconds, seed, self.parameters)
         self.started, self.spent, self.saved_at = time.monotonic(), 0.0, 0.0
         self.step, self.tokens = 0, 0
+        self.check_takes = 0.0  # seconds
         self.ended: float | None = None  # the seconds it took, once it is finished
         self.curve: list[tuple[float, float]] = []
         self.optimiser_state: dict[str, Any] | None = None
@@ -161,17 +163,15 @@ class _Run:
         """The whole student against the teacher's next-token distribution."""
         parameters = list(self.parameters.values())
         per_step = max(1, _TOKENS_PER_STEP // self.windows.shape[1])
-        check_every = max(1.0, self.total / _CHECKS)
-        next_check = self.curve[-1][0] + check_every
         largest = _RATE * math.sqrt(min(1.0, max(0.0, self.curve[0][1])))  # rounding has either sign
         with _trainable(parameters):
             optimiser = Muon(parameters, self.views)
             if self.optimiser_state is not None:
                 optimiser.load_state_dict(self.optimiser_state)
                 self.optimiser_state = None
-            # A step is not begun that would not end in time.
+            # A step is not begun that would not end in time, nor one after which the last check would not.
             longest = 0.0
-            while (now := self.seconds()) + longest < self.total:
+            while (now := self.seconds()) + longest + self.check_takes < self.total:
                 rate = largest * schedule(max(now / self.total, 1e-3), warm_up=_WARM_UP)
                 places = self._next(per_step)
                 ids, reference = self.windows[places].to(self.student.device), self._wanted(places)
@@ -183,9 +183,10 @@ class _Run:
                 self.tokens += ids.numel()
                 longest = max(longest, self.seconds() - now)
                 self._tell()
-                if self.seconds() > next_check:
+                if self.seconds() - self.curve[-1][0] > max(
+                    self.total / _CHECKS, self.check_takes / _CHECKING
+                ):
                     self._check()
-                    next_check = self.seconds() + check_every
                 if self.seconds() - self.saved_at >= _SAVE_EVERY:
                     self._save(optimiser)
             self._check()
@@ -219,11 +220,13 @@ class _Run:
             self.best_kl, self.best = kl, self._copy()
 
     def _measure(self) -> float:
+        begun = time.monotonic()
         with torch.no_grad():
             kl = [
                 _kl(self.student, self.teacher, _hidden(self.student, ids[None]), reference[None])[0]
                 for ids, reference in zip(self.held_out, self.reference, strict=True)
             ]
+        self.check_takes = time.monotonic() - begun
         return sum(kl) / len(kl)
 
     def _copy(self) -> dict[str, Tensor]:
