@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from transformers import DeepseekV3ForCausalLM
 
-from mla.convert import convert
+from mla.convert import convert, healing
 from mla.convert.healing import heal
 from mla.errors import MLAError
 from tests.convert.tiny import divergence, teacher, tokens
@@ -89,6 +90,27 @@ def test_it_is_never_worse_than_before(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in student.state_dict().items():
         # Folding the norm out and in again rounds.
         torch.testing.assert_close(value, before[name], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("minutes", "checks"), [(4, 1), (60, 6)])
+def test_checks_fit_into_the_time(minutes: float, checks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check of half a minute: a short healing has only the last, and none ends late."""
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
+    measured = healing._kl
+
+    def slow(*arguments: Any, gradient: bool = False) -> Any:
+        clock.now += 20.0 if gradient else 10.0  # seconds; three windows are held out
+        return measured(*arguments, gradient=gradient)
+
+    monkeypatch.setattr(healing, "time", clock)
+    monkeypatch.setattr(healing, "_kl", slow)
+    model = teacher()
+    found = heal(_student(model), model, tokens(8, 24), tokens(3, 24, seed=9), minutes=minutes)
+    assert len(found.curve) == 1 + checks
+    assert clock.now == found.seconds
+    assert minutes * 60 - 20 <= found.seconds <= minutes * 60
+    assert found.tokens > 0
 
 
 class _Killed(BaseException):
