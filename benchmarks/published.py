@@ -41,7 +41,7 @@ def input_moments(model: PreTrainedModel, calibration: Tensor, *, batch: int = 8
     """Second moments E x xᵀ of what every attention block reads.
 
     Keys and values are linear in x, so every principal component analysis of their outputs follows from
-    these.
+    these. A block with biases reads one more number, 1 (:class:`AttentionWeights`).
 
     Args:
         model: Llama-type, or a student made here.
@@ -52,12 +52,14 @@ def input_moments(model: PreTrainedModel, calibration: Tensor, *, batch: int = 8
         fp64 [layers, D, D].
     """
     layers = model.model.layers
-    width = model.config.hidden_size
+    biased = any(name.endswith(".bias") for name, _ in layers[0].self_attn.named_parameters())
+    width = model.config.hidden_size + biased
     sums = torch.zeros(len(layers), width, width, dtype=torch.float64)
 
     def watch(index: int) -> Any:
         def add(_: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Any]) -> None:
             x = (arguments[0] if arguments else named["hidden_states"]).flatten(0, 1).float()
+            x = nn.functional.pad(x, (0, int(biased)), value=1.0)
             sums[index] += (x.T @ x).double()
 
         return add
@@ -304,6 +306,7 @@ class PartialRopeAttention(nn.Module):
         self.key_nope = nn.Parameter(up[: nope.numel()].float().view(G, -1, rank))
         self.value = nn.Parameter(up[nope.numel() :].float().view(G, d, rank))
         self.o_proj = output
+        self.inputs, self.constant = weights.inputs, weights.constant
 
     @property
     def cached(self) -> int:
@@ -325,6 +328,7 @@ class PartialRopeAttention(nn.Module):
             return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
         group = self.group
+        hidden_states = self.inputs(hidden_states)
         latent = hidden_states @ self.latent.T
         query = torch.cat(
             [
@@ -339,7 +343,8 @@ class PartialRopeAttention(nn.Module):
         mixed = nn.functional.scaled_dot_product_attention(
             query, key[:, group], project(self.value, latent)[:, group], is_causal=True
         )
-        return self.o_proj(mixed.transpose(1, 2).flatten(2)), None
+        # The constant holds the output's own bias, if there is one.
+        return mixed.transpose(1, 2).flatten(2) @ self.o_proj.weight.T + self.constant, None
 
 
 def mha2mla(
@@ -359,8 +364,9 @@ def mha2mla(
         raise ValueError(f"rope must be even and between 0 and {d}, got {rope}")
     for index, layer in enumerate(model.model.layers):
         kept = contributions[index].topk(rope // 2, dim=-1).indices
-        most = min(groups * (2 * d - rope), teacher.config.hidden_size)
+        weights = attention_weights(teacher, index)
+        most = min(groups * (2 * d - rope), weights.k.shape[-1])
         layer.self_attn = PartialRopeAttention(
-            attention_weights(teacher, index), kept, most if rank is None else rank, layer.self_attn.o_proj
+            weights, kept, most if rank is None else rank, layer.self_attn.o_proj
         )
     return model.eval()

@@ -33,8 +33,9 @@ def same(student, original, tolerance=1e-4):
 
 @pytest.mark.parametrize("balance", [1.0, 2.0, None])
 @pytest.mark.parametrize("fold", [1, 2])
-def test_one_head_with_all_of_rope_is_exact_without_folding(fold, balance):
-    original = teacher(num_key_value_heads=1)
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])  # the latter has biases
+def test_one_head_with_all_of_rope_is_exact_without_folding(kind, fold, balance):
+    original = teacher(kind, num_key_value_heads=1)
     moments = published.input_moments(original, tokens(8, 40))
     student = published.transmla(original, moments, rope=D, fold=fold, rank=D, balance=balance)
     if fold == 1:
@@ -105,8 +106,9 @@ def test_care_is_the_cut_without_balance():
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_mha2mla_is_exact_with_all_of_rope_and_rank(groups):
-    original = teacher(num_key_value_heads=groups)
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_mha2mla_is_exact_with_all_of_rope_and_rank(kind, groups):
+    original = teacher(kind, num_key_value_heads=groups)
     contributions = published.pair_contributions(original, tokens(4, 40))
     assert contributions.shape == (2, groups, D // 2)
     same(published.mha2mla(original, contributions, rope=D), original)
