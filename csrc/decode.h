@@ -143,7 +143,7 @@ private:
     });
   }
 
-  // Vectors of rows of all cut items, dealt out to the threads in turn.
+  // The rows of all cut items, four at a time, dealt out to the threads in turn.
   void merge(int thread) {
     int turn = 0;
     for (int i = 0; i < static_cast<int>(items_.size()); ++i) {

@@ -157,9 +157,6 @@ template <class A, int G> void soften(int tokens, const float* value_factors, co
   }
 }
 
-// Rows whose sums are held in registers at a time, two vectors each: 32 registers or 16.
-template <class A> constexpr int kRowsAtOnce = A::lanes < 16 ? 4 : 12;
-
 // X rows from `i` of a row tile that is `lanes` wide and begins with `row`: sums += probability * value, over the keys
 // and 2 * A::lanes numbers from `d` on.
 template <class A, int X, class Ahead> void weigh_rows(int tokens, const uint32_t* values, int64_t step, int d,
@@ -181,17 +178,24 @@ template <class A, class Ahead> void weigh(int tokens, Columns<A>& values, int r
   const int64_t step = values.step();
   for (int d = 0; d < state.width; d += 2 * A::lanes) {
     const uint32_t* from = values.at(d, tokens);
-    const auto some = [&](auto count, int i) MLA_INLINE_LAMBDA {
+    int i = 0;
+    const auto next = [&](auto count) MLA_INLINE_LAMBDA {
       weigh_rows<A, count()>(tokens, from, step, d, lanes, i, row, state, weights, ahead);
+      i += count();
     };
-    for (int i = 0; i < rows;) {
+    // As many as registers hold the sums of, and few that do not count.
+    while (i < rows) {
       const int left = rows - i;
-      if (kRowsAtOnce<A> >= 12 && left > 8 && (left <= 12 || left > 16))
-        some(std::integral_constant<int, kRowsAtOnce<A>>(), i), i += 12;
-      else if (kRowsAtOnce<A> >= 8 && left > 4)
-        some(std::integral_constant<int, kRowsAtOnce<A> >= 8 ? 8 : 4>(), i), i += 8;
-      else
-        some(std::integral_constant<int, 4>(), i), i += 4;
+      if constexpr (A::lanes == 16) {
+        if (left > 4) {
+          if (left > 8 && (left <= 12 || left > 16))
+            next(std::integral_constant<int, 12>());
+          else
+            next(std::integral_constant<int, 8>());
+          continue;
+        }
+      }
+      next(std::integral_constant<int, 4>());
     }
   }
   values.ready = true;
