@@ -3,7 +3,8 @@
     python -m benchmarks.ablation --text FILE --calibration FILE [--budgets 192 ...] [--without ...]
 
 The steps are those of docs/conversion.md, untrained. Windows of 1024 tokens calibrate and measure; texts are
-read as by `benchmarks.converters`.
+read as by `benchmarks.converters`. Without the expected rotation what loses RoPE is not rotated at all, but
+the slots are still chosen as if it were, so that step gives at least what the figure says.
 """
 
 import argparse

@@ -1,11 +1,11 @@
 // Arithmetics: how numbers are held in the operands of a product, and the one instruction that multiplies them.
 //
-// A product runs over 32-bit units: one float, two bf16 or int16, or four int8. Rows (heads, queries or output
-// channels) lie in the lanes of vectors; the other side is broadcast unit by unit. An arithmetic gives
+// A product runs over 32-bit units: one float, two bf16 or int16, or four int8. One side lies in the lanes of vectors
+// (heads, queries or output channels; numbers of values in weighted sums), the other is broadcast unit by unit. An
+// arithmetic gives
 //
-//   lanes, per_unit      rows per vector; numbers per unit
-//   Sum, dot, value      the accumulator, one step of the product (of queries or probabilities with keys or values),
-//   and
+//   lanes, per_unit      units per vector; numbers per unit
+//   Sum, dot, value      the accumulator; one step of the product, queries or probabilities first, then keys or values;
 //                        the accumulator as floats
 //   squares, pack        a row of numbers: its sum of squares, and its units, each number times a factor
 //   weights              `per_unit` vectors of probabilities as one vector of units

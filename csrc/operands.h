@@ -246,15 +246,16 @@ template <class A> constexpr int place_of(int d) {
 // tile alone needs one chunk at a time, which stays in the nearest cache.
 template <class A> struct Columns {
   static constexpr int chunk = A::per_unit * A::lanes; // numbers
-  const Tile<A>* tile;
+  const Tile<A>* tile = nullptr;
   uint32_t* units = nullptr;
-  int64_t stride = 0; // units from chunk to chunk
-  bool ready = false;
+  int64_t stride = 0; // units from chunk to chunk; 0 where there is room for one
+  bool ready = false; // all chunks are there
 
   void carve(Carver& carver, int width, int64_t rows) {
     if constexpr (A::per_unit > 1) {
-      stride = rows > 2 * A::lanes ? kKeys * A::lanes : 0;
-      units = carver.take<uint32_t>(kKeys * A::lanes + up(width, chunk) / chunk * stride);
+      const bool all = rows > 2 * A::lanes;
+      stride = all ? kKeys * A::lanes : 0;
+      units = carver.take<uint32_t>(kKeys * A::lanes * (all ? up(width, chunk) / chunk : 1));
     }
   }
   // Rows of `tile`, which has been packed anew.
@@ -274,6 +275,8 @@ template <class A> struct Columns {
       return to + d % chunk;
     }
   }
+  // All numbers have been asked for.
+  void end() { ready = stride > 0; }
   int64_t step() const { return A::per_unit == 1 ? tile->stride : chunk; }
 };
 

@@ -198,7 +198,7 @@ template <class A, class Ahead> void weigh(int tokens, Columns<A>& values, int r
       next(std::integral_constant<int, 4>());
     }
   }
-  values.ready = true;
+  values.end();
 }
 
 // One row tile, of which `rows` rows count, against one tile of keys.

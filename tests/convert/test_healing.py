@@ -92,25 +92,56 @@ def test_it_is_never_worse_than_before(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(value, before[name], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("minutes", "checks"), [(4, 1), (60, 6)])
-def test_checks_fit_into_the_time(minutes: float, checks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A check of half a minute: a short healing has only the last, and none ends late."""
+@pytest.fixture
+def slow_clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock on which a step takes 20 seconds and a check of three windows 30."""
     clock = SimpleNamespace(now=0.0)
     clock.monotonic = lambda: clock.now
     measured = healing._kl
 
     def slow(*arguments: Any, gradient: bool = False) -> Any:
-        clock.now += 20.0 if gradient else 10.0  # seconds; three windows are held out
+        clock.now += 20.0 if gradient else 10.0
         return measured(*arguments, gradient=gradient)
 
     monkeypatch.setattr(healing, "time", clock)
     monkeypatch.setattr(healing, "_kl", slow)
+    return clock
+
+
+@pytest.mark.parametrize(("seconds", "checks"), [(240, 1), (3240, 5), (3250, 5), (3260, 5), (3600, 6)])
+def test_checks_fit_into_the_time(seconds: float, checks: int, slow_clock: SimpleNamespace) -> None:
+    """A short healing has only the last check, and none ends late."""
     model = teacher()
-    found = heal(_student(model), model, tokens(8, 24), tokens(3, 24, seed=9), minutes=minutes)
+    found = heal(_student(model), model, tokens(8, 24), tokens(3, 24, seed=9), minutes=seconds / 60)
     assert len(found.curve) == 1 + checks
-    assert clock.now == found.seconds
-    assert minutes * 60 - 20 <= found.seconds <= minutes * 60
+    assert slow_clock.now == found.seconds
+    assert seconds - 20 - 30 <= found.seconds <= seconds
     assert found.tokens > 0
+
+
+@pytest.mark.usefixtures("slow_clock")
+def test_no_time_for_a_step() -> None:
+    model = teacher()
+    found = heal(_student(model), model, tokens(8, 24), tokens(3, 24, seed=9), minutes=1)
+    assert found.tokens == 0
+    assert found.curve == ((0.0, found.kl_before),)
+
+
+@pytest.mark.usefixtures("_quick", "slow_clock")
+def test_a_killed_run_still_ends_in_time(tmp_path: Path) -> None:
+    model = teacher()
+    state = tmp_path / "healing.pt"
+
+    def kill(stage: str, done: float, total: float) -> None:
+        if done >= 150:
+            raise _Killed
+
+    arguments = (model, tokens(8, 24), tokens(3, 24, seed=9))
+    with pytest.raises(_Killed):
+        heal(_student(model), *arguments, minutes=4, state=state, on_progress=kill)
+    found = heal(_student(model), *arguments, minutes=4, state=state)
+    assert len(found.curve) == 2
+    assert found.seconds <= 240
 
 
 class _Killed(BaseException):

@@ -38,6 +38,7 @@ _ROWS = 256  # logits of so many tokens exist at a time
 _SAVE_EVERY = 90.0  # seconds
 _CHECKS = 8  # measurements on the held-out windows while healing, at most
 _CHECKING = 0.05  # share of the time that they may take, but for the last
+_FORMAT = 2  # of the state on disk
 _KEPT = 2 * 2**30  # bytes of the teacher's outputs that are kept for the next time a window is read
 
 
@@ -135,7 +136,7 @@ class _Run:
         self.mark = _mark(windows, held_out, seconds, seed, self.parameters)
         self.started, self.spent, self.saved_at = time.monotonic(), 0.0, 0.0
         self.step, self.tokens = 0, 0
-        self.check_takes = 0.0  # seconds
+        self.checked, self.check_takes = 0, 0.0  # the step of the last check, and its seconds
         self.ended: float | None = None  # the seconds it took, once it is finished
         self.curve: list[tuple[float, float]] = []
         self.optimiser_state: dict[str, Any] | None = None
@@ -169,7 +170,7 @@ class _Run:
             if self.optimiser_state is not None:
                 optimiser.load_state_dict(self.optimiser_state)
                 self.optimiser_state = None
-            # A step is not begun that would not end in time, nor one after which the last check would not.
+            # Nothing is begun after which the last check would not end in time.
             longest = 0.0
             while (now := self.seconds()) + longest + self.check_takes < self.total:
                 rate = largest * schedule(max(now / self.total, 1e-3), warm_up=_WARM_UP)
@@ -183,13 +184,14 @@ class _Run:
                 self.tokens += ids.numel()
                 longest = max(longest, self.seconds() - now)
                 self._tell()
-                if self.seconds() - self.curve[-1][0] > max(
-                    self.total / _CHECKS, self.check_takes / _CHECKING
-                ):
+                now = self.seconds()
+                every = max(self.total / _CHECKS, self.check_takes / _CHECKING)
+                if now - self.curve[-1][0] > every and now + longest + 2 * self.check_takes < self.total:
                     self._check()
                 if self.seconds() - self.saved_at >= _SAVE_EVERY:
                     self._save(optimiser)
-            self._check()
+            if self.step > self.checked:
+                self._check()
             self.ended = self.seconds()
             self._save(optimiser)
 
@@ -216,6 +218,7 @@ class _Run:
     def _check(self) -> None:
         kl = self._measure()
         self.curve.append((round(self.seconds(), 1), kl))
+        self.checked = self.step
         if kl < self.best_kl:
             self.best_kl, self.best = kl, self._copy()
 
@@ -247,6 +250,8 @@ class _Run:
             "spent": self.seconds(),
             "step": self.step,
             "tokens": self.tokens,
+            "checked": self.checked,
+            "check_takes": self.check_takes,
             "curve": self.curve,
             "best_kl": self.best_kl,
             "best": self.best,
@@ -263,13 +268,14 @@ class _Run:
         content = torch.load(self.state, map_location="cpu", weights_only=True)
         if content["mark"] != self.mark:
             raise MLAError(
-                f"{self.state} belongs to another healing (other text, minutes, seed or dimensions): "
+                f"{self.state} belongs to another healing (other text, minutes, seed, dimensions or mla): "
                 "delete it to begin anew"
             )
         self._restore(content["weights"])
         self.ended = content["ended"]
         self.spent = self.saved_at = content["spent"]
         self.step, self.tokens = content["step"], content["tokens"]
+        self.checked, self.check_takes = content["checked"], content["check_takes"]
         self.curve = [tuple(point) for point in content["curve"]]
         self.best_kl, self.best = content["best_kl"], content["best"]
         self.optimiser_state = content["optimiser"]
@@ -376,4 +382,4 @@ def _mark(
     """What has to agree for a state to belong to a run."""
     sums = [int((ids * torch.arange(1, ids.numel() + 1).view_as(ids)).sum()) for ids in (windows, held_out)]
     shapes = [list(parameter.shape) for parameter in parameters.values()]
-    return [sums, [list(windows.shape), list(held_out.shape)], seconds, seed, shapes]
+    return [_FORMAT, sums, [list(windows.shape), list(held_out.shape)], seconds, seed, shapes]
