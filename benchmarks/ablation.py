@@ -71,16 +71,20 @@ def _unalternated() -> Patches:
 
 
 def _teachers_stream() -> Patches:
-    refit = pipeline.refit
+    """What the student's block reads is what the teacher's reads; both are given in the same order."""
+    teacher_block, refit = pipeline.teacher_block, pipeline.refit
+    read: list[torch.Tensor] = []
 
-    def changed(factors: Any, weights: Any, theirs: Any, own: Any, output: Any, **options: Any) -> Any:
-        return refit(factors, weights, theirs, theirs, output, **options)
+    def reading(weights: Any, x: torch.Tensor) -> torch.Tensor:
+        read.append(x)
+        return teacher_block(weights, x)
 
-    return [("mla.convert.pipeline.refit", changed)]
+    def changed(factors: Any, own: torch.Tensor, output: torch.Tensor, **options: Any) -> Any:
+        theirs = torch.stack(read[-len(own) :])
+        read.clear()
+        return refit(factors, theirs, output, **options)
 
-
-def _unchanged(factors: Any, seen: Any) -> Any:
-    return factors
+    return [("mla.convert.pipeline.teacher_block", reading), ("mla.convert.pipeline.refit", changed)]
 
 
 # By what is left out.
@@ -91,11 +95,7 @@ STEPS: dict[str, Callable[[], Patches]] = {
     "expected rotation": _unturned,
     "alternation": _unalternated,
     "the student's stream": _teachers_stream,
-    "ridge regressions": lambda: [
-        ("mla.convert.refit._values", _unchanged),
-        ("mla.convert.refit._outputs", _unchanged),
-    ],
-    "descent": lambda: [("mla.convert.refit._descend", _unchanged)],
+    "refit": lambda: [("mla.convert.pipeline.refit", lambda factors, *_, **__: factors)],
 }
 
 

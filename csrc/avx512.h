@@ -86,7 +86,7 @@ template <class Rest_> struct Int8 {
     units += units_of<Int8>(count);
     const float rest = pack_rest<beside(type)>(parts.b, units);
     // What rounding took away.
-    write(units + units_of<Rest>(parts.b.count), [](F x) { return (x - ((x + 12582912.0f) - 12582912.0f)) * second; });
+    write(units + units_of<Rest>(parts.b.count), [](F x) { return (x - ((x + V::rounding) - V::rounding)) * second; });
     return {top / 127.0f, rest, 0.0f, top * top * static_cast<float>(count) > crest * crest * V::sum(squares)};
   }
   // Returns the factor of the rotary part.

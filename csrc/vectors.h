@@ -78,14 +78,15 @@ template <int lanes> struct Vec {
       return sum<width / 2>(v + pick<Swapped<width>>(v, v));
   }
 
-  // The nearest integer to |x| < 2^22, in the low bits of the result: adding 1.5 * 2^23 leaves it there.
-  static MLA_INLINE U nearest(F x) { return as<U>(x + 12582912.0f); }
+  // |x| < 2^22 plus this has the nearest integer in its low bits.
+  static constexpr float rounding = 12582912.0f; // 1.5 * 2^23
+  static MLA_INLINE U nearest(F x) { return as<U>(x + rounding); }
 
   // 2^x for x up to 127; 0 below the smallest normal number, so that -inf gives 0; NaN stays NaN.
   static MLA_INLINE F exp2(F x) {
     const F bounded = x < -126.0f ? all(-126.0f) : x;
-    const F shifted = bounded + 12582912.0f;
-    const F f = bounded - (shifted - 12582912.0f); // -0.5 to 0.5
+    const F shifted = bounded + rounding;
+    const F f = bounded - (shifted - rounding); // -0.5 to 0.5
     // Minimax polynomial of 2^f on that interval among those that are 1 at 0; at most 2.1 units of the last place off.
     F y = all(1.32696819e-3f);
     y = y * f + 9.67143849e-3f;

@@ -45,27 +45,31 @@ def test_a_block_computes_what_the_stock_block_computes(layer):
     torch.testing.assert_close(own, stock[0], atol=2e-5, rtol=2e-4)
 
 
-def test_each_step_lowers_the_error_on_text_it_did_not_see(layer, monkeypatch: pytest.MonkeyPatch):
-    _, budget, weights, factors, inputs, output = layer
+def test_the_descent_lowers_the_error_on_text_it_did_not_see(layer, monkeypatch: pytest.MonkeyPatch):
+    _, budget, _, factors, inputs, output = layer
     # The student's stream: earlier layers have lost something.
     own = inputs * 0.8 + 0.1 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0))
     fitted, unseen = slice(0, 40), slice(40, 48)
-    call = (weights, inputs[fitted], own[fitted], output[fitted])
     monkeypatch.setattr("mla.convert.refit._TOKENS_PER_STEP", 48)  # of windows of 24
-    whole = refit(factors, *call, theta=budget.theta)
-    monkeypatch.setattr("mla.convert.refit._descend", lambda factors, *_: factors)
-    closed = refit(factors, *call, theta=budget.theta)
-    errors = [_error(each, budget, own[unseen], output[unseen]) for each in (factors, closed, whole)]
-    assert errors[1] < 0.97 * errors[0]
-    assert errors[2] < 0.99 * errors[1]
+    refitted = refit(factors, own[fitted], output[fitted], theta=budget.theta)
+    before, after = (_error(each, budget, own[unseen], output[unseen]) for each in (factors, refitted))
+    assert after < 0.9 * before
 
 
 def test_a_descent_that_does_harm_is_not_taken(layer, monkeypatch: pytest.MonkeyPatch):
-    _, budget, weights, factors, inputs, output = layer
-    call = (factors, weights, inputs, inputs, output)
+    _, budget, _, factors, inputs, output = layer
     monkeypatch.setattr("mla.convert.refit._RATE", 100.0)
-    harmed = refit(*call, theta=budget.theta)
-    monkeypatch.setattr("mla.convert.refit._descend", lambda factors, *_: factors)
-    closed = refit(*call, theta=budget.theta)
-    for name, value in vars(closed).items():
-        assert torch.equal(getattr(harmed, name), value), name
+    assert refit(factors, inputs, output, theta=budget.theta) is factors
+
+
+def test_a_block_that_errs_less_takes_smaller_steps(layer, monkeypatch: pytest.MonkeyPatch):
+    _, budget, _, factors, inputs, output = layer
+    rates = []
+    monkeypatch.setattr("mla.convert.refit._descend", lambda *call: rates.append(call[-1]) or call[0])
+    exact = torch.stack([student_block(factors, x, budget.theta) for x in inputs])
+    for share in (1.0, 1e-2, 1e-4):
+        refit(factors, inputs, exact + share * (output - exact), theta=budget.theta)
+    assert rates[0] / rates[1] == pytest.approx(10, rel=0.2)  # squared errors 1e4 apart
+    assert rates[1] / rates[2] == pytest.approx(10, rel=0.01)
+    refit(factors, inputs, exact, theta=budget.theta)
+    assert len(rates) == 3  # nothing is left to fit

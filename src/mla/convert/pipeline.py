@@ -126,7 +126,7 @@ def convert(
             factors = None if state is None else _stored(state, layer, teacher.device)
             if factors is None:
                 found = factor_layer(weights, collect(weights, theirs[measured]), budget)
-                factors = refit(found, weights, theirs, mine, output, theta=budget.theta)
+                factors = refit(found, mine, output, theta=budget.theta)
                 if state is not None:
                     _store(state, layer, factors)
             own_output = torch.stack([student_block(factors, x, budget.theta) for x in mine])
