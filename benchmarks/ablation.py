@@ -71,7 +71,7 @@ def _unalternated() -> Patches:
 
 
 def _teachers_stream() -> Patches:
-    """What the student's block reads is what the teacher's reads; both are given in the same order."""
+    """The student's block is fitted on what the teacher's block has just read, window by window."""
     teacher_block, refit = pipeline.teacher_block, pipeline.refit
     read: list[torch.Tensor] = []
 
@@ -80,7 +80,7 @@ def _teachers_stream() -> Patches:
         return teacher_block(weights, x)
 
     def changed(factors: Any, own: torch.Tensor, output: torch.Tensor, **options: Any) -> Any:
-        theirs = torch.stack(read[-len(own) :])
+        theirs = torch.stack(read)
         read.clear()
         return refit(factors, theirs, output, **options)
 

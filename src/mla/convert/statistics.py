@@ -111,20 +111,16 @@ def causal(length: int) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool).tril()
 
 
-def attend(weights: AttentionWeights, x: Tensor) -> Tensor:
-    """Every head's average value, fp32 [h, t, d], for inputs x [t, D]."""
+def teacher_block(weights: AttentionWeights, x: Tensor) -> Tensor:
+    """What the teacher's block makes of its normed input: fp32 [t, D] from [t, D]."""
     group = torch.arange(weights.heads) * weights.groups // weights.heads
     q = rotate(torch.einsum("hdD,tD->htd", weights.q, x), weights.inv_freq)
     k = rotate(torch.einsum("gdD,tD->gtd", weights.k, x), weights.inv_freq)
     v = torch.einsum("gdD,tD->gtd", weights.v, x)
-    return torch.nn.functional.scaled_dot_product_attention(
+    heads = torch.nn.functional.scaled_dot_product_attention(
         q[None], k[group][None], v[group][None], is_causal=True
     )[0]
-
-
-def teacher_block(weights: AttentionWeights, x: Tensor) -> Tensor:
-    """What the teacher's block makes of its normed input: fp32 [t, D] from [t, D]."""
-    return torch.einsum("htd,hDd->tD", attend(weights, x), weights.o)
+    return torch.einsum("htd,hDd->tD", heads, weights.o)
 
 
 def to_complex(x: Tensor) -> Tensor:
