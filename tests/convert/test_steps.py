@@ -177,50 +177,93 @@ def test_windows_are_spread_and_seeded() -> None:
 
 
 class _Talker:
-    """A tokenizer of letters with a chat template."""
+    """A tokenizer of letters with a chat template; token 1 starts every text where it is told to."""
 
     bos_token_id = 1
-    eos_token_id = 2
-    chat_template = "yes"
+    all_special_ids = (0, 1, 2)
+    chat_template: str | None = "yes"
+
+    def __init__(self, *, starts: bool = False) -> None:
+        self.start = [1] if starts else []
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) % 90 + 3 for letter in text]}
+        start = self.start if add_special_tokens else []
+        return {"input_ids": start + [1 if letter == "^" else ord(letter) % 90 + 3 for letter in text]}
 
-    def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool) -> str:
+    def get_vocab(self) -> dict[str, int]:
+        return {str(token): token for token in range(94)}
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return {"93": 93}
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool
+    ) -> str:
         assert not tokenize
-        return "<user>" + messages[0]["content"] + "</user>"
+        assert add_generation_prompt
+        return ("^" if self.start else "") + "<user>" + messages[0]["content"] + "</user><model>"
 
 
-def test_a_model_writes_its_own_windows() -> None:
-    model = teacher()
-    windows = write_windows(model, _Talker(), 37, 20, seed=3)
-    assert windows.shape == (37, 20)
+# A conversation up to the answer: the template's tokens, and as -1 those that the user says.
+_BEFORE, _AFTER = ([ord(letter) % 90 + 3 for letter in part] for part in ("<user>", "</user><model>"))
+_ASKED = torch.tensor([*_BEFORE, *[-1] * 24, *_AFTER])
+
+
+def _told(texts: torch.Tensor) -> torch.Tensor:
+    """Which texts are conversations: bool [n] of token ids [n, t]."""
+    return ((texts[:, : len(_ASKED)] == _ASKED) | (_ASKED == -1)).all(1)
+
+
+@pytest.mark.parametrize("starts", [False, True])
+def test_a_model_writes_its_own_windows(starts: bool) -> None:
+    talker, fresh = _Talker(starts=starts), 300 - starts
+    windows = write_windows(teacher(), talker, 37, 300, seed=3)
+    assert windows.shape == (37, 300)
     assert windows.dtype == torch.int64
-    # Half of them begin as a document, half with the user's turn; what follows is drawn, not given.
-    turn = torch.tensor(_Talker()("<user>")["input_ids"])
-    asked = (windows[:, : len(turn)] == turn).all(1)
-    assert int(asked.sum()) == 18
-    assert bool((windows[~asked, 0] == 1).all())
-    assert len({tuple(row.tolist()) for row in windows}) == 37
-    assert torch.equal(windows, write_windows(model, _Talker(), 37, 20, seed=3))
-    assert not torch.equal(windows, write_windows(model, _Talker(), 37, 20, seed=4))
+    assert not starts or bool((windows[:, 0] == 1).all())
+    # Texts of 128 tokens, every fourth a conversation; what the template does not give is drawn.
+    texts = windows[:, 300 - fresh :].flatten()
+    texts = texts[: len(texts) // 128 * 128].view(-1, 128)
+    asked = torch.arange(len(texts)) % 4 == 3
+    assert torch.equal(_told(texts), asked)
+    for drawn in (texts[:, len(_BEFORE) : len(_BEFORE) + 24], texts[:, len(_ASKED) :]):
+        assert len({tuple(row.tolist()) for row in drawn}) == len(texts)
+    begun = set(texts[~asked, 0].tolist())
+    assert len(begun) > 20
+    assert min(begun) > 2
+    assert max(begun) < 93
+    assert torch.equal(windows, write_windows(teacher(), talker, 37, 300, seed=3))
+    assert not torch.equal(windows, write_windows(teacher(), talker, 37, 300, seed=4))
 
 
-def test_the_written_text_follows_the_model() -> None:
+def test_the_written_text_follows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cached decoding draws from the very distribution of the full forward pass."""
+    monkeypatch.setattr("mla.convert.text._words", lambda *_: torch.tensor([7]))
+    silent = _Talker()
+    silent.chat_template = None
     model = teacher()
-    windows = write_windows(model, _Talker(), 400, 3)
-    started = windows[windows[:, 0] == 1]
+    windows = write_windows(model, silent, 400, 3)
+    assert bool((windows[:, 0] == 7).all())
     with torch.no_grad():
-        chance = model(started[:1, :1]).logits[0, 0].softmax(-1)
-    seen = torch.bincount(started[:, 1], minlength=len(chance)) / len(started)
-    assert float((seen - chance).abs().sum()) < 0.7  # 200 draws; a uniform draw is 1.4 away
+        chance = model(windows[:1, :1]).logits[0, 0].softmax(-1)
+    seen = torch.bincount(windows[:, 1], minlength=len(chance)) / len(windows)
+    assert float((seen - chance).abs().sum()) < 0.5  # 400 draws; a uniform draw is 1.4 away
     uniform = torch.full_like(chance, 1 / len(chance))
     assert float((seen - chance).abs().sum()) < float((seen - uniform).abs().sum())
 
 
-def test_a_tokenizer_without_a_start_starts_anywhere() -> None:
-    silent = _Talker()
-    silent.bos_token_id = silent.eos_token_id = silent.chat_template = None  # type: ignore[assignment]
-    windows = write_windows(teacher(), silent, 40, 3)
-    assert len(set(windows[:, 0].tolist())) > 20
+def test_a_long_template_leaves_room_for_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mla.convert.text._PIECE", 4)
+    texts = write_windows(teacher(), _Talker(), 1, 16 * len(_ASKED)).view(-1, 2 * len(_ASKED))
+    assert torch.equal(_told(texts), torch.arange(8) % 4 == 3)
+    assert len({tuple(row.tolist()) for row in texts[3::4, len(_ASKED) :]}) == 2
+
+
+def test_a_template_may_begin_with_what_the_user_says() -> None:
+    class Bare(_Talker):
+        def apply_chat_template(self, messages: list[dict[str, str]], **options: bool) -> str:
+            return messages[0]["content"] + "</user><model>"
+
+    texts = write_windows(teacher(), Bare(), 1, 1024).view(-1, 128)
+    assert bool((texts[3::4, 24 : 24 + len(_AFTER)] == torch.tensor(_AFTER)).all())
+    assert int(texts.min()) >= 0

@@ -23,7 +23,7 @@ class Letters:
     """A tokenizer of single characters that starts every text with token 1 where it is told to."""
 
     chat_template = None
-    eos_token_id = 2
+    all_special_ids = (1, 2)
 
     def __init__(self, bos: int | None = 1) -> None:
         self.bos_token_id = bos
@@ -31,6 +31,12 @@ class Letters:
     def __call__(self, text: str, *, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
         start = [] if self.bos_token_id is None or not add_special_tokens else [self.bos_token_id]
         return {"input_ids": start + [3 + ord(letter) % 90 for letter in text]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(token): token for token in range(93)}
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return {}
 
     def save_pretrained(self, folder: Path) -> None:
         pass

@@ -13,8 +13,13 @@ from transformers.cache_utils import DynamicLayer
 
 from mla.errors import MLAError
 
-# Sequences that are written side by side; a decoded token costs about the same for one as for so many.
-_BATCH = 32
+# Tokens of a text that the model writes. Long ones lose their thread, and many short ones are more varied.
+_PIECE = 128
+# One in so many is a conversation, in which the user says so many tokens.
+_ASKED = 4
+_SAID = 24
+# Texts that are written side by side; a decoded token costs little more for many of them than for one.
+_BATCH = 128
 # A token that is not given but drawn.
 _FREE = -1
 
@@ -30,69 +35,92 @@ def write_windows(
 ) -> Tensor:
     """Let the model write its own calibration text, drawn at temperature 1.
 
-    Half of the windows start as a document does. Where the tokenizer has a chat template, the other half
-    starts where a user's turn does, so that the model asks itself something and answers. Without a token that
-    texts start from, any is the first.
+    A window holds several texts, one after another, of 128 tokens or a little more. Each goes on from one
+    token, any that the tokenizer knows but special ones, so that they are about all there is. Where the
+    tokenizer has a chat template, every fourth is a conversation instead: the model begins to ask something
+    and answers.
 
     Args:
         model: a causal language model.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer. Its beginning-of-sequence token, where it adds one by itself, starts every
+            window and is what every text was written after.
         windows: number of windows.
         length: tokens per window.
         seed: of the drawing.
         on_progress: called as (stage, windows done, windows in all).
 
     Returns:
-        int64 token ids [windows, length], in an order that ``seed`` fixes.
+        int64 token ids [windows, length].
 
     Raises:
         MLAError: no window to write.
     """
     check_windows(windows, length)
-    starts = _starts(tokenizer)
-    longest = min(length, max(len(start) for start in starts))
-    given = torch.tensor([(start + [_FREE] * longest)[:longest] for start in starts])
-    given = given[torch.arange(windows) % len(starts)]
+    first, asked = _beginning(tokenizer), _conversation(tokenizer)
+    fresh = length - len(first)
+    piece = min(fresh, max(_PIECE, 2 * len(asked)))
+    count = -(-windows * fresh // piece)
+    given = torch.full((count, len(first) + piece), _FREE)
+    given[:, : len(first)] = torch.tensor(first, dtype=torch.int64)
+    words = _words(tokenizer, model.config.get_text_config().vocab_size)
+    chosen = torch.randint(len(words), (count,), generator=torch.Generator().manual_seed(seed))
+    given[:, len(first)] = words[chosen]
+    if asked:
+        row = torch.tensor(asked[:piece])
+        part = given[_ASKED - 1 :: _ASKED, len(first) : len(first) + len(row)]
+        part[:] = torch.where(row == _FREE, part, row)
     chance = torch.Generator(model.device).manual_seed(seed)
-    written = []
-    for batch in given.chunk(-(-windows // _BATCH)):
-        written.append(_draw(model, batch.to(model.device), length, chance))
+    written: list[Tensor] = []
+    for batch in given.chunk(-(-count // _BATCH)):
+        written.append(_draw(model, batch.to(model.device), chance)[:, len(first) :])
         if on_progress is not None:
-            on_progress("writing calibration text", sum(len(ids) for ids in written), windows)
-    order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
-    return torch.cat(written)[order]
+            done = sum(ids.numel() for ids in written) // fresh
+            on_progress("writing calibration text", min(done, windows), windows)
+    rows = torch.cat(written).flatten()[: windows * fresh].view(windows, fresh)
+    return torch.cat([given[:1, : len(first)].expand(windows, -1), rows], dim=1)
 
 
-def _starts(tokenizer: Any) -> list[list[int]]:
-    """Token ids that a text begins with: a document's, and a user's turn's where there is a chat template."""
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    starts = [[_FREE if first is None else int(first)]]
-    if tokenizer.chat_template is not None:
-        marker = "MARKER"
-        turn = tokenizer.apply_chat_template([{"role": "user", "content": marker}], tokenize=False)
-        ids = tokenizer(turn.split(marker)[0], add_special_tokens=False)["input_ids"]
-        if ids:
-            starts.append(ids)
-    return starts
+def _beginning(tokenizer: Any) -> list[int]:
+    """The beginning-of-sequence token, where the tokenizer adds one by itself."""
+    ids: list[int] = list(tokenizer("")["input_ids"][:1])
+    return ids if tokenizer.bos_token_id is not None and ids == [tokenizer.bos_token_id] else []
+
+
+def _conversation(tokenizer: Any) -> list[int]:
+    """Tokens after :func:`_beginning` up to the answer, what the user says free; none without a template."""
+    if tokenizer.chat_template is None:
+        return []
+    marker = "MARKER"
+    messages = [{"role": "user", "content": marker}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    parts = text.split(marker, 1)
+    before, after = (list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts)
+    first = _beginning(tokenizer)
+    before = before[len(first) :] if first and before[: len(first)] == first else before
+    return [*before, *[_FREE] * _SAID, *after]
+
+
+def _words(tokenizer: Any, vocabulary: int) -> Tensor:
+    """Token ids that stand for text; others, and rows that only fill the vocabulary up, may be untrained."""
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    found = sorted(i for i in set(tokenizer.get_vocab().values()) - special if i < vocabulary)
+    return torch.tensor(found)
 
 
 @torch.no_grad()
-def _draw(model: PreTrainedModel, given: Tensor, length: int, chance: torch.Generator) -> Tensor:
-    """Continue rows of token ids [w, n], free ones last, to [w, length], past any end of text."""
+def _draw(model: PreTrainedModel, given: Tensor, chance: torch.Generator) -> Tensor:
+    """Rows of token ids [w, n] with the free ones drawn, past any end of text; the first is given."""
     vocabulary = model.config.get_text_config().vocab_size
-    first = torch.randint(vocabulary, (len(given), 1), generator=chance, device=given.device)
-    parts = [torch.where(given[:, :1] == _FREE, first, given[:, :1])]
     layers = model.config.get_text_config().num_hidden_layers
-    cache = Cache(layers=[_Reserved(length) for _ in range(layers)])
-    for place in range(1, length):
+    cache = Cache(layers=[_Reserved(given.shape[1]) for _ in range(layers)])
+    parts = [given[:, :1]]
+    for place in range(1, given.shape[1]):
         output = model(input_ids=parts[-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
         # torch.multinomial draws a number for every entry of the vocabulary, one after another.
         reached = output.logits[:, -1].float().softmax(-1).cumsum(-1)
         chosen = torch.rand(len(given), 1, generator=chance, device=given.device) * reached[:, -1:]
         drawn = torch.searchsorted(reached, chosen, right=True).clamp_(max=vocabulary - 1)
-        if place < given.shape[1]:
-            drawn = torch.where(given[:, place, None] == _FREE, drawn, given[:, place, None])
-        parts.append(drawn)
+        parts.append(torch.where(given[:, place, None] == _FREE, drawn, given[:, place, None]))
     return torch.cat(parts, dim=1).cpu()
 
 
@@ -174,9 +202,8 @@ def cut_text(text: str, tokenizer: Any, length: int) -> Tensor:
     Returns:
         int64 token ids [windows, length]; there may be no window.
     """
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    start = ids[:1] if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else []
-    ids, fresh = ids[len(start) :], length - len(start)
+    start = _beginning(tokenizer)
+    ids, fresh = tokenizer(text, verbose=False)["input_ids"][len(start) :], length - len(start)
     count = len(ids) // fresh
     rows = torch.tensor(ids[: count * fresh], dtype=torch.int64).view(count, fresh)
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, -1), rows], dim=1)
