@@ -56,7 +56,8 @@ def write_windows(
         MLAError: no window to write.
     """
     check_windows(windows, length)
-    first, asked = _beginning(tokenizer), _conversation(tokenizer)
+    first = _beginning(tokenizer)
+    asked = _conversation(tokenizer, first)
     fresh = length - len(first)
     piece = min(fresh, max(_PIECE, 2 * len(asked)))
     count = -(-windows * fresh // piece)
@@ -86,18 +87,18 @@ def _beginning(tokenizer: Any) -> list[int]:
     return ids if tokenizer.bos_token_id is not None and ids == [tokenizer.bos_token_id] else []
 
 
-def _conversation(tokenizer: Any) -> list[int]:
-    """Tokens after :func:`_beginning` up to the answer, what the user says free; none without a template."""
+def _conversation(tokenizer: Any, first: list[int]) -> list[int]:
+    """Tokens after ``first`` up to the answer, what the user says free; none without a chat template."""
     if tokenizer.chat_template is None:
         return []
     marker = "MARKER"
     messages = [{"role": "user", "content": marker}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    parts = text.split(marker, 1)
-    before, after = (list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts)
-    first = _beginning(tokenizer)
-    before = before[len(first) :] if first and before[: len(first)] == first else before
-    return [*before, *[_FREE] * _SAID, *after]
+    before, _, after = text.partition(marker)
+    ids: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
+    if ids[: len(first)] == first:
+        ids = ids[len(first) :]
+    return [*ids, *[_FREE] * _SAID, *tokenizer(after, add_special_tokens=False)["input_ids"]]
 
 
 def _words(tokenizer: Any, vocabulary: int) -> Tensor:
