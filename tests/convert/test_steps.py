@@ -171,9 +171,22 @@ def test_windows_are_spread_and_seeded() -> None:
     assert torch.equal(windows, tokenize_windows(text, _Letters(), 4, 10))
     assert not torch.equal(windows, tokenize_windows(text, _Letters(), 4, 10, seed=1))
     with pytest.raises(MLAError, match="too short"):
-        tokenize_windows("short", _Letters(), 2, 10)
+        tokenize_windows("short", _Letters(), 1, 10)
     with pytest.raises(MLAError, match="at least 1 window"):
         tokenize_windows(text, _Letters(), 0, 10)
+
+
+def test_windows_of_a_short_text_overlap_but_differ() -> None:
+    class Pairs:
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [ord(letter) for letter in text[1::2]]}
+
+    text = "".join(chr(1000 + index) for index in range(140))
+    windows = tokenize_windows(text, Pairs(), 6, 10)
+    starts = [int(row[0]) for row in windows]
+    assert starts == [1001, 1013, 1025, 1037, 1049, 1061]
+    with pytest.raises(MLAError, match="too short: 129 characters for 6 windows of 10"):
+        tokenize_windows(text[:129], Pairs(), 6, 10)
 
 
 class _Talker:

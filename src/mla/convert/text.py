@@ -156,6 +156,7 @@ def tokenize_windows(text: str, tokenizer: Any, windows: int, length: int, *, se
     Args:
         text: any text; it is split into ``windows`` equal parts and one window is read from each, at a place
             that depends on ``seed`` and on nothing else, so a small calibration still sees every topic.
+            Windows of a text that is short for so many of them overlap.
         tokenizer: a Transformers tokenizer. Its beginning-of-sequence token, where it adds one by itself,
             starts every window, as it does in use.
         windows: number of windows.
@@ -170,22 +171,20 @@ def tokenize_windows(text: str, tokenizer: Any, windows: int, length: int, *, se
     """
     check_windows(windows, length)
     chance = random.Random(seed)
+    # 8 characters per token is more than any tokenizer of a European language needs.
+    reach = 8 * length
     part = len(text) // windows
-    if part < length:  # not even one character per token
-        raise MLAError(
-            f"the calibration text is too short: {len(text)} characters for {windows} windows of {length} "
-            "tokens; give a longer text, fewer windows or shorter ones"
-        )
+    room = part - reach  # below 0 in a short text: there windows lie closer together, the last at its end
+    last = max(0, len(text) - reach)
     rows = []
     for index in range(windows):
-        # 8 characters per token is more than any tokenizer of a European language needs.
-        room = max(part - 8 * length, 0)
-        start = index * part + chance.randint(0, room)
-        ids = tokenizer(text[start : start + max(part, 8 * length)])["input_ids"]
-        if len(ids) < length:
+        start = index * part + chance.randint(0, room) if room >= 0 else index * last // max(1, windows - 1)
+        ids = tokenizer(text[start : start + reach])["input_ids"]
+        # Not even one character per token from one window to the next: they would be nearly the same.
+        if len(ids) < length or (windows > 1 and room < 0 and last < (windows - 1) * length):
             raise MLAError(
-                f"the calibration text is too short: a part of {part} characters gives {len(ids)} tokens, "
-                f"{length} are needed; give a longer text, fewer windows or shorter ones"
+                f"the calibration text is too short: {len(text)} characters for {windows} windows of "
+                f"{length} tokens; give a longer text, fewer windows or shorter ones"
             )
         rows.append(torch.tensor(ids[:length], dtype=torch.int64))
     return torch.stack(rows)
