@@ -18,7 +18,7 @@ from pathlib import Path
 OUT = Path(".demo") / "smollm2-135m-mla"
 CALIBRATION = Path(".demo") / "calibration.txt"
 # A text that is there, a quarter of the default tokens, short windows: the whole takes less than six minutes.
-QUICK = ("--calibration", str(CALIBRATION), "--windows", "12", "--window", "256", "--overwrite")
+QUICK = ("--calibration", str(CALIBRATION), "--windows", "24", "--window", "256", "--overwrite")
 PROMPT = "Explain in three sentences why the sky is blue."
 WINDOW, WINDOWS, DECODED = 1024, 4, 16
 

@@ -116,7 +116,7 @@ def test_budgets_spend_what_was_given(asked: dict[str, float], total: int) -> No
 
 
 @pytest.mark.parametrize(
-    ("cache", "windows"), [(1.0, 12), (0.5, 12), (1 / 3, 12), (0.32, 32), (0.25, 32), (0.24, 64), (0.1, 64)]
+    ("cache", "windows"), [(1.0, 24), (0.5, 24), (1 / 3, 24), (0.32, 64), (0.25, 64), (0.24, 128), (0.1, 128)]
 )
 def test_small_caches_are_calibrated_on_more_text(cache: float, windows: int) -> None:
     config = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
@@ -126,9 +126,9 @@ def test_small_caches_are_calibrated_on_more_text(cache: float, windows: int) ->
 
 def test_what_is_given_of_the_calibration_stays() -> None:
     config = LlamaConfig(max_position_embeddings=100)
-    assert calibration_size(config) == (123, 100)  # no window is longer than the model reads
+    assert calibration_size(config) == (246, 100)  # no window is longer than the model reads
     assert calibration_size(config, windows=7) == (7, 100)
-    assert calibration_size(config, window=4096) == (3, 4096)
+    assert calibration_size(config, window=4096) == (6, 4096)
 
 
 @pytest.mark.parametrize("asked", [{"rank": 64}, {"rope": 32}])

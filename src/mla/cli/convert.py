@@ -54,7 +54,7 @@ def convert(
     windows: Annotated[
         int | None,
         typer.Option(
-            help="Windows of calibration text: 12,288 tokens, or 32,768 and 65,536 for small caches."
+            help="Windows of calibration text: 24,576 tokens, or 65,536 and 131,072 for small caches."
         ),
     ] = None,
     window: Annotated[

@@ -28,8 +28,8 @@ def choose_budget(
 ) -> Budget:
     """Settle r, p and θ'.
 
-    The rotary width: three quarters of d at half the cache, shrinking with the square root of the cache down
-    to a quarter, and d where one key-value head leaves room for all of it (then the conversion is exact). The
+    The rotary width: three quarters of d at half the cache, shrinking as the cache to the power 4/5 down to a
+    quarter, and d where one key-value head leaves room for all of it (then the conversion is exact). The
     ladder: θ' = θ^(p/d), which makes the slots the teacher's p/2 fastest frequencies exactly; beyond d the
     ladder is denser instead, below d/2 it stays at √θ, so that few slots still reach the middle frequencies.
     Slow pairs hardly turn within a window and lose little without RoPE (docs/conversion.md has the
@@ -95,6 +95,6 @@ def choose_budget(
 def _rule(fraction: float, groups: int, head_dim: int) -> int:
     if groups == 1 and fraction >= 1:
         return head_dim
-    share = min(1.0, max(0.25, 0.75 * (2 * fraction) ** 0.5))
+    share = min(1.0, max(0.25, 0.75 * (2 * fraction) ** 0.8))
     room = int(fraction * 2 * groups * head_dim) // 2
     return max(2, min(int(share * head_dim), room) // 2 * 2)

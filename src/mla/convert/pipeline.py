@@ -44,7 +44,7 @@ from mla.errors import MLAError
 _PLAIN_SHARE = 0.03
 # The statistics take at most so many tokens: they are second moments, and cost as much as the descent, which
 # reads every window.
-_MEASURED = 24_576
+_MEASURED = 12_288
 # Tokens per window of calibration text. What is fitted on shorter ones drifts away from the teacher in long
 # contexts.
 _WINDOW = 1024
@@ -171,7 +171,7 @@ def calibration_size(
 ) -> tuple[int, int]:
     """How many windows of how many tokens a conversion deserves, where it is not given.
 
-    12,288 tokens; for a ``budget`` below a third of the original cache 32,768, below a quarter 65,536: the
+    24,576 tokens; for a ``budget`` below a third of the original cache 65,536, below a quarter 131,072: the
     factors of a small cache fit a few thousand tokens too well (docs/conversion.md). 1,024 tokens a window,
     or as many as the model takes.
     """
@@ -179,7 +179,7 @@ def calibration_size(
         window = min(_WINDOW, config.max_position_embeddings)
     if windows is None:
         share = 1.0 if budget is None else (budget.rank + budget.rope) / cached_numbers(config)
-        tokens = 12_288 if share >= 1 / 3 else 32_768 if share >= 1 / 4 else 65_536
+        tokens = 24_576 if share >= 1 / 3 else 65_536 if share >= 1 / 4 else 131_072
         windows = -(-tokens // max(1, window))
     return windows, window
 

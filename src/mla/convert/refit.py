@@ -25,7 +25,7 @@ _ROUNDING = 1e-10
 # Of the descent: rounds over the windows, tokens per step (at least one window), and the largest steps
 # relative to each factor's root mean square, where the block's output errs by as much as it holds. A block
 # that is close already is shaken by steps that a rough one needs: they go with the fourth root of the error.
-_ROUNDS = 6
+_ROUNDS = 3
 _TOKENS_PER_STEP = 512
 _RATE = 1e-2
 _WARM_UP = 0.05  # share of the steps

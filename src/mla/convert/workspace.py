@@ -31,8 +31,10 @@ from mla.textfile import read_text
 Progress = Callable[[str, float, float], None]
 
 _WINDOWS = "windows.safetensors"  # what to calibrate on and what to measure on
-# Windows that only measure, beside every so many that calibrate.
+# Windows that only measure, beside every so many that calibrate, and how many are enough: what they take of a
+# text is lost to learning.
 _CALIBRATING_PER_MEASURING = 6
+_MEASURING = 8
 # Self-written tokens more per minute of healing: each is read a few times until the time is over.
 _TOKENS_PER_MINUTE = 1536
 
@@ -54,7 +56,7 @@ class Request:
     rank: int | None = None
     rope: int | None = None
     calibration: tuple[str, ...] = ("self",)
-    windows: int = 12
+    windows: int = 24
     window: int = 1024
     seed: int = 0
     heal: float = 0.0
@@ -187,7 +189,7 @@ class _Texts:
     def _shares(self, index: int) -> tuple[int, int]:
         """How many windows of a text calibrate, and how many measure."""
         calibrating, count = self.request.windows, len(self.texts)
-        measuring = max(4, count, calibrating // _CALIBRATING_PER_MEASURING)
+        measuring = max(4, count, min(calibrating // _CALIBRATING_PER_MEASURING, _MEASURING))
         return (calibrating + index) // count, (measuring + index) // count
 
     def _parts(self, index: int, text: str) -> tuple[str, str]:
