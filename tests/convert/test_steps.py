@@ -171,6 +171,8 @@ def test_windows_are_spread_and_seeded() -> None:
     assert torch.equal(windows, tokenize_windows(text, _Letters(), 4, 10))
     assert not torch.equal(windows, tokenize_windows(text, _Letters(), 4, 10, seed=1))
     with pytest.raises(MLAError, match="too short"):
+        tokenize_windows("short", _Letters(), 2, 10)
+    with pytest.raises(MLAError, match="too short"):
         tokenize_windows("short", _Letters(), 1, 10)
     with pytest.raises(MLAError, match="at least 1 window"):
         tokenize_windows(text, _Letters(), 0, 10)

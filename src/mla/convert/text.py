@@ -176,12 +176,13 @@ def tokenize_windows(text: str, tokenizer: Any, windows: int, length: int, *, se
     part = len(text) // windows
     room = part - reach  # below 0 in a short text: there windows lie closer together, the last at its end
     last = max(0, len(text) - reach)
+    # Not even one character per token from one window to the next: they would be nearly the same.
+    crowded = room < 0 and last < (windows - 1) * length
     rows = []
     for index in range(windows):
         start = index * part + chance.randint(0, room) if room >= 0 else index * last // max(1, windows - 1)
         ids = tokenizer(text[start : start + reach])["input_ids"]
-        # Not even one character per token from one window to the next: they would be nearly the same.
-        if len(ids) < length or (windows > 1 and room < 0 and last < (windows - 1) * length):
+        if crowded or len(ids) < length:
             raise MLAError(
                 f"the calibration text is too short: {len(text)} characters for {windows} windows of "
                 f"{length} tokens; give a longer text, fewer windows or shorter ones"
