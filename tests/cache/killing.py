@@ -1,20 +1,22 @@
-"""Run as a program: savers are killed at random moments, and two processes share one folder.
+"""Run as a program: savers are killed at random moments, files replaced under a reader, a folder shared.
 
 A process of its own, with one thread: its children are forked, and torch's threads do not survive a fork.
 """
 
 import os
 import random
+import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 from mla.cache import LatentCache
 from mla.cache.folder import PrefixFolder
-from mla.cache.store import load_cache, save_cache
+from mla.cache.store import load_cache, read_tokens, save_cache
 from mla.errors import MLAError
 
 CPU = torch.device("cpu")
@@ -82,6 +84,42 @@ def kill_savers(folder: Path) -> None:
     print(f"100 killed, {len(left)} of them half-way; {len(seen)} contents seen")
 
 
+def replace_under_a_reader(folder: Path) -> None:
+    """Files are put in one place and removed from it: what is loaded is one of them, or nothing is there."""
+    file = folder / "prefix"
+    contents = [list(range(100)), list(range(TOKENS))]
+    for tokens in contents:
+        save_cache(folder / str(len(tokens)), filled(tokens), tokens, FINGERPRINT)
+
+    def replace_for_ever() -> None:
+        while True:
+            for tokens in contents:
+                shutil.copy(folder / str(len(tokens)), folder / "next")
+                os.replace(folder / "next", file)
+                time.sleep(random.uniform(0.0, 0.001))
+            file.unlink()
+
+    def load() -> int:
+        return len(load_cache(file, LatentCache(), FINGERPRINT, device=CPU))
+
+    child = forked(replace_for_ever)
+    try:
+        seen: Counter[int] = Counter()
+        while min(seen[len(tokens)] for tokens in contents) < 150:
+            for read in (load, lambda: len(read_tokens(file))):
+                try:
+                    seen[read()] += 1
+                except MLAError as error:
+                    if str(error) != f"{file}: no such file":
+                        raise
+                    seen[0] += 1
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert len(seen) == 3
+    print(f"read while it was replaced: {dict(seen)}")
+
+
 def share_folder(folder: Path) -> None:
     """Two processes save, find, load and remove in one folder of which only some files fit."""
 
@@ -110,4 +148,5 @@ def share_folder(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     kill_savers(Path(sys.argv[1]) / "kill")
+    replace_under_a_reader(Path(sys.argv[1]) / "replace")
     share_folder(Path(sys.argv[1]) / "share")

@@ -186,10 +186,12 @@ def test_a_failed_save_leaves_nothing(tmp_path):
 
 def test_killed_savers_and_shared_folders(tmp_path):
     (tmp_path / "kill").mkdir()
+    (tmp_path / "replace").mkdir()
     command = [sys.executable, "-m", "tests.cache.killing", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
     assert "100 killed" in run.stdout
+    assert "read while it was replaced" in run.stdout
 
 
 def test_the_folder_finds_the_longest_prefix(tmp_path):

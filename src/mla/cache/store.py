@@ -10,9 +10,9 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from mla.cache.contiguous import LatentCache, LatentLayer
 from mla.errors import MLAError
+
+T = TypeVar("T")
 
 FORMAT = "mla latent cache 1"
 _TEMPORARY = ".mla-saving-"
@@ -102,7 +104,7 @@ def load_cache(
     Raises:
         MLAError: no such file, not such a file, damaged, or of another model; the cache is still empty.
     """
-    header, tensors = _read(path)
+    header, tensors = _of_one_file(path, _verified)
     _compare(path, dict(fingerprint), json.loads(header["fingerprint"]))
     tokens: list[int] = tensors["tokens"].tolist()[:keep]
     for index, (rank, rope, dtype) in json.loads(header["layers"]).items():
@@ -119,9 +121,7 @@ def read_tokens(path: Path) -> Tensor:
     Raises:
         MLAError: no such file, or not one of ours.
     """
-    with _opened(path) as file:
-        tokens: Tensor = file.get_tensor("tokens")
-        return tokens.clone()
+    return _of_one_file(path, _tokens)
 
 
 def _compare(path: Path, expected: dict[str, str], got: dict[str, str]) -> None:
@@ -133,7 +133,39 @@ def _compare(path: Path, expected: dict[str, str], got: dict[str, str]) -> None:
             )
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _of_one_file(path: Path, read: Callable[[Path], T]) -> T:
+    """``read(path)``, of one and the same file.
+
+    safetensors opens a path twice, for the header and for the tensors. Another process may have put a new
+    file there in between, or have removed it: what is wrong with the two is said of neither, the path is read
+    again.
+    """
+    while True:
+        before = _identity(path)
+        try:
+            return read(path)
+        except MLAError:
+            if _identity(path) == before:
+                raise
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise MLAError(f"{path}: no such file") from error
+    except OSError as error:
+        raise MLAError(f"{path} cannot be read: {error.strerror}") from error
+    return status.st_ino, status.st_mtime_ns
+
+
+def _tokens(path: Path) -> Tensor:
+    with _opened(path) as file:
+        tokens: Tensor = file.get_tensor("tokens")
+        return tokens.clone()
+
+
+def _verified(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Header and tensors of a whole file, verified. The tensors are views of the mapped file."""
     with _opened(path) as file:
         header: dict[str, str] = file.metadata()
@@ -152,9 +184,7 @@ def _opened(path: Path) -> Iterator[Any]:
             if found != FORMAT:
                 raise MLAError(f"{path}: expected a file of format {FORMAT!r}, got {found!r}")
             yield file
-    except FileNotFoundError as error:
-        raise MLAError(f"{path}: no such file") from error
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:  # torch's is a RuntimeError
         if isinstance(error, MLAError):
             raise
         raise MLAError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
