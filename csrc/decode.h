@@ -15,6 +15,7 @@ namespace mla {
 namespace {
 
 constexpr int kRows = 128;
+constexpr int64_t kMergedAlone = 4096; // numbers in partial sums that cost less to add than to share out
 
 struct Item {
   int sequence, first, rows; // rows first.. of the s * h of this sequence
@@ -84,7 +85,10 @@ private:
     scratch_.resize(static_cast<size_t>(threads_));
     for (Scratch& scratch : scratch_) scratch.carve(carver, *this);
     team(threads_, [this](int i) { stretch(i); });
-    if (threads_ > 1) team(threads_, [this](int i) { merge(i); });
+    if (threads_ == 1) return;
+    const int64_t partial = int64_t{threads_ - 1} * rows_ * r_; // a boundary between two stretches cuts one item
+    const int mergers = partial <= kMergedAlone ? 1 : threads_;
+    team(mergers, [&](int i) { merge(i, mergers); });
   }
 
   int64_t start(int thread) const { return tiles_ * thread / threads_; }
@@ -143,8 +147,8 @@ private:
     });
   }
 
-  // The rows of all cut items, four at a time, dealt out to the threads in turn.
-  void merge(int thread) {
+  // The rows of all cut items, four at a time, dealt out to `mergers` threads in turn.
+  void merge(int thread, int mergers) {
     int turn = 0;
     for (int i = 0; i < static_cast<int>(items_.size()); ++i) {
       std::vector<State*> parts;
@@ -154,7 +158,7 @@ private:
       if (parts.empty()) continue;
       const Item& item = items_[static_cast<size_t>(i)];
       for (int row = 0; row < item.rows; row += 4) {
-        if (turn++ % threads_ != thread) continue;
+        if (turn++ % mergers != thread) continue;
         const int end = static_cast<int>(least(row + 4, item.rows));
         for (size_t part = 1; part < parts.size(); ++part)
           for (int each = row; each < end; ++each) add(*parts[part], *parts[0], each);
