@@ -1,9 +1,9 @@
 """Many requests at once against ``mla serve``, some of whose clients go away: right answers, steady memory.
 
-    python benchmarks/soak.py [MODEL] [--requests 500] [--concurrency 16]
+    python benchmarks/soak.py [MODEL] [--engine transformers] [--requests 500] [--concurrency 16]
 
-Without MODEL a tiny model with random weights is made. Every answer that a client waits for is compared with
-the one the server gives to the same request alone, before anything is printed.
+Without MODEL a tiny model with random weights is made, which vLLM does not know. Every answer that a client
+waits for is compared with the one the server gives to the same request alone, before anything is printed.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests.cli.conftest import make_tokenizer
-from tests.cli.serving import Server
+from tests.cli.serving import Server, VLLMServer
 from tests.families import build
 
 DISTINCT = 40
@@ -58,10 +58,15 @@ def ask(client: openai.OpenAI, model: str, request: dict, stream: bool, read: in
     return "".join(pieces)
 
 
+def memory(server: Server) -> int:
+    """Bytes that the server and its helpers hold."""
+    process = psutil.Process(server.process.pid)
+    return sum(each.memory_info().rss for each in (process, *process.children(recursive=True)))
+
+
 def soak(server: Server, count: int, concurrency: int) -> None:
     """Ask, compare, print."""
     client = server.client()
-    process = psutil.Process(server.process.pid)
     requests = make_requests(0)
     alone = [ask(client, server.model, request, stream=False) for request in requests]
     draw = random.Random(1)
@@ -73,7 +78,7 @@ def soak(server: Server, count: int, concurrency: int) -> None:
         chosen, kind, read = plan[number]
         answer = ask(client, server.model, requests[chosen], stream=kind != "whole", read=read)
         if number % max(1, count // 20) == 0:
-            sizes.append(process.memory_info().rss)
+            sizes.append(memory(server))
         return answer == alone[chosen] or read is not None
 
     plan = []
@@ -88,13 +93,13 @@ def soak(server: Server, count: int, concurrency: int) -> None:
     seconds = time.perf_counter() - start
     if not all(right):
         sys.exit(f"{right.count(False)} of {count} answers differ from those given alone")
-    # The caches fill their budget first: what counts is whether it goes on growing then.
-    middle, end = sizes[len(sizes) // 2], sizes[-1]
     print(
         f"{count} requests at concurrency {concurrency} in {seconds:.0f} s, {gone} clients gone in mid-stream"
     )
     print("every answer equals the one given alone")
-    print(f"memory at half of the requests {middle / 2**20:.0f} MiB, at the end {end / 2**20:.0f} MiB")
+    # The caches fill their budget first: what counts is whether it goes on growing then.
+    quarters = ", ".join(f"{sizes[len(sizes) * part // 4 - 1] / 2**20:.0f}" for part in (1, 2, 3, 4))
+    print(f"memory after each quarter of the requests: {quarters} MiB")
 
 
 def main() -> None:
@@ -103,18 +108,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", nargs="?")
+    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--concurrency", type=int, default=16)
     arguments = parser.parse_args()
+    if arguments.engine == "vllm" and arguments.model is None:
+        parser.error("--engine vllm takes a MODEL")
     with tempfile.TemporaryDirectory() as folder:
-        model = arguments.model
+        model, log = arguments.model, Path(folder) / "log"
+        room = ["--memory", "256MB"]
         if model is None:
-            model = Path(folder) / "tiny"
+            model, room = Path(folder) / "tiny", ["--memory", "2MB"]
             build("deepseek_v3", vocab_size=256).save_pretrained(model)
             make_tokenizer().save_pretrained(model)
-        with Server(
-            model, Path(folder) / "log", "--memory", "2MB" if arguments.model is None else "1GiB"
-        ) as server:
+        if arguments.engine == "vllm":
+            started: Server = VLLMServer(model, log, "--dtype", "float32", "--max-model-len", 1024, *room)
+        else:
+            started = Server(model, log, "--engine", "transformers", *room)
+        with started as server:
             soak(server, arguments.requests, arguments.concurrency)
 
 

@@ -3,9 +3,12 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import openai
@@ -54,3 +57,23 @@ class Server:
     def __exit__(self, *error: object) -> None:
         if self.process.poll() is None:
             self.stop(signal.SIGKILL)
+
+
+class VLLMServer(Server):
+    """It takes this process over, so it says in vLLM's way that it is ready."""
+
+    def __init__(self, model: Path, log: Path, *options: object, **environment: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        super().__init__(model, log, "--engine", "vllm", "--port", self.port, *options, **environment)
+
+    def _wait(self) -> str:
+        end = time.monotonic() + 600
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                    return f"http://127.0.0.1:{self.port}/v1"
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        self.__exit__()
+        raise RuntimeError(f"no server: {self.notes()[-6000:]}")

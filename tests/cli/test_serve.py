@@ -383,21 +383,24 @@ def test_the_vllm_engine_is_vllms_own_server(mla, mla_folder, monkeypatch):
     became = []
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(serve.os, "execve", lambda *command: became.append(command) or exit(0))
-    options = ("--port", 9000, "--max-model-len", 256, "--cache-format", "int8", "--memory", "3GiB")
+    options = ("--port", 9000, "--max-model-len", 256, "--cache-format", "int8", "--memory", "500MB")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
     assert mla("serve", mla_folder, *options, "--api-key", KEY).status == 0
     (_, command, environment), *_ = became
     assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", str(mla_folder)]
-    assert " ".join(command[5:]) == "--host 127.0.0.1 --port 9000 --dtype auto --max-model-len 256"
+    assert " ".join(command[5:]) == (
+        "--host 127.0.0.1 --port 9000 --dtype auto --max-model-len 256 --kv-cache-memory-bytes 500000000"
+    )
     assert environment["MLA_CACHE_FORMAT"] == "int8"
-    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment  # vLLM would heed it rather than the option
     assert environment["VLLM_API_KEY"] == KEY
-    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    mla("serve", mla_folder)
-    free = psutil.virtual_memory().available / 2**30
-    assert 0 < int(became[-1][2]["VLLM_CPU_KVCACHE_SPACE"]) < free
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
     mla("serve", mla_folder)
     assert became[-1][2]["VLLM_CPU_KVCACHE_SPACE"] == "7"
+    assert "--kv-cache-memory-bytes" not in became[-1][1]
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    mla("serve", mla_folder)
+    assert became[-1][1][-2] == "--kv-cache-memory-bytes"
+    assert 0 < int(became[-1][1][-1]) < psutil.virtual_memory().available
     assert "auto, fp32, bf16, int8, got fp16" in mla("serve", mla_folder, "--cache-format", "fp16").err
     assert "--engine transformers" in mla("serve", mla_folder, "--cache-dir", "x").err
 

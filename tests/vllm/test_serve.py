@@ -1,15 +1,11 @@
 """``mla serve --engine vllm``: the openai package against vLLM's own server with the plugin in it."""
 
-import socket
-import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 
-from tests.cli.serving import Server
+from tests.cli.serving import VLLMServer
 from tests.vllm import models
 
 pytestmark = pytest.mark.vllm
@@ -17,26 +13,6 @@ pytestmark = pytest.mark.vllm
 KEY = "secret"
 LIMIT = 256
 QUESTIONS = ["Why is the sky blue?", "Name three rivers.", "What is 7 times 8?", "Write a haiku about rain."]
-
-
-class VLLMServer(Server):
-    """It takes this process over, so it says in vLLM's way that it is ready."""
-
-    def __init__(self, model, log, *options, **environment):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        super().__init__(model, log, "--engine", "vllm", "--port", self.port, *options, **environment)
-
-    def _wait(self):
-        end = time.monotonic() + 600
-        while time.monotonic() < end and self.process.poll() is None:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
-                    return f"http://127.0.0.1:{self.port}/v1"
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
-        self.__exit__()
-        raise RuntimeError(f"no server: {self.notes()[-6000:]}")
 
 
 @pytest.fixture(scope="module")

@@ -162,8 +162,10 @@ def _become_vllm(
         environment["MLA_CACHE_FORMAT"] = cache_format
     if budget is not None or "VLLM_CPU_KVCACHE_SPACE" not in environment:
         # vLLM by itself asks for nine tenths of the machine, and ends where others use more than the rest.
+        # The variable would win over the option.
+        environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
         budget = psutil.virtual_memory().available // 2 if budget is None else budget
-        environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, budget // 2**30))
+        options += ["--kv-cache-memory-bytes", str(budget)]
     if api_key is not None:  # not on the command line, where every user of the machine can read it
         environment["VLLM_API_KEY"] = api_key
     # The command line of vllm-cpu asks for the version of a package called vllm, and ends.
