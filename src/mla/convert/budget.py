@@ -32,8 +32,8 @@ def choose_budget(
     quarter, and d where one key-value head leaves room for all of it (then the conversion is exact). The
     ladder: θ' = θ^(p/d), which makes the slots the teacher's p/2 fastest frequencies exactly; beyond d the
     ladder is denser instead, below d/2 it stays at √θ, so that few slots still reach the middle frequencies.
-    Slow pairs hardly turn within a window and lose little without RoPE (docs/conversion.md has the
-    measurements).
+    Slow pairs hardly turn within a window and lose little without RoPE (measured in
+    docs/conversion-experiments.md).
 
     Args:
         cache: fraction of the original 2·G·d numbers per token and layer, in (0, 1].

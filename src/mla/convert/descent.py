@@ -2,8 +2,9 @@
 
 Muon (K. Jordan et al., 2024): a step is the orthogonal matrix nearest to the momentum, so directions in which
 gradients are small learn as fast as those in which they are large. In the refit it needs half of Adam's
-steps (docs/conversion.md). torch.optim.Muon takes whole two-dimensional parameters and computes in bf16,
-which most CPUs emulate; a projection of attention is a stack of one matrix per head, each with its own scale.
+steps (docs/conversion-experiments.md). torch.optim.Muon takes whole two-dimensional parameters and computes
+in bf16, which most CPUs emulate; a projection of attention is a stack of one matrix per head, each with its
+own scale.
 """
 
 from __future__ import annotations

@@ -172,8 +172,8 @@ def calibration_size(
     """How many windows of how many tokens a conversion deserves, where it is not given.
 
     24,576 tokens; for a ``budget`` below a third of the original cache 65,536, below a quarter 131,072: the
-    factors of a small cache fit a few thousand tokens too well (docs/conversion.md). 1,024 tokens a window,
-    or as many as the model takes.
+    factors of a small cache fit a few thousand tokens too well (docs/conversion-experiments.md). 1,024 tokens
+    a window, or as many as the model takes.
     """
     if window is None:
         window = min(_WINDOW, config.max_position_embeddings)
