@@ -55,7 +55,11 @@ class Server:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.process.poll() is None:
+        if self.process.poll() is not None:
+            return
+        try:
+            self.stop()  # killed, vLLM's server would leave its engine and its workers behind
+        except subprocess.TimeoutExpired:
             self.stop(signal.SIGKILL)
 
 
