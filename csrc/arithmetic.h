@@ -9,8 +9,10 @@
 //                        the accumulator as floats
 //   squares, pack        a row of numbers: its sum of squares, and its units, each number times a factor
 //   weights              `per_unit` vectors of probabilities as one vector of units
-//   interleave           one vector of units of `per_unit` rows -> as many vectors of units that hold a number of each
-//                        row; every 16 bytes keep to themselves, so that numbers end up where place_of says
+//   stored               whether units are what a cache of a type holds
+//   interleave           a vector of units of each of `per_unit` rows -> as many vectors of units that hold a number of
+//                        each row, of which this is one pair; every 16 bytes keep to themselves, so that numbers end
+//                        up where place_of says
 //   Rest                 void, or (integers) the arithmetic of the second part of a row; then each part of a row
 //                        has a factor of its own, and there are
 //   pack_key, pack_query a whole row, for either side, with its factors; the type is that of the first part
@@ -135,6 +137,7 @@ template <int lanes_> struct Float32 {
   static MLA_INLINE Sum dot(Sum sum, Unit b, Unit a) { return sum + b * a; }
   static MLA_INLINE F value(Sum sum) { return sum; }
 
+  static constexpr bool stored(Type type) { return type == Type::f32; }
   template <Type type> static MLA_INLINE void pack(const char* row, int count, float factor, uint32_t* units) {
     using R = Read<lanes, type>;
     walk<lanes, R::bytes>(row, count, [&](const char* p, int i) { V::store(units + i, R::one(p) * factor); });

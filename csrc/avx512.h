@@ -14,11 +14,11 @@ namespace mla {
 namespace {
 
 // Two rows of pairs of 16 bits.
-MLA_INLINE void interleave_pairs(const uint32_t* rows, int64_t stride, uint32_t* to) {
+MLA_INLINE void interleave_pairs(const uint32_t* rows, int64_t stride, Vec<16>::U (&to)[2]) {
   using V = Vec<16>;
-  const __m512i row0 = V::load<__m512i>(rows), row1 = V::load<__m512i>(rows + stride);
-  V::store(to, _mm512_unpacklo_epi16(row0, row1));
-  V::store(to + 16, _mm512_unpackhi_epi16(row0, row1));
+  const __m512i a = V::load<__m512i>(rows), b = V::load<__m512i>(rows + stride);
+  to[0] = V::as<V::U>(_mm512_unpacklo_epi16(a, b));
+  to[1] = V::as<V::U>(_mm512_unpackhi_epi16(a, b));
 }
 
 // Quads of int8 for int8 latents, beside rotary keys in another arithmetic. The instruction takes one side unsigned:
@@ -28,6 +28,7 @@ template <class Rest_> struct Int8 {
   static constexpr int lanes = 16, per_unit = 4, together = 1;
   static constexpr bool shifted = true;
   static constexpr bool holds(Type type) { return type == Type::i8; }
+  static constexpr bool stored(Type) { return false; } // a key's sum and sign are not
   // Eight bits are enough for a query whose largest number is so many times the root of its mean square. Those of
   // trained models often have channels far beyond: then all others would be rounded away.
   static constexpr float crest = 4.5f, second = 254.0f;
@@ -106,14 +107,14 @@ template <class Rest_> struct Int8 {
     return (V::nearest(p[0]) & 0xffu) | ((V::nearest(p[1]) & 0xffu) << 8) | ((V::nearest(p[2]) & 0xffu) << 16) |
            (V::nearest(p[3]) << 24);
   }
-  static MLA_INLINE void interleave(const uint32_t* rows, int64_t stride, uint32_t* to) {
-    const auto row = [&](int i) { return V::load<__m512i>(rows + i * stride); };
-    const __m512i low01 = _mm512_unpacklo_epi8(row(0), row(1)), high01 = _mm512_unpackhi_epi8(row(0), row(1));
-    const __m512i low23 = _mm512_unpacklo_epi8(row(2), row(3)), high23 = _mm512_unpackhi_epi8(row(2), row(3));
-    V::store(to, _mm512_unpacklo_epi16(low01, low23));
-    V::store(to + lanes, _mm512_unpackhi_epi16(low01, low23));
-    V::store(to + 2 * lanes, _mm512_unpacklo_epi16(high01, high23));
-    V::store(to + 3 * lanes, _mm512_unpackhi_epi16(high01, high23));
+  template <int pair> static MLA_INLINE void interleave(const uint32_t* rows, int64_t stride, Unit (&to)[2]) {
+    const auto both = [&](int i) MLA_INLINE_LAMBDA {
+      const __m512i a = V::load<__m512i>(rows + i * stride), b = V::load<__m512i>(rows + (i + 1) * stride);
+      return pair == 0 ? _mm512_unpacklo_epi8(a, b) : _mm512_unpackhi_epi8(a, b);
+    };
+    const __m512i ab = both(0), cd = both(2);
+    to[0] = V::as<Unit>(_mm512_unpacklo_epi16(ab, cd));
+    to[1] = V::as<Unit>(_mm512_unpackhi_epi16(ab, cd));
   }
 };
 

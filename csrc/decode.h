@@ -1,9 +1,10 @@
 // Absorbed attention over the latent cache: every head reads the same rows.
 //
-// An item is a sequence and up to kRows of its query rows (token by token, head by head); its tiles of keys are
-// the work. All tiles of all items lie on one line, of which each thread takes an equal stretch, so that one
-// long sequence uses every core. An item that a stretch boundary cuts is finished from partial sums, in the
-// order of the keys: the result depends on the number of threads (by rounding), never on their timing.
+// An item is a sequence and up to kRows of its query rows (token by token, head by head); its stripes of a few keys are
+// the work. All stripes of all items lie on one line, of which each thread takes an equal stretch, so that one
+// long sequence uses every core, and goes through it in tiles. An item that a stretch boundary cuts is finished from
+// partial sums, in the order of the keys: the result depends on the number of threads (by rounding), never on their
+// timing.
 #pragma once
 
 #include <vector>
@@ -20,8 +21,7 @@ constexpr int64_t kMergedAlone = 4096; // numbers in partial sums that cost less
 struct Item {
   int sequence, first, rows; // rows first.. of the s * h of this sequence
   int64_t tokens;            // keys that any of them sees
-  int64_t before;            // tiles of all items before this one
-  int64_t tiles() const { return (tokens + kKeys - 1) / kKeys; }
+  int64_t before, stripes;   // of all items before this one, and its own
 };
 
 template <class A, int wide_x, int narrow_x> class Decoder {
@@ -33,6 +33,8 @@ public:
   }
 
 private:
+  static constexpr int stripe = narrow_x; // keys
+
   // The partial sums of one thread: at most its first and its last item are shared with others.
   struct Piece {
     int item = -1;
@@ -42,7 +44,6 @@ private:
     Lanes<A> queries;
     Limits limits;
     Tile<A> keys;
-    Columns<A> values;
     Weights<A> weights;
     State state;
     Piece pieces[2];
@@ -51,7 +52,6 @@ private:
       queries.carve(carver, d.rows_, query_units_of<A>(d.r_, d.call_.attention.cache.p));
       limits.carve(carver, d.rows_, A::lanes);
       keys.carve(carver, d.units_);
-      values.carve(carver, d.r_, d.rows_);
       weights.carve(carver);
       state.template carve<A>(carver, d.rows_, d.r_);
       if (d.threads_ > 1)
@@ -70,11 +70,11 @@ private:
       for (int first = 0; first < all; first += kRows) {
         const int rows = static_cast<int>(least(kRows, all - first));
         const int64_t tokens = visible(attention_, sequence, (first + rows - 1) / attention_.h);
-        items_.push_back({sequence, first, rows, tokens, tiles_});
-        tiles_ += items_.back().tiles();
+        items_.push_back({sequence, first, rows, tokens, stripes_, (tokens + stripe - 1) / stripe});
+        stripes_ += items_.back().stripes;
       }
     }
-    threads_ = static_cast<int>(most(1, least(attention_.threads, tiles_)));
+    threads_ = static_cast<int>(most(1, least(attention_.threads, stripes_ * stripe / kKeys)));
   }
 
   void run() {
@@ -91,29 +91,30 @@ private:
     team(mergers, [&](int i) { merge(i, mergers); });
   }
 
-  int64_t start(int thread) const { return tiles_ * thread / threads_; }
+  int64_t start(int thread) const { return stripes_ * thread / threads_; }
 
   void stretch(int thread) {
     Scratch& scratch = scratch_[static_cast<size_t>(thread)];
     const int64_t from = start(thread), to = start(thread + 1);
     for (int i = 0; i < static_cast<int>(items_.size()); ++i) {
       const Item& item = items_[static_cast<size_t>(i)];
-      const int64_t first = most(from, item.before), last = least(to, item.before + item.tiles());
-      if (item.tiles() == 0 && thread == 0) { // nothing to see: no thread's stretch holds it
+      const int64_t first = most(from, item.before), last = least(to, item.before + item.stripes);
+      if (item.stripes == 0 && thread == 0) { // nothing to see: no thread's stretch holds it
         scratch.state.clear(up(item.rows, A::lanes));
         write(item, scratch.state, 0, item.rows);
       }
       if (first >= last) continue;
-      const bool whole = last - first == item.tiles();
+      const bool whole = last - first == item.stripes;
       Piece& piece = scratch.pieces[first == from ? 0 : 1];
       State& state = whole ? scratch.state : piece.state;
       if (!whole) piece.item = i;
-      attend_tiles(item, first - item.before, last - item.before, state, scratch);
+      attend_keys(item, (first - item.before) * stripe, least((last - item.before) * stripe, item.tokens), state,
+                  scratch);
       if (whole) write(item, state, 0, item.rows);
     }
   }
 
-  void attend_tiles(const Item& item, int64_t first, int64_t last, State& state, Scratch& scratch) {
+  void attend_keys(const Item& item, int64_t from, int64_t end, State& state, Scratch& scratch) {
     const int padded = static_cast<int>(up(item.rows, A::lanes));
     state.clear(padded);
     scratch.queries.pack(item.rows, attention_.scale * kLog2E, [&](int i) {
@@ -123,21 +124,26 @@ private:
     });
     scratch.limits.fill(attention_, item.sequence, item.rows, padded,
                         [&](int i) { return (item.first + i) / attention_.h; });
-    for (int64_t tile = first; tile < last; ++tile) attend_tile(item, tile, last, state, scratch);
+    for (int64_t count; from < end; from += count) {
+      // What does not fill a stripe comes last, by itself: a tile that has to be filled up cannot be borrowed.
+      count = least(kKeys, end - from);
+      if (count > stripe) count -= count % stripe;
+      attend_tile(item, from, static_cast<int>(count), end, state, scratch);
+    }
   }
 
-  void attend_tile(const Item& item, int64_t tile, int64_t last, State& state, Scratch& scratch) {
+  void attend_tile(const Item& item, int64_t from, int count, int64_t end, State& state, Scratch& scratch) {
     const Cache& cache = attention_.cache;
-    const int64_t from = tile * kKeys, count = least(kKeys, item.tokens - from);
-    const int tokens = static_cast<int>(up(count, narrow_x));
-    fill(attention_, item.sequence, from, static_cast<int>(count), tokens, scratch.keys,
-         [&](int, const Cursor& cursor) { return Parts{latent(cache, cursor), rotary(cache, cursor)}; });
-    scratch.values.begin(scratch.keys);
-    const int64_t next = from + kKeys;
-    RowsAhead ahead(cache, item.sequence, next, tile + 1 < last ? least(kKeys, item.tokens - next) : 0);
-    attend_rows<A, wide_x, narrow_x>(scratch.queries, item.rows, units_of<A>(r_), scratch.keys, scratch.keys.factors,
-                                     scratch.values, from, count, tokens, scratch.limits, state, scratch.weights,
-                                     ahead);
+    const int tokens = static_cast<int>(up(count, stripe));
+    const char* rows = tokens == count ? lying<A>(attention_, item.sequence, from, count, state.width) : nullptr;
+    if (rows)
+      scratch.keys.borrow(rows, cache.c_kv.row_stride / 4, count);
+    else
+      fill(attention_, item.sequence, from, count, tokens, scratch.keys,
+           [&](int, const Cursor& cursor) { return Parts{latent(cache, cursor), rotary(cache, cursor)}; });
+    RowsAhead ahead(cache, item.sequence, from + count, least(kKeys, end - from - count));
+    attend_rows<A, wide_x, narrow_x>(scratch.queries, item.rows, units_of<A>(r_), scratch.keys, scratch.keys, from,
+                                     count, tokens, scratch.limits, state, scratch.weights, ahead);
   }
 
   void write(const Item& item, const State& state, int begin, int end) {
@@ -185,7 +191,7 @@ private:
   const Decode& call_;
   const Attention& attention_;
   int r_, units_, rows_, threads_;
-  int64_t tiles_ = 0;
+  int64_t stripes_ = 0;
   std::vector<Item> items_;
   std::vector<Scratch> scratch_;
 };

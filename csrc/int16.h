@@ -17,6 +17,7 @@ template <class Machine> struct Int16 {
   static constexpr bool shifted = false;
   static constexpr float second = 0.0f;
   static constexpr bool holds(Type) { return true; }
+  static constexpr bool stored(Type) { return false; }
   using V = Vec<lanes>;
   using F = typename V::F;
   using Unit = typename V::U;
@@ -56,7 +57,7 @@ template <class Machine> struct Int16 {
   // The probabilities of a row and tile add up to 32767, so that no sum of products overflows.
   static constexpr float limit = 32767.0f;
   static MLA_INLINE F collect(F so_far, F p) { return so_far + p; }
-  static MLA_INLINE void interleave(const uint32_t* rows, int64_t stride, uint32_t* to) {
+  template <int> static MLA_INLINE void interleave(const uint32_t* rows, int64_t stride, Unit (&to)[2]) {
     Machine::interleave(rows, stride, to);
   }
 

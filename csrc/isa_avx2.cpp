@@ -18,10 +18,10 @@ struct Avx2 {
   static MLA_INLINE U blend(U low, U high) {
     return V::as<U>(_mm256_blend_epi16(V::as<__m256i>(low), V::as<__m256i>(high), 0xaa));
   }
-  static MLA_INLINE void interleave(const uint32_t* rows, int64_t stride, uint32_t* to) {
-    const __m256i row0 = V::load<__m256i>(rows), row1 = V::load<__m256i>(rows + stride);
-    V::store(to, _mm256_unpacklo_epi16(row0, row1));
-    V::store(to + lanes, _mm256_unpackhi_epi16(row0, row1));
+  static MLA_INLINE void interleave(const uint32_t* rows, int64_t stride, U (&to)[2]) {
+    const __m256i a = V::load<__m256i>(rows), b = V::load<__m256i>(rows + stride);
+    to[0] = V::as<U>(_mm256_unpacklo_epi16(a, b));
+    to[1] = V::as<U>(_mm256_unpackhi_epi16(a, b));
   }
 };
 

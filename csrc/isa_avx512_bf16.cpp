@@ -21,6 +21,7 @@ struct Bf16 {
     return ((V::as<Unit>(even) + 0x8000u) >> 16) | ((V::as<Unit>(odd) + 0x8000u) & 0xffff0000u);
   }
 
+  static constexpr bool stored(Type type) { return type == Type::bf16; }
   template <Type type> static MLA_INLINE void pack(const char* row, int count, float factor, uint32_t* units) {
     using R = Read<lanes, type>;
     walk<2 * lanes, R::bytes>(row, count, [&](const char* p, int i) {
@@ -34,7 +35,7 @@ struct Bf16 {
     });
   }
   static MLA_INLINE Unit weights(const F* p) { return join(p[0], p[1]); }
-  static MLA_INLINE void interleave(const uint32_t* rows, int64_t stride, uint32_t* to) {
+  template <int> static MLA_INLINE void interleave(const uint32_t* rows, int64_t stride, Unit (&to)[2]) {
     interleave_pairs(rows, stride, to);
   }
   using Rest = void;

@@ -58,7 +58,7 @@ template <class A> struct Lanes {
   float* factors;   // [rows] of the first part
   float* rests;     // [rows] of the second part
   bool* second;     // [rows] whether the second digits matter
-  uint32_t* line;   // room for one row
+  uint32_t* lines;  // room for as many rows as a vector has lanes
   int units;        // of a row
 
   void carve(Carver& carver, int64_t rows, int row_units) {
@@ -67,7 +67,7 @@ template <class A> struct Lanes {
     factors = carver.take<float>(up(rows, A::lanes));
     rests = carver.take<float>(up(rows, A::lanes));
     second = carver.take<bool>(up(rows, A::lanes));
-    line = carver.take<uint32_t>(units + 4 * A::lanes);
+    lines = carver.take<uint32_t>(A::lanes * line());
   }
   const uint32_t* tile(int row) const { return packed + static_cast<int64_t>(row) * units; }
 
@@ -75,30 +75,48 @@ template <class A> struct Lanes {
   template <class Row> void pack(int count, float gain, Row&& row) {
     const int padded = static_cast<int>(up(count, A::lanes));
     for (int i = 0; i < padded; ++i) {
-      const int first = i / (2 * A::lanes) * 2 * A::lanes;
-      const int width = static_cast<int>(least(2 * A::lanes, padded - first));
-      uint32_t* lane = packed + static_cast<int64_t>(first) * units + (i - first);
+      uint32_t* to = lines + i % A::lanes * line();
       factors[i] = rests[i] = 0.0f;
       second[i] = false;
-      if (i >= count) {
-        for (int u = 0; u < units; ++u) lane[static_cast<int64_t>(u) * width] = 0;
-        continue;
+      if (i < count)
+        pack_row(i, row(i), gain, to);
+      else
+        std::memset(to, 0, static_cast<size_t>(units) * 4);
+      if ((i + 1) % A::lanes == 0) turn(i + 1 - A::lanes, padded);
+    }
+  }
+
+private:
+  int64_t line() const { return odd_stride(units + 4 * A::lanes); }
+
+  void pack_row(int i, const Parts& parts, float gain, uint32_t* to) {
+    with(parts.a.type, [&](auto type) {
+      if constexpr (type() == Type::i8) {
+        // no query is
+      } else if constexpr (kSplit<A>) {
+        const Factors own = A::template pack_query<type()>(parts, to);
+        factors[i] = own.first * gain;
+        rests[i] = own.rest * gain;
+        second[i] = own.second;
+      } else {
+        mla::pack<A, type()>(parts.a, gain, to);
+        mla::pack<A, type()>(parts.b, gain, to + units_of<A>(parts.a.count));
       }
-      const Parts parts = row(i);
-      with(parts.a.type, [&](auto type) {
-        if constexpr (type() == Type::i8) {
-          // no query is
-        } else if constexpr (kSplit<A>) {
-          const Factors own = A::template pack_query<type()>(parts, line);
-          factors[i] = own.first * gain;
-          rests[i] = own.rest * gain;
-          second[i] = own.second;
-        } else {
-          mla::pack<A, type()>(parts.a, gain, line);
-          mla::pack<A, type()>(parts.b, gain, line + units_of<A>(parts.a.count));
-        }
-      });
-      for (int u = 0; u < units; ++u) lane[static_cast<int64_t>(u) * width] = line[u];
+    });
+  }
+
+  // The lines -> lanes of the row tile that holds row `first` of `padded`.
+  void turn(int first, int padded) {
+    using V = typename A::V;
+    using F = typename V::F;
+    const int begin = first / (2 * A::lanes) * 2 * A::lanes;
+    const int64_t width = least(2 * A::lanes, padded - begin);
+    uint32_t* to = packed + static_cast<int64_t>(begin) * units + (first - begin);
+    for (int u = 0; u < units; u += A::lanes) {
+      F rows[A::lanes];
+      for (int i = 0; i < A::lanes; ++i) rows[i] = V::template load<F>(lines + i * line() + u);
+      V::transpose(rows);
+      for (int i = 0; i < A::lanes && u + i < units; ++i) V::store(to + (u + i) * width, rows[i]);
     }
   }
 };
@@ -144,20 +162,39 @@ struct NoAhead {
   void step() {}
 };
 
-// sums[x][g] = sum over k of packed[k * step + g] . spread(a[x * across + k * along]), then done(x, g, sum). Rows in
-// lanes meet keys that are spread, or `values` in lanes meet probabilities: to some arithmetics the sides differ.
-template <class A, int X, int G, bool values = false, class Step, class Across, class Ahead, class Done>
-MLA_INLINE void product(const uint32_t* packed, Step step, int length, const uint32_t* a, Across across, int64_t along,
-                        Ahead& ahead, Done&& done) {
-  using V = typename A::V;
+// Vectors of units that lie `step` units apart.
+template <class A, class Step> struct Ready {
+  const uint32_t* at;
+  Step step;
+  template <int G> MLA_INLINE void next(typename A::Unit (&vectors)[G]) {
+#pragma GCC unroll 2
+    for (int g = 0; g < G; ++g) vectors[g] = A::V::template load<typename A::Unit>(at + g * A::lanes);
+    at += step;
+  }
+};
+
+// One pair of the vectors that interleaving `per_unit` rows gives.
+template <class A, int pair> struct Interleaved {
+  const uint32_t* at;
+  int64_t stride; // of a row
+  MLA_INLINE void next(typename A::Unit (&vectors)[2]) {
+    A::template interleave<pair>(at, stride, vectors);
+    at += A::per_unit * stride;
+  }
+};
+
+// sums[x][g] = sum over k of vectors[k][g] . spread(a[x * across + k * along]), then done(x, g, sum). Rows in lanes
+// meet keys that are spread, or `values` in lanes meet probabilities: to some arithmetics the sides differ.
+template <class A, int X, int G, bool values = false, class Vectors, class Across, class Ahead, class Done>
+MLA_INLINE void product(Vectors vectors, int length, const uint32_t* a, Across across, int64_t along, Ahead& ahead,
+                        Done&& done) {
   typename A::Sum sums[X][G] = {};
   Broadcasts<X, Across> from(a, across);
 #pragma GCC unroll 2
-  for (int k = 0; k < length; ++k, packed += step, from.step(along)) {
+  for (int k = 0; k < length; ++k, from.step(along)) {
     ahead.step();
     typename A::Unit rows[G];
-#pragma GCC unroll 2
-    for (int g = 0; g < G; ++g) rows[g] = V::template load<typename A::Unit>(packed + g * A::lanes);
+    vectors.next(rows);
 #pragma GCC unroll 24
     for (int x = 0; x < X; ++x) {
       const typename A::Unit one = A::spread(from[x]);
@@ -174,25 +211,32 @@ MLA_INLINE void product(const uint32_t* packed, Step step, int length, const uin
 
 // A tile of keys (or values) of `A`: rows of units, and what belongs to each of them.
 template <class A> struct Tile {
-  int64_t stride; // units from row to row
-  uint32_t* rows; // [kKeys][stride]
-  float* factors; // [kKeys] of the first part
-  float* rests;   // [kKeys] of the second part
-  float* offsets; // [kKeys] what is to be taken from products with the first part
-  float* biases;  // [kKeys] 0, or -inf for a key that nobody sees
+  const uint32_t* rows; // [kKeys][stride], the tile's own or the cache's
+  int64_t stride;       // units from row to row
+  float* factors;       // [kKeys] of the first part
+  float* rests;         // [kKeys] of the second part
+  float* offsets;       // [kKeys] what is to be taken from products with the first part
+  float* biases;        // [kKeys] 0, or -inf for a key that nobody sees
 
   void carve(Carver& carver, int units) {
-    stride = odd_stride(units);
-    rows = carver.take<uint32_t>(kKeys * stride + 4 * A::lanes + 32);
+    own_stride_ = odd_stride(units);
+    own_ = carver.take<uint32_t>(kKeys * own_stride_ + 4 * A::lanes + 32);
     factors = carver.take<float>(kKeys);
     rests = carver.take<float>(kKeys);
     offsets = carver.take<float>(kKeys);
     biases = carver.take<float>(kKeys);
   }
-  uint32_t* row(int i) const { return rows + i * stride; }
+  // The first `count` rows lie at `data`, as units, and all are seen.
+  void borrow(const char* data, int64_t units, int count) {
+    rows = reinterpret_cast<const uint32_t*>(data);
+    stride = units;
+    for (int i = 0; i < count; ++i) biases[i] = 0.0f;
+  }
   // Rows 0..count-1, whose first parts are of `type`. row(i, take), called in order, hands the parts to take(parts) and
   // returns true, or false for a row that nobody sees.
   template <class Row> void pack(Type type, int count, Row&& row) {
+    rows = own_;
+    stride = own_stride_;
     with(type, [&](auto constant) {
       Parts parts[A::together];
       int places[A::together], some = 0;
@@ -208,10 +252,11 @@ template <class A> struct Tile {
   }
 
 private:
+  uint32_t* at(int i) const { return own_ + i * own_stride_; }
   template <Type type> MLA_INLINE void pack_rows(const Parts* parts, const int* places, int count) {
     if constexpr (!kSplit<A>) {
       for (int i = 0; i < count; ++i) {
-        uint32_t* to = row(places[i]);
+        uint32_t* to = at(places[i]);
         biases[places[i]] = 0.0f;
         mla::pack<A, type>(parts[i].a, 1.0f, to);
         mla::pack<A, beside(type)>(parts[i].b, 1.0f, to + units_of<A>(parts[i].a.count));
@@ -220,7 +265,7 @@ private:
       typename A::Measure measures[A::together];
       for (int i = 0; i < count; ++i) measures[i] = A::template measure<type>(parts[i]);
       for (int i = 0; i < count; ++i) {
-        const Factors own = A::template pack_key<type>(parts[i], measures[i], row(places[i]));
+        const Factors own = A::template pack_key<type>(parts[i], measures[i], at(places[i]));
         biases[places[i]] = 0.0f;
         factors[places[i]] = own.first;
         rests[places[i]] = own.rest;
@@ -229,10 +274,13 @@ private:
     }
   }
   void erase(int i) {
-    std::memset(row(i), 0, static_cast<size_t>(stride) * 4);
+    std::memset(at(i), 0, static_cast<size_t>(own_stride_) * 4);
     factors[i] = rests[i] = offsets[i] = 0.0f;
     biases[i] = -kInfinity;
   }
+
+  uint32_t* own_;
+  int64_t own_stride_;
 };
 
 // Where number d of a value stands in a row of sums: in every 16 bytes of units, four numbers of each interleaved key.
@@ -240,45 +288,6 @@ template <class A> constexpr int place_of(int d) {
   constexpr int chunk = A::per_unit * A::lanes, four = 4 * A::per_unit;
   return d / chunk * chunk + d % four / 4 * A::lanes + d % chunk / four * 4 + d % 4;
 }
-
-// The values of a tile for weighted sums: units that hold one number of `per_unit` keys each, in vectors along the
-// numbers. Chunks of per_unit vectors are made when the first row tile asks for them, and kept for the others; one row
-// tile alone needs one chunk at a time, which stays in the nearest cache.
-template <class A> struct Columns {
-  static constexpr int chunk = A::per_unit * A::lanes; // numbers
-  const Tile<A>* tile = nullptr;
-  uint32_t* units = nullptr;
-  int64_t stride = 0; // units from chunk to chunk; 0 where there is room for one
-  bool ready = false; // all chunks are there
-
-  void carve(Carver& carver, int width, int64_t rows) {
-    if constexpr (A::per_unit > 1) {
-      const bool all = rows > 2 * A::lanes;
-      stride = all ? kKeys * A::lanes : 0;
-      units = carver.take<uint32_t>(kKeys * A::lanes * (all ? up(width, chunk) / chunk : 1));
-    }
-  }
-  // Rows of `tile`, which has been packed anew.
-  void begin(const Tile<A>& packed) {
-    tile = &packed;
-    ready = false;
-  }
-  // Two vectors of every `per_unit` keys, step() units apart, from number d on.
-  const uint32_t* at(int d, int tokens) {
-    if constexpr (A::per_unit == 1) {
-      return tile->rows + d;
-    } else {
-      uint32_t* to = units + d / chunk * stride;
-      if (!ready && d % chunk == 0)
-        for (int t = 0; t < tokens; t += A::per_unit)
-          A::interleave(tile->row(t) + d / A::per_unit, tile->stride, to + t * A::lanes);
-      return to + d % chunk;
-    }
-  }
-  // All numbers have been asked for.
-  void end() { ready = stride > 0; }
-  int64_t step() const { return A::per_unit == 1 ? tile->stride : chunk; }
-};
 
 } // namespace
 } // namespace mla

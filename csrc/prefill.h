@@ -30,7 +30,6 @@ private:
     float *key_floats, *value_floats;
     Limits limits;
     Tile<A> latents, keys, values;
-    Columns<A> columns;
     Weights<A> weights;
     State state;
     int key_channels, value_channels; // n and v in whole vectors
@@ -52,7 +51,6 @@ private:
       latents.carve(carver, units_of<A>(r));
       keys.carve(carver, p.units_);
       values.carve(carver, units_of<A>(call.v));
-      columns.carve(carver, call.v, p.chunk_);
       weights.carve(carver);
       state.template carve<A>(carver, up(p.chunk_, A::lanes), call.v);
     }
@@ -103,9 +101,8 @@ private:
       const int filled = static_cast<int>(up(count, narrow_x));
       expand(sequence, from, count, filled, scratch);
       NoAhead ahead;
-      attend_rows<A, wide_x, narrow_x>(scratch.queries, rows, units_of<A>(call_.n), scratch.keys,
-                                       scratch.values.factors, scratch.columns, from, count, filled, scratch.limits,
-                                       state, scratch.weights, ahead);
+      attend_rows<A, wide_x, narrow_x>(scratch.queries, rows, units_of<A>(call_.n), scratch.keys, scratch.values, from,
+                                       count, filled, scratch.limits, state, scratch.weights, ahead);
     }
     finish<A>(attention_, state, 0, rows, call_.v, call_.out.type, [&](int i) {
       return Place{head(call_.out, sequence, first + i, h), lse_of(attention_, sequence, first + i, h), h};
@@ -152,7 +149,6 @@ private:
       if (seen(t)) take(Parts{floats(value, call_.v), {}});
       return seen(t);
     });
-    scratch.columns.begin(scratch.values);
   }
 
   static Part floats(const float* data, int count) {
@@ -177,7 +173,7 @@ private:
     F factors[G];
     for (int g = 0; g < G; ++g) factors[g] = V::template load<F>(w.factors + channel + g * A::lanes);
     for (int t = 0; t < tokens; t += X)
-      product<A, X, G>(w.tile(channel), std::integral_constant<int, G * A::lanes>(), w.units,
+      product<A, X, G>(Ready<A, std::integral_constant<int, G * A::lanes>>{w.tile(channel), {}}, w.units,
                        latents.rows + t * latents.stride, latents.stride, 1, ahead,
                        [&](int x, int g, F value) MLA_INLINE_LAMBDA {
                          if constexpr (kSplit<A>) value = value * (factors[g] * latents.factors[t + x]);

@@ -75,6 +75,30 @@ inline Part rotary(const Cache& cache, const Cursor& cursor) {
   return {cursor.at(cache.k_rope), cache.type == Type::f32 ? Type::f32 : Type::bf16, cache.p, 1.0f};
 }
 
+// Bytes of a latent and of a rotary key.
+inline int64_t latent_bytes(const Cache& cache) {
+  return cache.r * (cache.type == Type::f32 ? 4 : cache.type == Type::bf16 ? 2 : 1);
+}
+inline int64_t rotary_bytes(const Cache& cache) { return cache.p * (cache.type == Type::f32 ? 4 : 2); }
+
+// Whether every rotary key follows its latent at once.
+inline bool joined(const Cache& cache) {
+  return cache.k_rope.data == cache.c_kv.data + latent_bytes(cache) &&
+         cache.k_rope.row_stride == cache.c_kv.row_stride && cache.k_rope.page_stride == cache.c_kv.page_stride;
+}
+
+// Tokens first..first+count-1 of a sequence where they lie, if a tile of `A` can borrow them from there: as units, side
+// by side, all seen, and rows hold the `width` numbers that weighted sums reach for. Null otherwise.
+template <class A> const char* lying(const Attention& call, int sequence, int64_t first, int64_t count, int width) {
+  const Cache& cache = call.cache;
+  if (!A::stored(cache.type) || !joined(cache) || call.key_mask) return nullptr;
+  if (cache.r % A::per_unit || cache.p % A::per_unit || width > cache.r + cache.p) return nullptr;
+  const Cursor cursor(cache, sequence, first);
+  if (!cursor.exists() || cursor.left_in_page() < count) return nullptr;
+  const char* data = cursor.at(cache.c_kv);
+  return (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(cache.c_kv.row_stride)) % 4 ? nullptr : data;
+}
+
 // Tokens first..first+count-1 of a sequence as a tile of `tokens` rows; those beyond, and those that are masked
 // or do not exist, are empty. row(i, cursor) says where the parts of one that does lie.
 template <class A, class Row>
@@ -98,11 +122,7 @@ class RowsAhead {
 public:
   RowsAhead(const Cache& cache, int sequence, int64_t first, int64_t count)
       : cache_(cache), cursor_(cache, sequence, count > 0 ? first : 0), left_(most(0, count)) {
-    latent_bytes_ = cache.r * (cache.type == Type::f32 ? 4 : cache.type == Type::bf16 ? 2 : 1);
-    rotary_bytes_ = cache.p * (cache.type == Type::f32 ? 4 : 2);
-    const int64_t stride = cache.c_kv.row_stride;
-    dense_ = cache.k_rope.data == cache.c_kv.data + latent_bytes_ && stride == latent_bytes_ + rotary_bytes_ &&
-             cache.k_rope.row_stride == stride && cache.k_rope.page_stride == cache.c_kv.page_stride;
+    dense_ = joined(cache) && cache.c_kv.row_stride == latent_bytes(cache) + rotary_bytes(cache);
   }
   MLA_INLINE void step() {
     if (at_ < end_) {
@@ -125,7 +145,7 @@ private:
       end_ += count * cache_.c_kv.row_stride;
       return advance(count);
     }
-    end_ += rotary_ ? rotary_bytes_ : latent_bytes_;
+    end_ += rotary_ ? rotary_bytes(cache_) : latent_bytes(cache_);
     rotary_ = !rotary_;
     if (!rotary_) advance(1);
   }
@@ -136,7 +156,7 @@ private:
 
   const Cache& cache_;
   Cursor cursor_;
-  int64_t left_, latent_bytes_, rotary_bytes_;
+  int64_t left_;
   bool dense_, rotary_ = false;
   const char *at_ = nullptr, *end_ = nullptr;
 };
@@ -174,9 +194,8 @@ struct Limits {
 // All row tiles of `rows` rows against one tile of keys, `count` from key `from` on, filled up to `tokens`.
 // `first`: units of a row's first part.
 template <class A, int wide_x, int narrow_x, class Ahead>
-void attend_rows(const Lanes<A>& queries, int rows, int first, const Tile<A>& keys, const float* value_factors,
-                 Columns<A>& values, int64_t from, int64_t count, int tokens, Limits& limits, State& state,
-                 Weights<A>& weights, Ahead& ahead) {
+void attend_rows(const Lanes<A>& queries, int rows, int first, const Tile<A>& keys, const Tile<A>& values, int64_t from,
+                 int64_t count, int tokens, Limits& limits, State& state, Weights<A>& weights, Ahead& ahead) {
   for (int row = 0; row < rows; row += 2 * A::lanes) {
     const int some = static_cast<int>(least(2 * A::lanes, rows - row));
     const int lanes = static_cast<int>(up(some, A::lanes));
@@ -187,8 +206,7 @@ void attend_rows(const Lanes<A>& queries, int rows, int first, const Tile<A>& ke
       relative = limits.relative;
     }
     const auto tile = [&](auto x, auto groups) MLA_INLINE_LAMBDA {
-      attend<A, x(), groups()>(queries, row, some, first, keys, value_factors, values, tokens, relative, state, weights,
-                               ahead);
+      attend<A, x(), groups()>(queries, row, some, first, keys, values, tokens, relative, state, weights, ahead);
     };
     if (lanes > A::lanes)
       tile(std::integral_constant<int, wide_x>(), std::integral_constant<int, 2>());
@@ -210,17 +228,22 @@ void finish(const Attention& call, const State& state, int begin, int end, int w
     float factor = empty ? 0.0f : 1.0f / total;
     // exp(lse) / (exp(lse) + exp(sink)): the share of the softmax that the sink leaves to the keys.
     if (call.sinks && !empty) factor /= 1.0f + __builtin_expf(call.sinks[place.h] - lse);
-    const auto copy = [&](auto* to, auto&& rounded) MLA_INLINE_LAMBDA {
-      const float* sums = state.row(row);
+    using Four = Vec<4>;
+    const auto copy = [&](auto&& rounded) MLA_INLINE_LAMBDA {
+      const auto four = [&](int d) MLA_INLINE_LAMBDA {
+        return rounded(Four::load<Four::F>(state.row(row) + place_of<A>(d)) * factor);
+      };
+      constexpr int bytes = sizeof(four(0)) / 4;
       int d = 0;
-      for (; d + 4 <= width; d += 4)
-        for (int i = 0; i < 4; ++i) to[d + i] = rounded(sums[place_of<A>(d) + i] * factor);
-      for (; d < width; ++d) to[d] = rounded(sums[place_of<A>(d)] * factor);
+      for (; d + 4 <= width; d += 4) Four::store(place.out + d * bytes, four(d));
+      if (d == width) return;
+      const auto last = four(d);
+      std::memcpy(place.out + d * bytes, &last, static_cast<size_t>(width - d) * bytes);
     };
     if (type == Type::f32)
-      copy(reinterpret_cast<float*>(place.out), [](float x) { return x; });
+      copy([](Four::F x) { return x; });
     else
-      copy(reinterpret_cast<uint16_t*>(place.out), to_bf16);
+      copy(Four::to_bf16);
   }
 }
 

@@ -50,8 +50,10 @@ template <class A, int X, int G, class Ahead>
 void score(const Lanes<A>& queries, int row, int first, const Tile<A>& keys, int tokens, float* scores, Ahead& ahead) {
   using V = typename A::V;
   using F = typename A::F;
-  constexpr std::integral_constant<int, G * A::lanes> step;
-  const uint32_t* packed = queries.tile(row);
+  const auto ready = [&](auto arithmetic, int unit) {
+    using Step = std::integral_constant<int, G * A::lanes>;
+    return Ready<decltype(arithmetic), Step>{queries.tile(row) + unit * G * A::lanes, {}};
+  };
   F factors[G], rests[G];
   for (int g = 0; g < G; ++g) {
     factors[g] = V::template load<F>(queries.factors + row + g * A::lanes);
@@ -67,7 +69,7 @@ void score(const Lanes<A>& queries, int row, int first, const Tile<A>& keys, int
   for (int t = 0; t < tokens; t += X) {
     const uint32_t* rows = keys.rows + t * keys.stride;
     float* to = scores + t * G * A::lanes;
-    product<A, X, G>(packed, step, length, rows, keys.stride, 1, ahead, [&](int x, int g, F value) MLA_INLINE_LAMBDA {
+    product<A, X, G>(ready(A(), 0), length, rows, keys.stride, 1, ahead, [&](int x, int g, F value) MLA_INLINE_LAMBDA {
       if constexpr (kSplit<A>) {
         if constexpr (A::shifted) value = value - keys.offsets[t + x];
         value = value * (factors[g] * keys.factors[t + x]);
@@ -79,12 +81,12 @@ void score(const Lanes<A>& queries, int row, int first, const Tile<A>& keys, int
         float* at = to + (x * G + g) * A::lanes;
         V::store(at, V::template load<F>(at) + value);
       };
-      product<typename A::Rest, X, G>(packed + first * step, step, rest, rows + first, keys.stride, 1, ahead,
+      product<typename A::Rest, X, G>(ready(typename A::Rest(), first), rest, rows + first, keys.stride, 1, ahead,
                                       [&](int x, int g, F value)
                                           MLA_INLINE_LAMBDA { add(x, g, value * (rests[g] * keys.rests[t + x])); });
       if constexpr (A::second > 0) {
         if (finer)
-          product<A, X, G>(packed + (first + rest) * step, step, first, rows, keys.stride, 1, ahead,
+          product<A, X, G>(ready(A(), first + rest), first, rows, keys.stride, 1, ahead,
                            [&](int x, int g, F value) MLA_INLINE_LAMBDA {
                              value = value - keys.offsets[t + x];
                              add(x, g, value * (factors[g] * (1.0f / A::second) * keys.factors[t + x]));
@@ -159,12 +161,12 @@ template <class A, int G> void soften(int tokens, const float* value_factors, co
 
 // X rows from `i` of a row tile that is `lanes` wide and begins with `row`: sums += probability * value, over the keys
 // and 2 * A::lanes numbers from `d` on.
-template <class A, int X, class Ahead> void weigh_rows(int tokens, const uint32_t* values, int64_t step, int d,
-                                                       int lanes, int i, int64_t row, State& state,
-                                                       const Weights<A>& weights, Ahead& ahead) {
+template <class A, int X, class Values, class Ahead> void weigh_rows(int tokens, Values values, int d, int lanes, int i,
+                                                                     int64_t row, State& state,
+                                                                     const Weights<A>& weights, Ahead& ahead) {
   using V = typename A::V;
   using F = typename A::F;
-  product<A, X, 2, true>(values, step, tokens / A::per_unit, weights.units + i, One{}, lanes, ahead,
+  product<A, X, 2, true>(values, tokens / A::per_unit, weights.units + i, One{}, lanes, ahead,
                          [&](int x, int g, F value) MLA_INLINE_LAMBDA {
                            float* at = state.row(row + i + x) + d + g * A::lanes;
                            if constexpr (kSplit<A>) value = value * weights.factors[i + x];
@@ -172,41 +174,54 @@ template <class A, int X, class Ahead> void weigh_rows(int tokens, const uint32_
                          });
 }
 
-// The same for the first `rows` rows of the tile, and all numbers.
-template <class A, class Ahead> void weigh(int tokens, Columns<A>& values, int rows, int lanes, int64_t row,
-                                           State& state, const Weights<A>& weights, Ahead& ahead) {
-  const int64_t step = values.step();
-  for (int d = 0; d < state.width; d += 2 * A::lanes) {
-    const uint32_t* from = values.at(d, tokens);
-    int i = 0;
-    const auto next = [&](auto count) MLA_INLINE_LAMBDA {
-      weigh_rows<A, count()>(tokens, from, step, d, lanes, i, row, state, weights, ahead);
-      i += count();
-    };
-    // As many as registers hold the sums of, and few that do not count.
-    while (i < rows) {
-      const int left = rows - i;
-      if constexpr (A::lanes == 16) {
-        if (left > 4) {
-          if (left > 8 && (left <= 12 || left > 16))
-            next(std::integral_constant<int, 12>());
-          else
-            next(std::integral_constant<int, 8>());
-          continue;
-        }
+// The same for the first `rows` rows of the tile.
+template <class A, class Values, class Ahead> void weigh_numbers(int tokens, Values values, int d, int rows, int lanes,
+                                                                 int64_t row, State& state, const Weights<A>& weights,
+                                                                 Ahead& ahead) {
+  int i = 0;
+  const auto next = [&](auto count) MLA_INLINE_LAMBDA {
+    weigh_rows<A, count()>(tokens, values, d, lanes, i, row, state, weights, ahead);
+    i += count();
+  };
+  // As many as registers hold the sums of, and few that do not count.
+  while (i < rows) {
+    const int left = rows - i;
+    if constexpr (A::lanes == 16) {
+      if (left > 4) {
+        if (left > 8 && (left <= 12 || left > 16))
+          next(std::integral_constant<int, 12>());
+        else
+          next(std::integral_constant<int, 8>());
+        continue;
       }
-      next(std::integral_constant<int, 4>());
     }
+    next(std::integral_constant<int, 4>());
   }
-  values.end();
+}
+
+// The same for all numbers.
+template <class A, class Ahead> void weigh(int tokens, const Tile<A>& values, int rows, int lanes, int64_t row,
+                                           State& state, const Weights<A>& weights, Ahead& ahead) {
+  constexpr int both = 2 * A::lanes, chunk = A::per_unit * A::lanes;
+  for (int d = 0; d < state.width; d += both) {
+    const auto all = [&](auto vectors) MLA_INLINE_LAMBDA {
+      weigh_numbers<A>(tokens, vectors, d, rows, lanes, row, state, weights, ahead);
+    };
+    if constexpr (A::per_unit == 1)
+      all(Ready<A, int64_t>{values.rows + d, values.stride});
+    else if (d % chunk == 0)
+      all(Interleaved<A, 0>{values.rows + d / A::per_unit, values.stride});
+    else if constexpr (chunk > both)
+      all(Interleaved<A, 1>{values.rows + (d - both) / A::per_unit, values.stride});
+  }
 }
 
 // One row tile, of which `rows` rows count, against one tile of keys.
 template <class A, int X, int G, class Ahead>
-void attend(const Lanes<A>& queries, int row, int rows, int first, const Tile<A>& keys, const float* value_factors,
-            Columns<A>& values, int tokens, const int32_t* limits, State& state, Weights<A>& weights, Ahead& ahead) {
+void attend(const Lanes<A>& queries, int row, int rows, int first, const Tile<A>& keys, const Tile<A>& values,
+            int tokens, const int32_t* limits, State& state, Weights<A>& weights, Ahead& ahead) {
   score<A, X, G>(queries, row, first, keys, tokens, weights.scores, ahead);
-  soften<A, G>(tokens, value_factors, limits, row, state, weights);
+  soften<A, G>(tokens, values.factors, limits, row, state, weights);
   weigh<A>(tokens, values, rows, G * A::lanes, row, state, weights, ahead);
 }
 

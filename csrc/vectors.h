@@ -78,6 +78,32 @@ template <int lanes> struct Vec {
       return sum<width / 2>(v + pick<Swapped<width>>(v, v));
   }
 
+  template <int width> struct Upper {
+    static constexpr int of(int i) { return i & width ? lanes + (i ^ width) : i; }
+  };
+  template <int width> struct Lower {
+    static constexpr int of(int i) { return i & width ? lanes + i : i ^ width; }
+  };
+  // Rows become columns.
+  template <int width = lanes / 2> static MLA_INLINE void transpose(F (&rows)[lanes]) {
+    if constexpr (width > 0) {
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) {
+        if (i & width) continue;
+        const F a = rows[i], b = rows[i | width];
+        rows[i] = pick<Upper<width>>(a, b);
+        rows[i | width] = pick<Lower<width>>(a, b);
+      }
+      transpose<width / 2>(rows);
+    }
+  }
+
+  static MLA_INLINE H to_bf16(F x) { // nearest, ties to even
+    const U bits = as<U>(x);
+    const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded, H);
+  }
+
   // |x| < 2^22 plus this has the nearest integer in its low bits.
   static constexpr float rounding = 12582912.0f; // 1.5 * 2^23
   static MLA_INLINE U nearest(F x) { return as<U>(x + rounding); }
@@ -130,13 +156,6 @@ template <int size> MLA_INLINE void copy_some(char* to, const char* from, int co
 #endif
   std::memset(to, 0, size);
   std::memcpy(to, from, static_cast<size_t>(count));
-}
-
-MLA_INLINE uint16_t to_bf16(float x) { // nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 MLA_INLINE int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }

@@ -1,5 +1,7 @@
 """The C++ kernels of every instruction set against the reference: sizes, formats and layouts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -97,6 +99,21 @@ def test_odd_rows_at_odd_addresses(isa, operator, cache, seed):
     case = Case(b=2, s=3, t=41, h=3, n=5, r=2 * seed + 23, p=2 * seed + 1, v=2 * seed + 9)
     options = Options(joined=True, transposed=True, lengths=(41, 40), seed=seed)
     check(kept_call(case, cache, options), operator, isa, cache)
+
+
+@by_isa
+@by_cache
+@pytest.mark.parametrize("page", [0, 30, 125, 400])
+@pytest.mark.parametrize(("r", "p"), [(88, 32), (512, 64), (64, 0), (40, 24), (40, 22)])
+def test_rows_are_read_where_they_lie_as_they_are_packed(isa, cache, page, r, p):
+    """Joined rows of the right widths may be multiplied in place; parts apart are always packed."""
+    case = Case(b=2, s=2, t=391, h=9, n=5, r=r, p=p, v=11)
+    options = Options(page=page, tight=True, lengths=(391, 264), queries="bf16")
+    apart = kept_call(case, cache, options)
+    check(apart, "decode", isa, cache, "bf16")
+    joined = kept_call(case, cache, replace(options, joined=True))
+    for one, other in zip(joined.run("decode", isa), apart.run("decode", isa), strict=True):
+        assert torch.equal(one, other)
 
 
 @by_isa

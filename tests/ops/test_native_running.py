@@ -53,9 +53,9 @@ def test_numbers_of_threads_agree(isa, operator, cache):
         for again in got[1:]:
             assert torch.equal(again[0], got[0][0])
             assert torch.equal(again[1], got[0][1])
-        # Partial sums meet in another order, and have other maxima: probabilities round to other integers.
+        # Partial sums meet in another order, tiles are cut elsewhere: probabilities round to other integers.
         kind = "fp32" if operator == "prefill" else arithmetic(isa, operator, cache)
-        assert distance(got[0][0], out.double()) < {"fp32": 1e-6, "int16": 2e-5}.get(kind, 2e-3)
+        assert distance(got[0][0], out.double()) < {"fp32": 1e-6, "int16": 3e-4}.get(kind, 2e-3)
         torch.testing.assert_close(got[0][1], lse, atol=2e-6, rtol=1e-6)
         check(call, operator, isa, cache)
 
