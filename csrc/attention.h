@@ -69,8 +69,9 @@ struct Decode {
   Heads out;      // [b, s, h, r]
 };
 
-// Expanded: keys and values are rebuilt tile by tile from the latents.
-struct Prefill {
+// With the up-projections, from queries to outputs. Expanded (prefill), keys and values are rebuilt tile by tile from
+// the latents; absorbed, the projections are of queries and outputs.
+struct Projected {
   Attention attention;
   Heads q_nope; // [b, s, h, n]
   Heads q_rope; // [b, s, h, p]
@@ -86,7 +87,8 @@ struct Kernels {
   const char* name;
   bool (*supported)();
   void (*decode)(const Decode&);
-  void (*prefill)(const Prefill&);
+  void (*prefill)(const Projected&);
+  void (*absorbed)(const Projected&);
   double (*ceiling)(int64_t rounds);
 };
 

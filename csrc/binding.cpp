@@ -119,13 +119,17 @@ NB_MODULE(_kernels, m) {
     nb::gil_scoped_release release;
     named(isa).decode({attention(cache, sizes, scale, causal, threads), heads(q_latent), heads(q_rope), heads(out)});
   });
-  m.def("prefill", [](const std::string& isa, const CacheTuple& cache, const SizesTuple& sizes, float scale,
-                      bool causal, int threads, const HeadsTuple& q_nope, const HeadsTuple& q_rope,
-                      const WeightTuple& w_uk, const WeightTuple& w_uv, const HeadsTuple& out, int n, int v) {
-    nb::gil_scoped_release release;
-    named(isa).prefill({attention(cache, sizes, scale, causal, threads), heads(q_nope), heads(q_rope), weight(w_uk),
-                        weight(w_uv), heads(out), n, v});
-  });
+  const auto projected = [&m](const char* name, auto kernel) {
+    m.def(name, [kernel](const std::string& isa, const CacheTuple& cache, const SizesTuple& sizes, float scale,
+                         bool causal, int threads, const HeadsTuple& q_nope, const HeadsTuple& q_rope,
+                         const WeightTuple& w_uk, const WeightTuple& w_uv, const HeadsTuple& out, int n, int v) {
+      nb::gil_scoped_release release;
+      (named(isa).*kernel)({attention(cache, sizes, scale, causal, threads), heads(q_nope), heads(q_rope), weight(w_uk),
+                            weight(w_uv), heads(out), n, v});
+    });
+  };
+  projected("prefill", &Kernels::prefill);
+  projected("absorbed", &Kernels::absorbed);
   m.def("ceiling", [](const std::string& isa, int64_t rounds) {
     nb::gil_scoped_release release;
     return named(isa).ceiling(rounds);

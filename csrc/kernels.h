@@ -2,7 +2,7 @@
 // MLA_KERNELS and MLA_NAME.
 #pragma once
 
-#include "decode.h"
+#include "absorbed.h"
 #include "prefill.h"
 
 namespace mla {
@@ -25,11 +25,20 @@ void decode(const Decode& call) {
 
 // Keys and values expanded from int8 latents are no longer multiples of anything: they are multiplied as those of
 // bf16 latents are.
-void prefill(const Prefill& call) {
+void prefill(const Projected& call) {
   using Full = Prefiller<Isa::Full, Isa::wide_x, Isa::narrow_x>;
   if (call.attention.cache.type == Type::f32) return Full::run(call, kAny);
   Full::run(call, kShort);
   Prefiller<Isa::Half, Isa::wide_x, Isa::narrow_x>::run(call, kLong);
+}
+
+// Weights do not change from call to call, but integers would have to be made of them each time.
+void absorbed(const Projected& call) {
+  using Half = std::conditional_t<kSplit<Isa::Half>, Isa::Full, Isa::Half>;
+  if (call.attention.cache.type == Type::f32 || call.w_uk.type == Type::f32)
+    Absorber<Isa::Full, Isa::wide_x, Isa::narrow_x>::run(call, decode);
+  else
+    Absorber<Half, Isa::wide_x, Isa::narrow_x>::run(call, decode);
 }
 
 #if defined(MLA_EMULATE_AVX512) // its vectors are wider than any register here
@@ -64,6 +73,6 @@ double ceiling(int64_t rounds) {
 
 } // namespace
 
-const Kernels MLA_KERNELS = {MLA_NAME, supported, decode, prefill, ceiling};
+const Kernels MLA_KERNELS = {MLA_NAME, supported, decode, prefill, absorbed, ceiling};
 
 } // namespace mla

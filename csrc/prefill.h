@@ -19,7 +19,7 @@ constexpr int kQueries = 4096; // queries per item at most: what bounds the scra
 template <class A, int wide_x, int narrow_x> class Prefiller {
 public:
   // Serves the sequences whose length lies in `lengths`.
-  static void run(const Prefill& call, Lengths lengths) {
+  static void run(const Projected& call, Lengths lengths) {
     Prefiller prefiller(call, lengths);
     if (!prefiller.sequences_.empty()) prefiller.run();
   }
@@ -36,7 +36,7 @@ private:
     int key_line, value_line;         // floats from token to token
 
     void carve(Carver& carver, const Prefiller& p) {
-      const Prefill& call = p.call_;
+      const Projected& call = p.call_;
       const int r = call.attention.cache.r, width = call.attention.cache.p, slack = 4 * A::lanes;
       uk.carve(carver, call.n, units_of<A>(r));
       uv.carve(carver, call.v, units_of<A>(r));
@@ -56,7 +56,7 @@ private:
     }
   };
 
-  Prefiller(const Prefill& call, Lengths lengths) : call_(call), attention_(call.attention) {
+  Prefiller(const Projected& call, Lengths lengths) : call_(call), attention_(call.attention) {
     for (int sequence = 0; sequence < attention_.b; ++sequence)
       if (lengths.hold(attention_.lengths[sequence])) sequences_.push_back(sequence);
     units_ = units_of<A>(call.n, attention_.cache.p);
@@ -181,7 +181,7 @@ private:
                        });
   }
 
-  const Prefill& call_;
+  const Projected& call_;
   const Attention& attention_;
   int units_, chunk_, threads_;
   int64_t chunks_, items_;

@@ -215,6 +215,29 @@ void attend_rows(const Lanes<A>& queries, int rows, int first, const Tile<A>& ke
   }
 }
 
+// A row of `width` numbers of a type; four(d) gives four of them from d on.
+template <class Four> MLA_INLINE void write_fours(int width, Type type, char* to, Four&& four) {
+  using V = Vec<4>;
+  const auto write = [&](auto&& rounded) MLA_INLINE_LAMBDA {
+    constexpr int bytes = sizeof(rounded(V::F())) / 4;
+    int d = 0;
+    for (; d + 4 <= width; d += 4) V::store(to + d * bytes, rounded(four(d)));
+    if (d == width) return;
+    const auto last = rounded(four(d));
+    std::memcpy(to + d * bytes, &last, static_cast<size_t>(width - d) * bytes);
+  };
+  if (type == Type::f32)
+    write([](V::F x) { return x; });
+  else
+    write(V::to_bf16);
+}
+
+// A row of sums, times a factor -> a row of `width` numbers of a type.
+template <class A> void write_sums(const float* sums, float factor, int width, Type type, char* to) {
+  using V = Vec<4>;
+  write_fours(width, type, to, [&](int d) MLA_INLINE_LAMBDA { return V::load<V::F>(sums + place_of<A>(d)) * factor; });
+}
+
 // Rows begin to end - 1 of the sums -> rows of the output and their lse. where(row) says where a row goes.
 template <class A, class Where>
 void finish(const Attention& call, const State& state, int begin, int end, int width, Type type, Where&& where) {
@@ -228,22 +251,7 @@ void finish(const Attention& call, const State& state, int begin, int end, int w
     float factor = empty ? 0.0f : 1.0f / total;
     // exp(lse) / (exp(lse) + exp(sink)): the share of the softmax that the sink leaves to the keys.
     if (call.sinks && !empty) factor /= 1.0f + __builtin_expf(call.sinks[place.h] - lse);
-    using Four = Vec<4>;
-    const auto copy = [&](auto&& rounded) MLA_INLINE_LAMBDA {
-      const auto four = [&](int d) MLA_INLINE_LAMBDA {
-        return rounded(Four::load<Four::F>(state.row(row) + place_of<A>(d)) * factor);
-      };
-      constexpr int bytes = sizeof(four(0)) / 4;
-      int d = 0;
-      for (; d + 4 <= width; d += 4) Four::store(place.out + d * bytes, four(d));
-      if (d == width) return;
-      const auto last = four(d);
-      std::memcpy(place.out + d * bytes, &last, static_cast<size_t>(width - d) * bytes);
-    };
-    if (type == Type::f32)
-      copy([](Four::F x) { return x; });
-    else
-      copy(Four::to_bf16);
+    write_sums<A>(state.row(row), factor, width, type, place.out);
   }
 }
 

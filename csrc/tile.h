@@ -31,6 +31,12 @@ struct State {
   float* row(int64_t i) const { return sums + i * width; }
 };
 
+// What weighted sums multiply values by.
+struct Shares {
+  const uint32_t* units; // [keys / per_unit][row of the tile]
+  const float* factors;  // [row of the tile], of integers
+};
+
 // What one row tile needs besides its state.
 template <class A> struct Weights {
   float* scores;   // [kKeys][row of the tile]
@@ -162,25 +168,25 @@ template <class A, int G> void soften(int tokens, const float* value_factors, co
 // X rows from `i` of a row tile that is `lanes` wide and begins with `row`: sums += probability * value, over the keys
 // and 2 * A::lanes numbers from `d` on.
 template <class A, int X, class Values, class Ahead> void weigh_rows(int tokens, Values values, int d, int lanes, int i,
-                                                                     int64_t row, State& state,
-                                                                     const Weights<A>& weights, Ahead& ahead) {
+                                                                     int64_t row, State& state, const Shares& shares,
+                                                                     Ahead& ahead) {
   using V = typename A::V;
   using F = typename A::F;
-  product<A, X, 2, true>(values, tokens / A::per_unit, weights.units + i, One{}, lanes, ahead,
+  product<A, X, 2, true>(values, tokens / A::per_unit, shares.units + i, One{}, lanes, ahead,
                          [&](int x, int g, F value) MLA_INLINE_LAMBDA {
                            float* at = state.row(row + i + x) + d + g * A::lanes;
-                           if constexpr (kSplit<A>) value = value * weights.factors[i + x];
+                           if constexpr (kSplit<A>) value = value * shares.factors[i + x];
                            V::store(at, V::template load<F>(at) + value);
                          });
 }
 
 // The same for the first `rows` rows of the tile.
 template <class A, class Values, class Ahead> void weigh_numbers(int tokens, Values values, int d, int rows, int lanes,
-                                                                 int64_t row, State& state, const Weights<A>& weights,
+                                                                 int64_t row, State& state, const Shares& shares,
                                                                  Ahead& ahead) {
   int i = 0;
   const auto next = [&](auto count) MLA_INLINE_LAMBDA {
-    weigh_rows<A, count()>(tokens, values, d, lanes, i, row, state, weights, ahead);
+    weigh_rows<A, count()>(tokens, values, d, lanes, i, row, state, shares, ahead);
     i += count();
   };
   // As many as registers hold the sums of, and few that do not count.
@@ -201,11 +207,11 @@ template <class A, class Values, class Ahead> void weigh_numbers(int tokens, Val
 
 // The same for all numbers.
 template <class A, class Ahead> void weigh(int tokens, const Tile<A>& values, int rows, int lanes, int64_t row,
-                                           State& state, const Weights<A>& weights, Ahead& ahead) {
+                                           State& state, const Shares& shares, Ahead& ahead) {
   constexpr int both = 2 * A::lanes, chunk = A::per_unit * A::lanes;
   for (int d = 0; d < state.width; d += both) {
     const auto all = [&](auto vectors) MLA_INLINE_LAMBDA {
-      weigh_numbers<A>(tokens, vectors, d, rows, lanes, row, state, weights, ahead);
+      weigh_numbers<A>(tokens, vectors, d, rows, lanes, row, state, shares, ahead);
     };
     if constexpr (A::per_unit == 1)
       all(Ready<A, int64_t>{values.rows + d, values.stride});
@@ -222,7 +228,7 @@ void attend(const Lanes<A>& queries, int row, int rows, int first, const Tile<A>
             int tokens, const int32_t* limits, State& state, Weights<A>& weights, Ahead& ahead) {
   score<A, X, G>(queries, row, first, keys, tokens, weights.scores, ahead);
   soften<A, G>(tokens, values.factors, limits, row, state, weights);
-  weigh<A>(tokens, values, rows, G * A::lanes, row, state, weights, ahead);
+  weigh<A>(tokens, values, rows, G * A::lanes, row, state, {weights.units, weights.factors}, ahead);
 }
 
 } // namespace

@@ -77,7 +77,7 @@ def record_paths(monkeypatch: Any) -> list[tuple[str, str]]:
 
         monkeypatch.setattr(module, function, recorded)
 
-    record("kernels", native, "decode", "absorbed")
+    record("kernels", native, "absorbed", "absorbed")
     record("kernels", native, "prefill", "expanded")
     record("torch", portable, "absorbed", "absorbed")
     record("torch", portable, "expanded", "expanded")

@@ -16,7 +16,7 @@ from tests.ops.cases import Case
 
 # MLA_ISA narrows the tests down to one instruction set.
 ISAS = (os.environ["MLA_ISA"],) if os.environ.get("MLA_ISA") else native.instruction_sets()
-OPERATORS = ("decode", "prefill")
+OPERATORS = ("decode", "absorbed", "prefill")
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 NO_PAGE = 2147480000
 IDENTITIES = 2**21  # numbers in the weights that make reference.absorbed an attention of given latent queries
@@ -61,9 +61,10 @@ class Call:
 
     def want(self, operator: str) -> tuple[Tensor, Tensor]:
         """Output and lse of the reference, in fp64."""
-        if operator not in self.wanted:
-            self.wanted[operator] = self._attend(operator)
-        return self.wanted[operator]
+        kind = "decode" if operator == "decode" else "prefill"  # what "absorbed" computes as well
+        if kind not in self.wanted:
+            self.wanted[kind] = self._attend(kind)
+        return self.wanted[kind]
 
     def _attend(self, operator: str) -> tuple[Tensor, Tensor]:
         x = {name: tensor.double() for name, tensor in self.queries[operator].items()}
@@ -156,6 +157,12 @@ def make_call(case: Case, cache: str, options: Options, inputs: dict[str, Tensor
 
     dtype, weight_dtype = FORMATS[options.queries], FORMATS[options.weights or options.queries]
     q_rope = _queries(inputs["q_rope"], dtype, options)
+    projected = {
+        "q_nope": _queries(inputs["q_nope"], dtype, options),
+        "q_rope": q_rope,
+        "w_uk": inputs["w_uk"].to(weight_dtype),
+        "w_uv": inputs["w_uv"].to(weight_dtype),
+    }
     return Call(
         cache={
             "c_kv": c_kv,
@@ -169,14 +176,10 @@ def make_call(case: Case, cache: str, options: Options, inputs: dict[str, Tensor
         },
         queries={
             "decode": {"q_latent": _queries(inputs["q_latent"], dtype, options), "q_rope": q_rope},
-            "prefill": {
-                "q_nope": _queries(inputs["q_nope"], dtype, options),
-                "q_rope": q_rope,
-                "w_uk": inputs["w_uk"].to(weight_dtype),
-                "w_uv": inputs["w_uv"].to(weight_dtype),
-            },
+            "prefill": projected,
+            "absorbed": dict(projected),
         },
-        scales={"decode": (case.r + case.p) ** -0.5, "prefill": case.scale},
+        scales={"decode": (case.r + case.p) ** -0.5, "prefill": case.scale, "absorbed": case.scale},
         latents=latents,
         ropes=ropes,
         seen=seen,
@@ -257,7 +260,7 @@ def arithmetic(isa: str, operator: str, cache: str) -> str:
     """What an instruction set's products are made of, for sequences of more than a few keys."""
     if isa == "generic" or cache == "fp32":
         return "fp32"
-    if isa.startswith("avx512") and cache == "int8" and operator == "decode":
+    if isa.startswith("avx512") and cache == "int8" and operator != "prefill":
         return "int8"
     return "bf16" if isa == "avx512_bf16" else "int16"
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.ops.cases import Case
-from tests.ops.native_cases import FORMATS, ISAS, Options, check, make_call, make_inputs
+from tests.ops.native_cases import FORMATS, ISAS, OPERATORS, Options, check, make_call, make_inputs
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="built without kernels")
 
@@ -43,7 +43,7 @@ def calls(draw):
     return case, draw(st.sampled_from(list(FORMATS))), options, sharpness
 
 
-@pytest.mark.parametrize("operator", ["decode", "prefill"])
+@pytest.mark.parametrize("operator", OPERATORS)
 @settings(
     max_examples=FUZZ or 150,
     deadline=None,

@@ -11,7 +11,7 @@ which the first r values are the latent (``head_dim_v``) and the last p the rota
 import torch
 from torch import Tensor
 
-from mla.ops import native, portable
+from mla.ops import arguments, native, portable
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _INTEGERS = (torch.int32, torch.int64)
@@ -92,7 +92,7 @@ def flash_mla_with_kvcache(
     sparse = indices is not None
     _check_cache("k_cache", k_cache, q, head_dim_v, is_fp8_kvcache, one_head=sparse)
     scale = d**-0.5 if softmax_scale is None else softmax_scale
-    native.check_scale(scale, "softmax_scale")
+    arguments.check_scale(scale, "softmax_scale")
     sinks = _sinks(attn_sink, h)
     extra = {
         "extra_k_cache": extra_k_cache,
@@ -166,7 +166,7 @@ def flash_mla_sparse_fwd(
     """
     _expect("q [s, h, d]", q, (None, None, None), _FLOATS)
     _expect("kv [t, 1, d]", kv, (None, None, q.shape[2]), (q.dtype,))
-    native.check_scale(sm_scale, "sm_scale")
+    arguments.check_scale(sm_scale, "sm_scale")
     # Every query is a sequence and every token a page.
     queries, cache = q[:, None], kv[:, None]
     _check_cache("kv", cache, queries, d_v, False, one_head=True)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mla.ops import native, portable
+from mla.ops import arguments, native, portable
 
 Path = Literal["absorbed", "expanded"]
 
@@ -123,7 +123,7 @@ def prefill(
         ValueError: shapes, dtypes or devices that do not fit together: which tensor, what was expected, what
             came.
     """
-    native.check_scale(scale)
+    arguments.check_scale(scale)
     _check(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, mask, sinks, latent_scale)
     if plan is None:
         plan = plan_for(q_nope, c_kv, k_rope, w_uv, causal=causal)
@@ -179,7 +179,7 @@ def decode(
     Raises:
         ValueError: as for :func:`prefill`, or a length outside 0..t.
     """
-    native.check_scale(scale)
+    arguments.check_scale(scale)
     _check(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, mask, sinks, latent_scale)
     b, t = c_kv.shape[:2]
     given = lengths.flatten().tolist() if isinstance(lengths, Tensor) else list(lengths)
@@ -265,12 +265,12 @@ def _kernels_take(
         native.best() is not None
         and dropout == 0.0
         and all(x.device.type == "cpu" for x in tensors)
-        and computed <= native.QUERY_DTYPES
+        and computed <= arguments.QUERY_DTYPES
         and len(computed) == 1
-        and c_kv.dtype in native.CACHE_DTYPES
-        and k_rope.dtype == native.rope_dtype(c_kv.dtype)
-        and native.has_rows(c_kv)
-        and native.has_rows(k_rope)
+        and c_kv.dtype in arguments.CACHE_DTYPES
+        and k_rope.dtype == arguments.rope_dtype(c_kv.dtype)
+        and arguments.has_rows(c_kv)
+        and arguments.has_rows(k_rope)
         and not needs_grad(*tensors)
     )
 
@@ -309,33 +309,17 @@ def _native(
     causal: bool,
     plan: Plan,
 ) -> tuple[Tensor, Tensor]:
-    b, s, h, n = q_nope.shape
-    r = c_kv.shape[2]
     if key_mask is not None:
-        key_mask = key_mask.expand(b, c_kv.shape[1]).contiguous()
+        key_mask = key_mask.expand(q_nope.shape[0], c_kv.shape[1]).contiguous()
     sinks = None if sinks is None else sinks.float().contiguous()
-    if plan.path == "expanded":
-        return native.prefill(
-            q_nope,
-            q_rope,
-            c_kv,
-            k_rope,
-            w_uk,
-            w_uv,
-            lengths,
-            scale=scale,
-            causal=causal,
-            latent_scale=latent_scale,
-            key_mask=key_mask,
-            sinks=sinks,
-        )
-    # One product per head, [h, b·s, n] x [h, n, r]; the result is read by its strides.
-    q_latent = torch.matmul(q_nope.permute(2, 0, 1, 3).reshape(h, b * s, n), w_uk)
-    out_latent, lse = native.decode(
-        q_latent.view(h, b, s, r).permute(1, 2, 0, 3),
+    attend = native.prefill if plan.path == "expanded" else native.absorbed
+    return attend(
+        q_nope,
         q_rope,
         c_kv,
         k_rope,
+        w_uk,
+        w_uv,
         lengths,
         scale=scale,
         causal=causal,
@@ -343,9 +327,6 @@ def _native(
         key_mask=key_mask,
         sinks=sinks,
     )
-    flat_out = out_latent.permute(2, 0, 1, 3).reshape(h, b * s, r)
-    out = torch.matmul(flat_out, w_uv.transpose(1, 2)).view(h, b, s, w_uv.shape[1])
-    return out.permute(1, 2, 0, 3), lse
 
 
 def _check(

@@ -1,12 +1,13 @@
-"""The C++ kernels as torch operators ``mla::decode`` and ``mla::prefill``: CPU tensors, no gradients.
+"""The C++ kernels as torch operators ``mla::decode``, ``mla::absorbed`` and ``mla::prefill``.
 
+CPU tensors, no gradients.
 The operators are registered when this module is imported, with shape functions, so that ``torch.compile`` and
 ``torch.export`` see them. ``instruction_sets()`` says what runs here; it is empty where the package was built
 without a compiler. Shapes are in the alphabet of ``mla.ops.reference``.
 """
 
+import functools
 import logging
-import math
 import os
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mla.errors import MLAError
+from mla.ops import arguments
 
 try:
     from mla import _kernels as _built
@@ -22,12 +24,6 @@ except ImportError:
 _kernels: Any = _built
 
 _log = logging.getLogger(__name__)
-
-# The numbers of csrc/attention.h.
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-
-CACHE_DTYPES = frozenset(_TYPES)
-QUERY_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -42,22 +38,6 @@ def best() -> str | None:
     The environment variable ``MLA_ISA``, read when this module is imported, names another one.
     """
     return _BEST
-
-
-def rope_dtype(latents: torch.dtype) -> torch.dtype:
-    """The dtype of rotary keys beside latents of a dtype that the kernels take."""
-    return torch.float32 if latents == torch.float32 else torch.bfloat16
-
-
-def check_scale(scale: float, name: str = "scale") -> None:
-    """Refuse a factor that makes every score NaN. A negative one is a number like any other."""
-    if not abs(scale) < math.inf:  # math.isfinite would break the graph of torch.compile
-        raise ValueError(f"{name}: expected a finite number, got {scale}")
-
-
-def has_rows(x: Tensor) -> bool:
-    """Whether the numbers of the last dimension lie side by side, as the kernels read them."""
-    return x.stride(-1) == 1 or x.shape[-1] <= 1
 
 
 def decode(
@@ -169,6 +149,51 @@ def prefill(
     return out, lse
 
 
+def absorbed(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    c_kv: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    latent_scale: Tensor | None = None,
+    page_table: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    isa: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Absorbed attention from queries to outputs: :func:`decode` and the products with the weights around it.
+
+    Meant for few queries: queries and sums in the latent space take 4·b·s·h·(2r + p) bytes for the time of
+    the call; they are fp32, whatever the dtype of queries and weights.
+
+    Args, results and errors: as for :func:`prefill`, which computes the same.
+    """
+    out: Tensor
+    lse: Tensor
+    out, lse = torch.ops.mla.absorbed.default(
+        q_nope,
+        q_rope,
+        c_kv,
+        k_rope,
+        w_uk,
+        w_uv,
+        lengths,
+        latent_scale,
+        page_table,
+        key_mask,
+        sinks,
+        scale,
+        causal,
+        isa,
+    )
+    return out, lse
+
+
 def ceiling(isa: str, rounds: int) -> float:
     """Run the instruction that carries the products of ``isa`` on one thread, out of registers.
 
@@ -194,22 +219,25 @@ def _decode(
     isa: str | None,
 ) -> tuple[Tensor, Tensor]:
     isa = _choose(isa)
-    check_scale(scale)
-    _check_queries(q_latent, q_rope, c_kv, "q_latent [b, s, h, r]", absorbed=True)
-    _check_cache(q_latent, c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks)
+    arguments.check_scale(scale)
+    arguments.check_queries(q_latent, q_rope, c_kv, "q_latent [b, s, h, r]", absorbed=True)
+    arguments.check_cache(q_latent, c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks)
     b, s, h, _ = q_latent.shape
-    _expect("q_rope [b, s, h, p]", q_rope, (b, s, h, k_rope.shape[-1]))
-    q_latent, q_rope = _rows(q_latent), _rows(q_rope)
+    arguments.expect("q_rope [b, s, h, p]", q_rope, (b, s, h, k_rope.shape[-1]))
+    q_latent, q_rope = arguments.rows(q_latent), arguments.rows(q_rope)
     out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
     lse = torch.empty((b, s, h), dtype=torch.float32)
     if b * s * h:
-        cache, sizes = _arguments(c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks, lse)
-        queries = (_heads(q_latent), _heads(q_rope), _heads(out))
+        cache, sizes = arguments.cache_and_sizes(
+            c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks, lse
+        )
+        queries = (arguments.heads(q_latent), arguments.heads(q_rope), arguments.heads(out))
         _kernels.decode(isa, cache, sizes, scale, causal, torch.get_num_threads(), *queries)
     return out, lse
 
 
-def _prefill(
+def _projected(
+    kernel: str,
     q_nope: Tensor,
     q_rope: Tensor,
     c_kv: Tensor,
@@ -226,24 +254,37 @@ def _prefill(
     isa: str | None,
 ) -> tuple[Tensor, Tensor]:
     isa = _choose(isa)
-    check_scale(scale)
-    _check_queries(q_nope, q_rope, c_kv, "q_nope [b, s, h, n]", absorbed=False)
-    _check_cache(q_nope, c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks)
+    arguments.check_scale(scale)
+    arguments.check_queries(q_nope, q_rope, c_kv, "q_nope [b, s, h, n]", absorbed=False)
+    arguments.check_cache(q_nope, c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks)
     b, s, h, n = q_nope.shape
     r, p = c_kv.shape[-1], k_rope.shape[-1]
-    _expect("q_rope [b, s, h, p]", q_rope, (b, s, h, p))
-    _expect("w_uk [h, n, r]", w_uk, (h, n, r))
+    arguments.expect("q_rope [b, s, h, p]", q_rope, (b, s, h, p))
+    arguments.expect("w_uk [h, n, r]", w_uk, (h, n, r))
     v = w_uv.shape[1] if w_uv.ndim == 3 else -1
-    _expect("w_uv [h, v, r]", w_uv, (h, v, r))
-    if w_uk.dtype not in QUERY_DTYPES or w_uv.dtype != w_uk.dtype:
+    arguments.expect("w_uv [h, v, r]", w_uv, (h, v, r))
+    if w_uk.dtype not in arguments.QUERY_DTYPES or w_uv.dtype != w_uk.dtype:
         raise ValueError(f"w_uk and w_uv: expected both fp32 or both bf16, got {w_uk.dtype} and {w_uv.dtype}")
-    q_nope, q_rope, w_uk, w_uv = _rows(q_nope), _rows(q_rope), _rows(w_uk), _rows(w_uv)
+    q_nope, q_rope, w_uk, w_uv = (
+        arguments.rows(q_nope),
+        arguments.rows(q_rope),
+        arguments.rows(w_uk),
+        arguments.rows(w_uv),
+    )
     out = torch.empty((b, s, h, v), dtype=q_nope.dtype)
     lse = torch.empty((b, s, h), dtype=torch.float32)
     if b * s * h:
-        cache, sizes = _arguments(c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks, lse)
-        tensors = (_heads(q_nope), _heads(q_rope), _weight(w_uk), _weight(w_uv), _heads(out))
-        _kernels.prefill(isa, cache, sizes, scale, causal, torch.get_num_threads(), *tensors, n, v)
+        cache, sizes = arguments.cache_and_sizes(
+            c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks, lse
+        )
+        tensors = (
+            arguments.heads(q_nope),
+            arguments.heads(q_rope),
+            arguments.weight(w_uk),
+            arguments.weight(w_uv),
+            arguments.heads(out),
+        )
+        getattr(_kernels, kernel)(isa, cache, sizes, scale, causal, torch.get_num_threads(), *tensors, n, v)
     return out, lse
 
 
@@ -260,139 +301,6 @@ def _expected(available: tuple[str, ...]) -> str:
     return f"expected an instruction set of this machine ({have})"
 
 
-def _check_queries(q: Tensor, q_rope: Tensor, c_kv: Tensor, name: str, *, absorbed: bool) -> None:
-    if c_kv.ndim != 3:
-        raise ValueError(f"c_kv: expected [b, t, r] or [pages, page size, r], got {tuple(c_kv.shape)}")
-    if q.ndim != 4 or (absorbed and q.shape[3] != c_kv.shape[2]):
-        wanted = f"4 dimensions, the last of {c_kv.shape[2]}" if absorbed else "4 dimensions"
-        raise ValueError(f"{name}: expected {wanted}, got shape {tuple(q.shape)}")
-    if q.dtype not in QUERY_DTYPES or q_rope.dtype != q.dtype:
-        raise ValueError(f"queries: expected both fp32 or both bf16, got {q.dtype} and {q_rope.dtype}")
-
-
-def _check_cache(
-    q: Tensor,
-    c_kv: Tensor,
-    k_rope: Tensor,
-    lengths: Tensor,
-    latent_scale: Tensor | None,
-    page_table: Tensor | None,
-    key_mask: Tensor | None,
-    sinks: Tensor | None,
-) -> None:
-    b, _, h, _ = q.shape
-    pages, size, _ = c_kv.shape
-    latents = c_kv.dtype
-    if latents not in CACHE_DTYPES:
-        raise ValueError(f"c_kv: expected fp32, bf16 or int8, got {latents}")
-    if k_rope.dtype != rope_dtype(latents):
-        wanted = f"{rope_dtype(latents)} beside {latents} latents"
-        raise ValueError(f"k_rope: expected {wanted}, got {k_rope.dtype}")
-    if page_table is None:
-        if pages != b:
-            _expect("c_kv [b, t, r]", c_kv, (b, *c_kv.shape[1:]))
-    elif page_table.dtype != torch.int32 or page_table.ndim != 2 or page_table.shape[0] != b:
-        raise ValueError(
-            f"page_table: expected int32 [{b}, pages], got {page_table.dtype} {tuple(page_table.shape)}"
-        )
-    if k_rope.ndim != 3:
-        raise ValueError(f"k_rope: expected 3 dimensions, as c_kv, got shape {tuple(k_rope.shape)}")
-    _expect("k_rope", k_rope, (pages, size, k_rope.shape[2]))
-    for name, tensor in (("c_kv", c_kv), ("k_rope", k_rope)):
-        if not has_rows(tensor):
-            raise ValueError(f"{name}: expected a contiguous last dimension, got strides {tensor.stride()}")
-    if (latents == torch.int8) != (latent_scale is not None):
-        wanted, came = ("a tensor", "None") if latent_scale is None else ("None", "a tensor")
-        raise ValueError(f"latent_scale: expected {wanted} beside {latents} latents, got {came}")
-    if latent_scale is not None:
-        _expect("latent_scale", latent_scale, (pages, size), torch.float32)
-    _expect("lengths [b]", lengths, (b,), torch.int32)
-    if key_mask is not None:
-        room = size * (1 if page_table is None else page_table.shape[1])
-        _expect("key_mask [b, t]", key_mask, (b, room), torch.bool)
-    if sinks is not None:
-        _expect("sinks [h]", sinks, (h,), torch.float32)
-
-
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
-    if tensor.shape != shape or (dtype is not None and tensor.dtype != dtype):
-        wanted = f"{dtype} {shape}" if dtype else f"shape {shape}"
-        raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype} {tuple(tensor.shape)}")
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The tensor itself where its last dimension is contiguous."""
-    return x if has_rows(x) else x.contiguous()
-
-
-def _arguments(
-    c_kv: Tensor,
-    k_rope: Tensor,
-    lengths: Tensor,
-    latent_scale: Tensor | None,
-    page_table: Tensor | None,
-    key_mask: Tensor | None,
-    sinks: Tensor | None,
-    lse: Tensor,
-) -> tuple[tuple[object, ...], tuple[int, ...]]:
-    """Cache and sizes in the form of csrc/binding.cpp; the tensors must outlive the call."""
-    for name, tensor in (("page_table", page_table), ("key_mask", key_mask)):
-        if tensor is not None and not has_rows(tensor):
-            raise ValueError(f"{name}: expected contiguous rows, got strides {tensor.stride()}")
-    for name, tensor in (("lengths", lengths), ("sinks", sinks)):
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
-    pages, size, r = c_kv.shape
-    cache = (
-        _pages(c_kv),
-        _pages(k_rope),
-        (0, 0, 0) if latent_scale is None else _pages(latent_scale),
-        _TYPES[c_kv.dtype],
-        0 if page_table is None else page_table.data_ptr(),
-        0 if page_table is None else page_table.stride(0),
-        0 if page_table is None else page_table.shape[1],
-        pages,
-        max(size, 1),
-        r,
-        k_rope.shape[2],
-    )
-    sizes = (
-        *lse.shape,
-        lengths.data_ptr(),
-        0 if key_mask is None else key_mask.data_ptr(),
-        0 if key_mask is None else key_mask.stride(0),
-        0 if sinks is None else sinks.data_ptr(),
-        lse.data_ptr(),
-    )
-    return cache, sizes
-
-
-# Every look at a tensor costs 0.1 to 0.3 microseconds, and a short decode takes thirty: few are taken twice.
-
-
-def _pages(x: Tensor) -> tuple[int, int, int]:
-    size, strides = x.element_size(), x.stride()
-    return x.data_ptr(), strides[0] * size, strides[1] * size
-
-
-def _heads(x: Tensor) -> tuple[int, ...]:
-    size, (b, s, h, _) = x.element_size(), x.stride()
-    return x.data_ptr(), _TYPES[x.dtype], b * size, s * size, h * size
-
-
-def _weight(x: Tensor) -> tuple[int, ...]:
-    size, (h, row, _) = x.element_size(), x.stride()
-    return x.data_ptr(), _TYPES[x.dtype], h * size, row * size
-
-
-def _check_devices(**tensors: Tensor | None) -> None:
-    """A single tensor on "meta" makes torch run the shape function, whose results hold nothing."""
-    devices = {name: x.device for name, x in tensors.items() if x is not None}
-    if len(set(devices.values())) > 1:
-        name, device = next((name, device) for name, device in devices.items() if device.type != "cpu")
-        raise ValueError(f"{name}: expected a CPU tensor, got one on {device}")
-
-
 def _decode_shapes(
     q_latent: Tensor,
     q_rope: Tensor,
@@ -405,7 +313,7 @@ def _decode_shapes(
     sinks: Tensor | None,
     *options: object,
 ) -> tuple[Tensor, Tensor]:
-    _check_devices(
+    arguments.check_devices(
         q_latent=q_latent,
         q_rope=q_rope,
         c_kv=c_kv,
@@ -419,7 +327,7 @@ def _decode_shapes(
     return q_latent.new_empty(q_latent.shape), q_latent.new_empty(q_latent.shape[:3], dtype=torch.float32)
 
 
-def _prefill_shapes(
+def _projected_shapes(
     q_nope: Tensor,
     q_rope: Tensor,
     c_kv: Tensor,
@@ -433,7 +341,7 @@ def _prefill_shapes(
     sinks: Tensor | None,
     *options: object,
 ) -> tuple[Tensor, Tensor]:
-    _check_devices(
+    arguments.check_devices(
         q_nope=q_nope,
         q_rope=q_rope,
         c_kv=c_kv,
@@ -471,13 +379,12 @@ _OPTIONS = (
     "float scale, bool causal, str? isa"
 )
 _DECODE = f"decode(Tensor q_latent, Tensor q_rope, Tensor c_kv, Tensor k_rope, {_OPTIONS})"
-_PREFILL = (
-    f"prefill(Tensor q_nope, Tensor q_rope, Tensor c_kv, Tensor k_rope, Tensor w_uk, Tensor w_uv, {_OPTIONS})"
-)
+_PROJECTED = f"Tensor q_nope, Tensor q_rope, Tensor c_kv, Tensor k_rope, Tensor w_uk, Tensor w_uv, {_OPTIONS}"
 _library: Any = torch.library.Library("mla", "DEF")  # type: ignore[no-untyped-call]
 _library.define(f"{_DECODE} -> (Tensor, Tensor)")
-_library.define(f"{_PREFILL} -> (Tensor, Tensor)")
 _library.impl("decode", _decode, "CPU")
-_library.impl("prefill", _prefill, "CPU")
 torch.library.register_fake("mla::decode", _decode_shapes)
-torch.library.register_fake("mla::prefill", _prefill_shapes)
+for _kernel in ("prefill", "absorbed"):
+    _library.define(f"{_kernel}({_PROJECTED}) -> (Tensor, Tensor)")
+    _library.impl(_kernel, functools.partial(_projected, _kernel), "CPU")
+    torch.library.register_fake(f"mla::{_kernel}", _projected_shapes)

@@ -96,38 +96,21 @@ def attend(
     Raises:
         ValueError: as for ``mla.ops.native``.
     """
-    h, n, r = w_uk.shape
-    s, v = run.s, w_uv.shape[1]
-    b = len(run.lengths)
+    h, n, _ = w_uk.shape
+    s, v, b = run.s, w_uv.shape[1], len(run.lengths)
     mine = q[run.tokens].view(b, s, h, -1)
-    if run.plan.path == "expanded":
-        mine = mine.float() if mine.dtype == torch.float16 else mine
-        result, _ = native.prefill(
-            mine[..., :n],
-            mine[..., n:],
-            latents.c_kv,
-            latents.k_rope,
-            w_uk,
-            w_uv,
-            run.lengths,
-            scale=scale,
-            latent_scale=latents.scale,
-            page_table=run.page_table,
-        )
-    else:
-        mine = mine.to(w_uk.dtype)
-        # One product per head, [h, b·s, n] x [h, n, r]; the result is read by its strides.
-        q_latent = torch.matmul(mine[..., :n].permute(2, 0, 1, 3).reshape(h, b * s, n), w_uk)
-        out_latent, _ = native.decode(
-            q_latent.view(h, b, s, r).permute(1, 2, 0, 3),
-            mine[..., n:],
-            latents.c_kv,
-            latents.k_rope,
-            run.lengths,
-            scale=scale,
-            latent_scale=latents.scale,
-            page_table=run.page_table,
-        )
-        flat = out_latent.permute(2, 0, 1, 3).reshape(h, b * s, r)
-        result = torch.matmul(flat, w_uv.transpose(1, 2)).view(h, b, s, v).permute(1, 2, 0, 3)
+    mine = mine.float() if mine.dtype == torch.float16 else mine
+    kernel = native.prefill if run.plan.path == "expanded" else native.absorbed
+    result, _ = kernel(
+        mine[..., :n],
+        mine[..., n:],
+        latents.c_kv,
+        latents.k_rope,
+        w_uk,
+        w_uv,
+        run.lengths,
+        scale=scale,
+        latent_scale=latents.scale,
+        page_table=run.page_table,
+    )
     out[run.tokens].view(b, s, h, v).copy_(result)

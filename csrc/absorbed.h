@@ -1,0 +1,231 @@
+// Absorbed attention from queries to outputs: the keys' up-projection goes into the queries and the values' comes out
+// of the weighted sums, head by head; between them is attention over the latents.
+//
+// A head's rows are its queries of all sequences. Heads are dealt to threads in equal stretches, and weights are
+// multiplied where they lie: with few queries, reading them is all that it costs.
+#pragma once
+
+#include "decode.h"
+
+namespace mla {
+namespace {
+
+// Brings memory that lies in one piece into the second-level cache, two lines at every step of a product.
+class LinesAhead {
+public:
+  LinesAhead(const char* data, int64_t bytes) : at_(data), end_(data + bytes) {}
+  MLA_INLINE void step() {
+    if (at_ >= end_) return;
+    __builtin_prefetch(at_, 0, 2);
+    __builtin_prefetch(at_ + 64, 0, 2);
+    at_ += 128;
+  }
+
+private:
+  const char *at_, *end_;
+};
+
+template <class A, int wide_x, int narrow_x> class Absorber {
+public:
+  // `decode` is attention over the latents.
+  static void run(const Projected& call, void (*decode)(const Decode&)) {
+    const Absorber absorber(call);
+    // Two pieces: the C library keeps pieces of up to 32 MiB for the next call, larger ones have to be cleared anew.
+    const int64_t rows = absorber.rows_ * absorber.h_ * 4;
+    const Memory queries_memory(rows * (absorber.r_ + absorber.p_)), sums_memory(rows * absorber.r_);
+    float* queries = reinterpret_cast<float*>(queries_memory.data);
+    float* sums = reinterpret_cast<float*>(sums_memory.data);
+    absorber.each_head([&](int h, Scratch& scratch) { absorber.absorb(h, queries, scratch); });
+    const Heads q_latent = absorber.heads(queries, absorber.r_ + absorber.p_), out = absorber.heads(sums, absorber.r_);
+    Heads q_rope = q_latent;
+    q_rope.data += absorber.r_ * 4;
+    decode({call.attention, q_latent, q_rope, out});
+    absorber.each_head([&](int h, Scratch& scratch) { absorber.project(h, out, scratch); });
+  }
+
+private:
+  static constexpr int kAlone = 4; // rows
+
+  struct Scratch {
+    Lanes<A> lanes;
+    Tile<A> weights;
+    State sums;
+    float *scores, *line; // [kKeys][row of the tile], [kKeys]
+
+    void carve(Carver& carver, const Absorber& a) {
+      lanes.carve(carver, a.block_, units_of<A>(a.r_ > a.n_ ? a.r_ : a.n_));
+      weights.carve(carver, units_of<A>(a.r_));
+      sums.template carve<A>(carver, a.block_, a.r_);
+      scores = carver.take<float>(kKeys * 2 * A::lanes);
+      line = carver.take<float>(kKeys + 4);
+    }
+  };
+
+  explicit Absorber(const Projected& call)
+      : call_(call), attention_(call.attention), rows_(int64_t{attention_.b} * attention_.s), h_(attention_.h),
+        n_(call.n), r_(attention_.cache.r), p_(attention_.cache.p),
+        block_(static_cast<int>(up(least(rows_, kRows), A::lanes))) {}
+
+  // [b, s, h, width] in fp32.
+  Heads heads(float* data, int64_t width) const {
+    const int64_t token = h_ * width * 4;
+    return {reinterpret_cast<char*>(data), Type::f32, attention_.s * token, token, width * 4};
+  }
+
+  template <class Work> void each_head(Work&& work) const {
+    const int threads = static_cast<int>(least(attention_.threads, h_));
+    Carver count(nullptr);
+    Scratch().carve(count, *this);
+    Memory memory(count.used() * threads);
+    team(threads, [&](int i) {
+      Carver carver(memory.data + count.used() * i);
+      Scratch scratch;
+      scratch.carve(carver, *this);
+      for (int h = h_ * i / threads; h < h_ * (i + 1) / threads; ++h) work(h, scratch);
+    });
+  }
+
+  // Blocks of a head's rows as lanes; block(first, rows) does the rest.
+  template <class Block> void each_block(const Heads& x, int h, int width, Scratch& scratch, Block&& block) const {
+    for (int64_t first = 0; first < rows_; first += kRows) {
+      const int rows = static_cast<int>(least(kRows, rows_ - first));
+      scratch.lanes.units = units_of<A>(width);
+      scratch.lanes.pack(rows, 1.0f, [&](int i) { return Parts{{at(x, first + i, h), x.type, width, 1.0f}, {}}; });
+      block(first, rows);
+    }
+  }
+
+  char* at(const Heads& x, int64_t row, int h) const {
+    return head(x, static_cast<int>(row / attention_.s), static_cast<int>(row % attention_.s), h);
+  }
+
+  // Rows first..first+count-1 of a head's weights as a tile of `tokens` rows. `reach`: the numbers that are read of
+  // each.
+  void load(const Weight& w, int h, int first, int count, int tokens, int64_t reach, Tile<A>& tile) const {
+    const char* data = w.data + h * w.stride_h + first * w.stride_row;
+    const bool aligned = (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(w.stride_row)) % 4 == 0;
+    if (A::stored(w.type) && aligned && count == tokens && reach == r_)
+      return tile.borrow(data, w.stride_row / 4, count);
+    tile.pack(w.type, tokens, [&](int i, auto&& take) {
+      if (i < count) take(Parts{{data + i * w.stride_row, w.type, r_, 1.0f}, {}});
+      return i < count;
+    });
+  }
+
+  // The head after h, for the memory.
+  LinesAhead after(const Weight& w, int h, int rows) const {
+    return {w.data + (h + 1) * w.stride_h, h + 1 < h_ ? rows * w.stride_row : 0};
+  }
+
+  // Queries of one head, times its up-projection of keys -> the latent space; rotary parts follow.
+  void absorb(int h, float* queries, Scratch& scratch) const {
+    const Heads to = heads(queries, r_ + p_);
+    LinesAhead ahead = after(call_.w_uk, h, n_);
+    each_block(call_.q_nope, h, n_, scratch, [&](int64_t first, int rows) {
+      scratch.sums.clear(up(rows, A::lanes));
+      for (int from = 0; from < n_; from += kKeys) {
+        const int count = static_cast<int>(least(kKeys, n_ - from));
+        const int tokens = static_cast<int>(up(count, A::per_unit));
+        load(call_.w_uk, h, from, count, tokens, scratch.sums.width, scratch.weights);
+        for (int row = 0; row < rows; row += 2 * A::lanes) {
+          const int some = static_cast<int>(least(2 * A::lanes, rows - row));
+          const int lanes = static_cast<int>(up(some, A::lanes));
+          weigh<A>(tokens, scratch.weights, some, lanes, row, scratch.sums,
+                   {scratch.lanes.tile(row) + from / A::per_unit * lanes, nullptr}, ahead);
+        }
+      }
+      for (int i = 0; i < rows; ++i) {
+        char* out = at(to, first + i, h);
+        write_sums<A>(scratch.sums.row(i), 1.0f, r_, Type::f32, out);
+        widen(at(call_.q_rope, first + i, h), reinterpret_cast<float*>(out) + r_);
+      }
+    });
+  }
+
+  void widen(const char* rotary, float* to) const {
+    if (call_.q_rope.type == Type::f32) {
+      std::memcpy(to, rotary, static_cast<size_t>(p_) * 4);
+      return;
+    }
+    for (int i = 0; i < p_; ++i) {
+      uint16_t upper;
+      std::memcpy(&upper, rotary + 2 * i, 2);
+      const uint32_t bits = static_cast<uint32_t>(upper) << 16;
+      std::memcpy(to + i, &bits, 4);
+    }
+  }
+
+  // Weighted sums of one head, times its up-projection of values -> its output.
+  void project(int h, const Heads& sums, Scratch& scratch) const {
+    LinesAhead ahead = after(call_.w_uv, h, call_.v);
+    if (rows_ <= kAlone)
+      for (int64_t row = 0; row < rows_; ++row) project_row(h, row, at(sums, row, h), scratch, ahead);
+    else
+      each_block(sums, h, r_, scratch, [&](int64_t first, int rows) { project_rows(h, first, rows, scratch, ahead); });
+  }
+
+  // The weights of up to kKeys outputs after the other: each(from, count), the latter filled up to a multiple of `to`.
+  template <class Each> void each_tile(int h, int to, int64_t reach, Scratch& scratch, Each&& each) const {
+    for (int from = 0; from < call_.v; from += kKeys) {
+      const int count = static_cast<int>(least(kKeys, call_.v - from)), tokens = static_cast<int>(up(count, to));
+      load(call_.w_uv, h, from, count, tokens, reach, scratch.weights);
+      each(from, count, tokens);
+    }
+  }
+
+  // Rows in lanes would leave most of them idle: numbers in lanes.
+  void project_row(int h, int64_t row, const char* sums, Scratch& scratch, LinesAhead& ahead) const {
+    using V = typename A::V;
+    using Unit = typename A::Unit;
+    constexpr int some = 4;
+    const int units = static_cast<int>(up(units_of<A>(r_), A::lanes));
+    uint32_t* line = scratch.lanes.lines;
+    A::template pack<Type::f32>(sums, r_, 1.0f, line);
+    each_tile(h, some, int64_t{units} * A::per_unit, scratch, [&](int from, int count, int tokens) {
+      const Tile<A>& w = scratch.weights;
+      for (int t = 0; t < tokens; t += some) {
+        typename A::Sum dots[some] = {};
+        for (int u = 0; u < units; u += A::lanes) {
+          ahead.step();
+          const Unit x = V::template load<Unit>(line + u);
+#pragma GCC unroll 4
+          for (int i = 0; i < some; ++i)
+            dots[i] = A::dot(dots[i], x, V::template load<Unit>(w.rows + (t + i) * w.stride + u));
+        }
+        for (int i = 0; i < some; ++i) scratch.line[t + i] = V::sum(A::value(dots[i]));
+      }
+      write_line(h, row, from, count, scratch);
+    });
+  }
+
+  void project_rows(int h, int64_t first, int rows, Scratch& scratch, LinesAhead& ahead) const {
+    each_tile(h, narrow_x, units_of<A>(r_) * A::per_unit, scratch, [&](int from, int count, int tokens) {
+      for (int row = 0; row < rows; row += 2 * A::lanes) {
+        const int some = static_cast<int>(least(2 * A::lanes, rows - row));
+        const int lanes = static_cast<int>(up(some, A::lanes));
+        if (lanes > A::lanes)
+          score<A, wide_x, 2>(scratch.lanes, row, 0, scratch.weights, tokens, scratch.scores, ahead);
+        else
+          score<A, narrow_x, 1>(scratch.lanes, row, 0, scratch.weights, tokens, scratch.scores, ahead);
+        for (int i = 0; i < some; ++i) {
+          for (int t = 0; t < count; ++t) scratch.line[t] = scratch.scores[t * lanes + i];
+          write_line(h, first + row + i, from, count, scratch);
+        }
+      }
+    });
+  }
+
+  void write_line(int h, int64_t row, int from, int count, const Scratch& scratch) const {
+    char* out = at(call_.out, row, h) + from * (call_.out.type == Type::f32 ? 4 : 2);
+    write_fours(count, call_.out.type, out,
+                [&](int d) MLA_INLINE_LAMBDA { return Vec<4>::load<Vec<4>::F>(scratch.line + d); });
+  }
+
+  const Projected& call_;
+  const Attention& attention_;
+  const int64_t rows_; // of a head
+  const int h_, n_, r_, p_, block_;
+};
+
+} // namespace
+} // namespace mla

@@ -1,0 +1,164 @@
+"""What the C++ kernels take: which tensors, and in what form they reach csrc/binding.cpp.
+
+Shapes are in the alphabet of ``mla.ops.reference``.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+# The numbers of csrc/attention.h.
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+CACHE_DTYPES = frozenset(_TYPES)
+QUERY_DTYPES = frozenset({torch.float32, torch.bfloat16})
+
+
+def rope_dtype(latents: torch.dtype) -> torch.dtype:
+    """The dtype of rotary keys beside latents of a dtype that the kernels take."""
+    return torch.float32 if latents == torch.float32 else torch.bfloat16
+
+
+def check_scale(scale: float, name: str = "scale") -> None:
+    """Refuse a factor that makes every score NaN. A negative one is a number like any other."""
+    if not abs(scale) < math.inf:  # math.isfinite would break the graph of torch.compile
+        raise ValueError(f"{name}: expected a finite number, got {scale}")
+
+
+def has_rows(x: Tensor) -> bool:
+    """Whether the numbers of the last dimension lie side by side, as the kernels read them."""
+    return x.stride(-1) == 1 or x.shape[-1] <= 1
+
+
+def check_queries(q: Tensor, q_rope: Tensor, c_kv: Tensor, name: str, *, absorbed: bool) -> None:
+    if c_kv.ndim != 3:
+        raise ValueError(f"c_kv: expected [b, t, r] or [pages, page size, r], got {tuple(c_kv.shape)}")
+    if q.ndim != 4 or (absorbed and q.shape[3] != c_kv.shape[2]):
+        wanted = f"4 dimensions, the last of {c_kv.shape[2]}" if absorbed else "4 dimensions"
+        raise ValueError(f"{name}: expected {wanted}, got shape {tuple(q.shape)}")
+    if q.dtype not in QUERY_DTYPES or q_rope.dtype != q.dtype:
+        raise ValueError(f"queries: expected both fp32 or both bf16, got {q.dtype} and {q_rope.dtype}")
+
+
+def check_cache(
+    q: Tensor,
+    c_kv: Tensor,
+    k_rope: Tensor,
+    lengths: Tensor,
+    latent_scale: Tensor | None,
+    page_table: Tensor | None,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+) -> None:
+    b, _, h, _ = q.shape
+    pages, size, _ = c_kv.shape
+    latents = c_kv.dtype
+    if latents not in CACHE_DTYPES:
+        raise ValueError(f"c_kv: expected fp32, bf16 or int8, got {latents}")
+    if k_rope.dtype != rope_dtype(latents):
+        wanted = f"{rope_dtype(latents)} beside {latents} latents"
+        raise ValueError(f"k_rope: expected {wanted}, got {k_rope.dtype}")
+    if page_table is None:
+        if pages != b:
+            expect("c_kv [b, t, r]", c_kv, (b, *c_kv.shape[1:]))
+    elif page_table.dtype != torch.int32 or page_table.ndim != 2 or page_table.shape[0] != b:
+        raise ValueError(
+            f"page_table: expected int32 [{b}, pages], got {page_table.dtype} {tuple(page_table.shape)}"
+        )
+    if k_rope.ndim != 3:
+        raise ValueError(f"k_rope: expected 3 dimensions, as c_kv, got shape {tuple(k_rope.shape)}")
+    expect("k_rope", k_rope, (pages, size, k_rope.shape[2]))
+    for name, tensor in (("c_kv", c_kv), ("k_rope", k_rope)):
+        if not has_rows(tensor):
+            raise ValueError(f"{name}: expected a contiguous last dimension, got strides {tensor.stride()}")
+    if (latents == torch.int8) != (latent_scale is not None):
+        wanted, came = ("a tensor", "None") if latent_scale is None else ("None", "a tensor")
+        raise ValueError(f"latent_scale: expected {wanted} beside {latents} latents, got {came}")
+    if latent_scale is not None:
+        expect("latent_scale", latent_scale, (pages, size), torch.float32)
+    expect("lengths [b]", lengths, (b,), torch.int32)
+    if key_mask is not None:
+        room = size * (1 if page_table is None else page_table.shape[1])
+        expect("key_mask [b, t]", key_mask, (b, room), torch.bool)
+    if sinks is not None:
+        expect("sinks [h]", sinks, (h,), torch.float32)
+
+
+def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    if tensor.shape != shape or (dtype is not None and tensor.dtype != dtype):
+        wanted = f"{dtype} {shape}" if dtype else f"shape {shape}"
+        raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype} {tuple(tensor.shape)}")
+
+
+def rows(x: Tensor) -> Tensor:
+    """The tensor itself where its last dimension is contiguous."""
+    return x if has_rows(x) else x.contiguous()
+
+
+def cache_and_sizes(
+    c_kv: Tensor,
+    k_rope: Tensor,
+    lengths: Tensor,
+    latent_scale: Tensor | None,
+    page_table: Tensor | None,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    lse: Tensor,
+) -> tuple[tuple[object, ...], tuple[int, ...]]:
+    """Cache and sizes in the form of csrc/binding.cpp; the tensors must outlive the call."""
+    for name, tensor in (("page_table", page_table), ("key_mask", key_mask)):
+        if tensor is not None and not has_rows(tensor):
+            raise ValueError(f"{name}: expected contiguous rows, got strides {tensor.stride()}")
+    for name, tensor in (("lengths", lengths), ("sinks", sinks)):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    pages, size, r = c_kv.shape
+    cache = (
+        _pages(c_kv),
+        _pages(k_rope),
+        (0, 0, 0) if latent_scale is None else _pages(latent_scale),
+        _TYPES[c_kv.dtype],
+        0 if page_table is None else page_table.data_ptr(),
+        0 if page_table is None else page_table.stride(0),
+        0 if page_table is None else page_table.shape[1],
+        pages,
+        max(size, 1),
+        r,
+        k_rope.shape[2],
+    )
+    sizes = (
+        *lse.shape,
+        lengths.data_ptr(),
+        0 if key_mask is None else key_mask.data_ptr(),
+        0 if key_mask is None else key_mask.stride(0),
+        0 if sinks is None else sinks.data_ptr(),
+        lse.data_ptr(),
+    )
+    return cache, sizes
+
+
+# Every look at a tensor costs 0.1 to 0.3 microseconds, and a short decode takes thirty: few are taken twice.
+
+
+def _pages(x: Tensor) -> tuple[int, int, int]:
+    size, strides = x.element_size(), x.stride()
+    return x.data_ptr(), strides[0] * size, strides[1] * size
+
+
+def heads(x: Tensor) -> tuple[int, ...]:
+    size, (b, s, h, _) = x.element_size(), x.stride()
+    return x.data_ptr(), _TYPES[x.dtype], b * size, s * size, h * size
+
+
+def weight(x: Tensor) -> tuple[int, ...]:
+    size, (h, row, _) = x.element_size(), x.stride()
+    return x.data_ptr(), _TYPES[x.dtype], h * size, row * size
+
+
+def check_devices(**tensors: Tensor | None) -> None:
+    """A single tensor on "meta" makes torch run the shape function, whose results hold nothing."""
+    devices = {name: x.device for name, x in tensors.items() if x is not None}
+    if len(set(devices.values())) > 1:
+        name, device = next((name, device) for name, device in devices.items() if device.type != "cpu")
+        raise ValueError(f"{name}: expected a CPU tensor, got one on {device}")
