@@ -63,6 +63,8 @@ private:
     const Cache& cache = attention_.cache;
     r_ = cache.r;
     units_ = units_of<A>(cache.r, cache.p);
+    // Whether rows hold both parts as a product reads them, and the numbers that weighted sums reach for.
+    joined_ = joined(cache) && cache.p % A::per_unit == 0 && State::width_of<A>(r_) <= r_ + cache.p;
     const int all = attention_.s * attention_.h;
     rows_ = static_cast<int>(up(least(all, kRows), A::lanes));
     for (int sequence = 0; sequence < attention_.b; ++sequence) {
@@ -135,7 +137,7 @@ private:
   void attend_tile(const Item& item, int64_t from, int count, int64_t end, State& state, Scratch& scratch) {
     const Cache& cache = attention_.cache;
     const int tokens = static_cast<int>(up(count, stripe));
-    const char* rows = tokens == count ? lying<A>(attention_, item.sequence, from, count, state.width) : nullptr;
+    const char* rows = joined_ && tokens == count ? lying<A>(attention_, item.sequence, from, count) : nullptr;
     if (rows)
       scratch.keys.borrow(rows, cache.c_kv.row_stride / 4, count);
     else
@@ -191,6 +193,7 @@ private:
   const Decode& call_;
   const Attention& attention_;
   int r_, units_, rows_, threads_;
+  bool joined_;
   int64_t stripes_ = 0;
   std::vector<Item> items_;
   std::vector<Scratch> scratch_;

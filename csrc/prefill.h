@@ -130,12 +130,19 @@ private:
   void expand(int sequence, int64_t from, int count, int filled, Scratch& scratch) {
     using Floats = Float32<A::lanes>;
     const Cache& cache = attention_.cache;
-    fill(attention_, sequence, from, count, filled, scratch.latents, [&](int i, const Cursor& cursor) {
+    if (const char* rows = filled == count ? lying<A>(attention_, sequence, from, count) : nullptr)
+      scratch.latents.borrow(rows, cache.c_kv.row_stride / 4, count);
+    else
+      fill(attention_, sequence, from, count, filled, scratch.latents,
+           [&](int, const Cursor& cursor) { return Parts{latent(cache, cursor), {}}; });
+    Cursor cursor(cache, sequence, from);
+    for (int i = 0; i < count; ++i, cursor.next()) {
+      if (cursor.stale()) cursor.turn();
+      if (scratch.latents.biases[i] != 0.0f) continue;
       float* to = scratch.key_floats + static_cast<int64_t>(i) * scratch.key_line + scratch.key_channels;
       const Part part = rotary(cache, cursor);
       with(part.type, [&](auto type) { mla::pack<Floats, type()>(part, 1.0f, reinterpret_cast<uint32_t*>(to)); });
-      return Parts{latent(cache, cursor), {}};
-    });
+    }
     multiply(scratch.uk, scratch.key_channels, scratch.latents, filled, scratch.key_floats, scratch.key_line);
     multiply(scratch.uv, scratch.value_channels, scratch.latents, filled, scratch.value_floats, scratch.value_line);
     const auto seen = [&](int t) { return scratch.latents.biases[t] == 0.0f; };

@@ -87,12 +87,11 @@ inline bool joined(const Cache& cache) {
          cache.k_rope.row_stride == cache.c_kv.row_stride && cache.k_rope.page_stride == cache.c_kv.page_stride;
 }
 
-// Tokens first..first+count-1 of a sequence where they lie, if a tile of `A` can borrow them from there: as units, side
-// by side, all seen, and rows hold the `width` numbers that weighted sums reach for. Null otherwise.
-template <class A> const char* lying(const Attention& call, int sequence, int64_t first, int64_t count, int width) {
+// The latents of tokens first..first+count-1 of a sequence where they lie, if a tile of `A` can borrow them from there:
+// as units, side by side, all seen. Null otherwise.
+template <class A> const char* lying(const Attention& call, int sequence, int64_t first, int64_t count) {
   const Cache& cache = call.cache;
-  if (!A::stored(cache.type) || !joined(cache) || call.key_mask) return nullptr;
-  if (cache.r % A::per_unit || cache.p % A::per_unit || width > cache.r + cache.p) return nullptr;
+  if (!A::stored(cache.type) || cache.r % A::per_unit || call.key_mask) return nullptr;
   const Cursor cursor(cache, sequence, first);
   if (!cursor.exists() || cursor.left_in_page() < count) return nullptr;
   const char* data = cursor.at(cache.c_kv);
@@ -206,7 +205,9 @@ void attend_rows(const Lanes<A>& queries, int rows, int first, const Tile<A>& ke
       relative = limits.relative;
     }
     const auto tile = [&](auto x, auto groups) MLA_INLINE_LAMBDA {
-      attend<A, x(), groups()>(queries, row, some, first, keys, values, tokens, relative, state, weights, ahead);
+      // No further than the last row sees.
+      const int enough = static_cast<int>(least(tokens, up(seen[lanes - 1] - from, x())));
+      attend<A, x(), groups()>(queries, row, some, first, keys, values, enough, relative, state, weights, ahead);
     };
     if (lanes > A::lanes)
       tile(std::integral_constant<int, wide_x>(), std::integral_constant<int, 2>());

@@ -18,8 +18,11 @@ struct State {
   float* sums;    // [rows][width], numbers in the order of place_of
   int width;      // padded to whole pairs of vectors and whole chunks
 
+  template <class A> static int width_of(int numbers) {
+    return static_cast<int>(up(numbers, A::lanes * (A::per_unit > 2 ? A::per_unit : 2)));
+  }
   template <class A> void carve(Carver& carver, int64_t rows, int numbers) {
-    width = static_cast<int>(up(numbers, A::lanes * (A::per_unit > 2 ? A::per_unit : 2)));
+    width = width_of<A>(numbers);
     maximum = carver.take<float>(rows);
     total = carver.take<float>(rows);
     sums = carver.take<float>(rows * width);
