@@ -143,6 +143,7 @@ private:
   }
 
   void widen(const char* rotary, float* to) const {
+    if (p_ == 0) return; // then there may be no memory either
     if (call_.q_rope.type == Type::f32) {
       std::memcpy(to, rotary, static_cast<size_t>(p_) * 4);
       return;
