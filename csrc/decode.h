@@ -64,7 +64,8 @@ private:
     r_ = cache.r;
     units_ = units_of<A>(cache.r, cache.p);
     // Whether rows hold both parts as a product reads them, and the numbers that weighted sums reach for.
-    joined_ = joined(cache) && cache.p % A::per_unit == 0 && State::width_of<A>(r_) <= r_ + cache.p;
+    borrows_ =
+        A::stored(cache.type) && joined(cache) && cache.p % A::per_unit == 0 && State::width_of<A>(r_) <= r_ + cache.p;
     const int all = attention_.s * attention_.h;
     rows_ = static_cast<int>(up(least(all, kRows), A::lanes));
     for (int sequence = 0; sequence < attention_.b; ++sequence) {
@@ -127,8 +128,13 @@ private:
     scratch.limits.fill(attention_, item.sequence, item.rows, padded,
                         [&](int i) { return (item.first + i) / attention_.h; });
     for (int64_t count; from < end; from += count) {
-      // What does not fill a stripe comes last, by itself: a tile that has to be filled up cannot be borrowed.
+      // A tile that has to be filled up, or that goes beyond its page, cannot be borrowed: what does not fill a stripe
+      // comes last, by itself, and so does a stripe that two pages share. Small tiles cost many rows more than packing.
       count = least(kKeys, end - from);
+      if (borrows_ && attention_.cache.page_size >= (item.rows > 2 * A::lanes ? kKeys : 2 * stripe)) {
+        const int64_t left = attention_.cache.page_size - from % attention_.cache.page_size;
+        count = least(count, most(left, stripe));
+      }
       if (count > stripe) count -= count % stripe;
       attend_tile(item, from, static_cast<int>(count), end, state, scratch);
     }
@@ -137,7 +143,7 @@ private:
   void attend_tile(const Item& item, int64_t from, int count, int64_t end, State& state, Scratch& scratch) {
     const Cache& cache = attention_.cache;
     const int tokens = static_cast<int>(up(count, stripe));
-    const char* rows = joined_ && tokens == count ? lying<A>(attention_, item.sequence, from, count) : nullptr;
+    const char* rows = borrows_ && tokens == count ? lying<A>(attention_, item.sequence, from, count) : nullptr;
     if (rows)
       scratch.keys.borrow(rows, cache.c_kv.row_stride / 4, count);
     else
@@ -193,7 +199,7 @@ private:
   const Decode& call_;
   const Attention& attention_;
   int r_, units_, rows_, threads_;
-  bool joined_;
+  bool borrows_;
   int64_t stripes_ = 0;
   std::vector<Item> items_;
   std::vector<Scratch> scratch_;
