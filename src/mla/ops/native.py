@@ -1,8 +1,8 @@
 """The C++ kernels as torch operators ``mla::decode``, ``mla::absorbed`` and ``mla::prefill``.
 
 CPU tensors, no gradients. The operators are registered when this module is imported, with shape functions, so
-that ``torch.compile`` and ``torch.export`` see them. ``instruction_sets()`` says what runs here; it is empty where the package was built
-without a compiler. Shapes are in the alphabet of ``mla.ops.reference``.
+that ``torch.compile`` and ``torch.export`` see them. ``instruction_sets()`` says what runs here; it is empty
+where the package was built without a compiler. Shapes are in the alphabet of ``mla.ops.reference``.
 """
 
 import functools
