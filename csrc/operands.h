@@ -55,7 +55,7 @@ template <class A> constexpr int query_units_of(int a, int b) {
 // Rows of queries or of output channels, in lanes.
 template <class A> struct Lanes {
   uint32_t* packed; // row tile by row tile: [unit][row of the tile]
-  float* factors;   // [rows] of the first part
+  float* factors;   // [rows] what a product with a row, of integers with its first part, is to be multiplied by
   float* rests;     // [rows] of the second part
   bool* second;     // [rows] whether the second digits matter
   uint32_t* lines;  // room for as many rows as a vector has lanes
@@ -99,8 +99,9 @@ private:
         rests[i] = own.rest * gain;
         second[i] = own.second;
       } else {
-        mla::pack<A, type()>(parts.a, gain, to);
-        mla::pack<A, type()>(parts.b, gain, to + units_of<A>(parts.a.count));
+        mla::pack<A, type()>(parts.a, 1.0f, to);
+        mla::pack<A, type()>(parts.b, 1.0f, to + units_of<A>(parts.a.count));
+        factors[i] = gain; // numbers that are bf16 already stay what they are
       }
     });
   }

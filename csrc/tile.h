@@ -82,6 +82,8 @@ void score(const Lanes<A>& queries, int row, int first, const Tile<A>& keys, int
       if constexpr (kSplit<A>) {
         if constexpr (A::shifted) value = value - keys.offsets[t + x];
         value = value * (factors[g] * keys.factors[t + x]);
+      } else {
+        value = value * factors[g];
       }
       V::store(to + (x * G + g) * A::lanes, value + keys.biases[t + x]);
     });
