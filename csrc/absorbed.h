@@ -44,7 +44,7 @@ public:
   }
 
 private:
-  static constexpr int kAlone = 4; // rows
+  static constexpr int kFewRows = 4; // rows; a vector has no fewer lanes
 
   struct Scratch {
     Lanes<A> lanes;
@@ -103,9 +103,8 @@ private:
   // each.
   void load(const Weight& w, int h, int first, int count, int tokens, int64_t reach, Tile<A>& tile) const {
     const char* data = w.data + h * w.stride_h + first * w.stride_row;
-    const bool aligned = (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(w.stride_row)) % 4 == 0;
-    if (A::stored(w.type) && aligned && count == tokens && reach == r_)
-      return tile.borrow(data, w.stride_row / 4, count);
+    if (count == tokens && reach == r_ && Tile<A>::lendable(w.type, data, w.stride_row))
+      return tile.borrow(data, w.stride_row, count);
     tile.pack(w.type, tokens, [&](int i, auto&& take) {
       if (i < count) take(Parts{{data + i * w.stride_row, w.type, r_, 1.0f}, {}});
       return i < count;
@@ -159,13 +158,14 @@ private:
   // Weighted sums of one head, times its up-projection of values -> its output.
   void project(int h, const Heads& sums, Scratch& scratch) const {
     LinesAhead ahead = after(call_.w_uv, h, call_.v);
-    if (rows_ <= kAlone)
-      for (int64_t row = 0; row < rows_; ++row) project_row(h, row, at(sums, row, h), scratch, ahead);
+    if (rows_ <= kFewRows)
+      project_few(h, sums, scratch, ahead);
     else
       each_block(sums, h, r_, scratch, [&](int64_t first, int rows) { project_rows(h, first, rows, scratch, ahead); });
   }
 
-  // The weights of up to kKeys outputs after the other: each(from, count), the latter filled up to a multiple of `to`.
+  // The weights of up to kKeys outputs after the other: each(from, count, tokens), where tokens is count filled up to
+  // a multiple of `to`.
   template <class Each> void each_tile(int h, int to, int64_t reach, Scratch& scratch, Each&& each) const {
     for (int from = 0; from < call_.v; from += kKeys) {
       const int count = static_cast<int>(least(kKeys, call_.v - from)), tokens = static_cast<int>(up(count, to));
@@ -175,27 +175,31 @@ private:
   }
 
   // Rows in lanes would leave most of them idle: numbers in lanes.
-  void project_row(int h, int64_t row, const char* sums, Scratch& scratch, LinesAhead& ahead) const {
+  void project_few(int h, const Heads& sums, Scratch& scratch, LinesAhead& ahead) const {
     using V = typename A::V;
     using Unit = typename A::Unit;
     constexpr int some = 4;
-    const int units = static_cast<int>(up(units_of<A>(r_), A::lanes));
-    uint32_t* line = scratch.lanes.lines;
-    A::template pack<Type::f32>(sums, r_, 1.0f, line);
+    const int units = static_cast<int>(up(units_of<A>(r_), A::lanes)), rows = static_cast<int>(rows_);
+    scratch.lanes.units = units_of<A>(r_);
+    for (int row = 0; row < rows; ++row)
+      A::template pack<Type::f32>(at(sums, row, h), r_, 1.0f, scratch.lanes.line(row));
     each_tile(h, some, int64_t{units} * A::per_unit, scratch, [&](int from, int count, int tokens) {
       const Tile<A>& w = scratch.weights;
-      for (int t = 0; t < tokens; t += some) {
-        typename A::Sum dots[some] = {};
-        for (int u = 0; u < units; u += A::lanes) {
-          ahead.step();
-          const Unit x = V::template load<Unit>(line + u);
+      for (int row = 0; row < rows; ++row) {
+        const uint32_t* line = scratch.lanes.line(row);
+        for (int t = 0; t < tokens; t += some) {
+          typename A::Sum dots[some] = {};
+          for (int u = 0; u < units; u += A::lanes) {
+            ahead.step();
+            const Unit x = V::template load<Unit>(line + u);
 #pragma GCC unroll 4
-          for (int i = 0; i < some; ++i)
-            dots[i] = A::dot(dots[i], x, V::template load<Unit>(w.rows + (t + i) * w.stride + u));
+            for (int i = 0; i < some; ++i)
+              dots[i] = A::dot(dots[i], x, V::template load<Unit>(w.rows + (t + i) * w.stride + u));
+          }
+          for (int i = 0; i < some; ++i) scratch.line[t + i] = V::sum(A::value(dots[i]));
         }
-        for (int i = 0; i < some; ++i) scratch.line[t + i] = V::sum(A::value(dots[i]));
+        write_line(h, row, from, count, scratch);
       }
-      write_line(h, row, from, count, scratch);
     });
   }
 

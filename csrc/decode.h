@@ -65,7 +65,7 @@ private:
     units_ = units_of<A>(cache.r, cache.p);
     // Whether rows hold both parts as a product reads them, and the numbers that weighted sums reach for.
     borrows_ =
-        A::stored(cache.type) && joined(cache) && cache.p % A::per_unit == 0 && State::width_of<A>(r_) <= r_ + cache.p;
+        may_lie<A>(attention_) && joined(cache) && cache.p % A::per_unit == 0 && State::width_of<A>(r_) <= r_ + cache.p;
     const int all = attention_.s * attention_.h;
     rows_ = static_cast<int>(up(least(all, kRows), A::lanes));
     for (int sequence = 0; sequence < attention_.b; ++sequence) {
@@ -145,7 +145,7 @@ private:
     const int tokens = static_cast<int>(up(count, stripe));
     const char* rows = borrows_ && tokens == count ? lying<A>(attention_, item.sequence, from, count) : nullptr;
     if (rows)
-      scratch.keys.borrow(rows, cache.c_kv.row_stride / 4, count);
+      scratch.keys.borrow(rows, cache.c_kv.row_stride, count);
     else
       fill(attention_, item.sequence, from, count, tokens, scratch.keys,
            [&](int, const Cursor& cursor) { return Parts{latent(cache, cursor), rotary(cache, cursor)}; });

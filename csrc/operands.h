@@ -67,7 +67,7 @@ template <class A> struct Lanes {
     factors = carver.take<float>(up(rows, A::lanes));
     rests = carver.take<float>(up(rows, A::lanes));
     second = carver.take<bool>(up(rows, A::lanes));
-    lines = carver.take<uint32_t>(A::lanes * line());
+    lines = carver.take<uint32_t>(A::lanes * line_units());
   }
   const uint32_t* tile(int row) const { return packed + static_cast<int64_t>(row) * units; }
 
@@ -75,7 +75,7 @@ template <class A> struct Lanes {
   template <class Row> void pack(int count, float gain, Row&& row) {
     const int padded = static_cast<int>(up(count, A::lanes));
     for (int i = 0; i < padded; ++i) {
-      uint32_t* to = lines + i % A::lanes * line();
+      uint32_t* to = line(i % A::lanes);
       factors[i] = rests[i] = 0.0f;
       second[i] = false;
       if (i < count)
@@ -86,8 +86,11 @@ template <class A> struct Lanes {
     }
   }
 
+  // Room for row i of a vector of rows, before it is turned into lanes.
+  uint32_t* line(int i) const { return lines + i * line_units(); }
+
 private:
-  int64_t line() const { return odd_stride(units + 4 * A::lanes); }
+  int64_t line_units() const { return odd_stride(units + 4 * A::lanes); }
 
   void pack_row(int i, const Parts& parts, float gain, uint32_t* to) {
     with(parts.a.type, [&](auto type) {
@@ -115,7 +118,7 @@ private:
     uint32_t* to = packed + static_cast<int64_t>(begin) * units + (first - begin);
     for (int u = 0; u < units; u += A::lanes) {
       F rows[A::lanes];
-      for (int i = 0; i < A::lanes; ++i) rows[i] = V::template load<F>(lines + i * line() + u);
+      for (int i = 0; i < A::lanes; ++i) rows[i] = V::template load<F>(line(i) + u);
       V::transpose(rows);
       for (int i = 0; i < A::lanes && u + i < units; ++i) V::store(to + (u + i) * width, rows[i]);
     }
@@ -227,10 +230,14 @@ template <class A> struct Tile {
     offsets = carver.take<float>(kKeys);
     biases = carver.take<float>(kKeys);
   }
-  // The first `count` rows lie at `data`, as units, and all are seen.
-  void borrow(const char* data, int64_t units, int count) {
+  // Whether rows of `type` at `data`, `step` bytes apart, are units where they lie.
+  static bool lendable(Type type, const char* data, int64_t step) {
+    return A::stored(type) && (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(step)) % 4 == 0;
+  }
+  // The first `count` rows are those, and all are seen.
+  void borrow(const char* data, int64_t step, int count) {
     rows = reinterpret_cast<const uint32_t*>(data);
-    stride = units;
+    stride = step / 4;
     for (int i = 0; i < count; ++i) biases[i] = 0.0f;
   }
   // Rows 0..count-1, whose first parts are of `type`. row(i, take), called in order, hands the parts to take(parts) and

@@ -131,7 +131,7 @@ private:
     using Floats = Float32<A::lanes>;
     const Cache& cache = attention_.cache;
     if (const char* rows = filled == count ? lying<A>(attention_, sequence, from, count) : nullptr)
-      scratch.latents.borrow(rows, cache.c_kv.row_stride / 4, count);
+      scratch.latents.borrow(rows, cache.c_kv.row_stride, count);
     else
       fill(attention_, sequence, from, count, filled, scratch.latents,
            [&](int, const Cursor& cursor) { return Parts{latent(cache, cursor), {}}; });

@@ -87,15 +87,20 @@ inline bool joined(const Cache& cache) {
          cache.k_rope.row_stride == cache.c_kv.row_stride && cache.k_rope.page_stride == cache.c_kv.page_stride;
 }
 
+// Whether any rows may be borrowed: not if they are no units, or if some are masked.
+template <class A> bool may_lie(const Attention& call) {
+  return A::stored(call.cache.type) && call.cache.r % A::per_unit == 0 && !call.key_mask;
+}
+
 // The latents of tokens first..first+count-1 of a sequence where they lie, if a tile of `A` can borrow them from there:
 // as units, side by side, all seen. Null otherwise.
 template <class A> const char* lying(const Attention& call, int sequence, int64_t first, int64_t count) {
   const Cache& cache = call.cache;
-  if (!A::stored(cache.type) || cache.r % A::per_unit || call.key_mask) return nullptr;
+  if (!may_lie<A>(call)) return nullptr;
   const Cursor cursor(cache, sequence, first);
   if (!cursor.exists() || cursor.left_in_page() < count) return nullptr;
   const char* data = cursor.at(cache.c_kv);
-  return (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(cache.c_kv.row_stride)) % 4 ? nullptr : data;
+  return Tile<A>::lendable(cache.type, data, cache.c_kv.row_stride) ? data : nullptr;
 }
 
 // Tokens first..first+count-1 of a sequence as a tile of `tokens` rows; those beyond, and those that are masked

@@ -32,6 +32,7 @@ def has_rows(x: Tensor) -> bool:
 
 
 def check_queries(q: Tensor, q_rope: Tensor, c_kv: Tensor, name: str, *, absorbed: bool) -> None:
+    """Refuse queries that do not go with one another or with the latents (ValueError, as those below)."""
     if c_kv.ndim != 3:
         raise ValueError(f"c_kv: expected [b, t, r] or [pages, page size, r], got {tuple(c_kv.shape)}")
     if q.ndim != 4 or (absorbed and q.shape[3] != c_kv.shape[2]):
@@ -51,6 +52,7 @@ def check_cache(
     key_mask: Tensor | None,
     sinks: Tensor | None,
 ) -> None:
+    """Refuse parts of a cache that do not go with one another or with the queries."""
     b, _, h, _ = q.shape
     pages, size, _ = c_kv.shape
     latents = c_kv.dtype
@@ -86,6 +88,7 @@ def check_cache(
 
 
 def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    """Refuse a tensor of another shape or dtype."""
     if tensor.shape != shape or (dtype is not None and tensor.dtype != dtype):
         wanted = f"{dtype} {shape}" if dtype else f"shape {shape}"
         raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype} {tuple(tensor.shape)}")
@@ -147,11 +150,13 @@ def _pages(x: Tensor) -> tuple[int, int, int]:
 
 
 def heads(x: Tensor) -> tuple[int, ...]:
+    """A tensor [b, s, h, width]: address, type, strides in bytes."""
     size, (b, s, h, _) = x.element_size(), x.stride()
     return x.data_ptr(), _TYPES[x.dtype], b * size, s * size, h * size
 
 
 def weight(x: Tensor) -> tuple[int, ...]:
+    """A weight [h, rows, r]: address, type, strides in bytes."""
     size, (h, row, _) = x.element_size(), x.stride()
     return x.data_ptr(), _TYPES[x.dtype], h * size, row * size
 
