@@ -6,6 +6,7 @@
 #pragma once
 
 #include "decode.h"
+#include "linear.h"
 
 namespace mla {
 namespace {
@@ -44,20 +45,22 @@ public:
   }
 
 private:
-  static constexpr int kFewRows = 4; // rows; a vector has no fewer lanes
+  static constexpr int kFewRows = 4; // a vector has no fewer lanes
 
   struct Scratch {
     Lanes<A> lanes;
     Tile<A> weights;
     State sums;
-    float *scores, *line; // [kKeys][row of the tile], [kKeys]
+    float *scores, *line; // [kKeys][row of the tile], [kFewRows][kKeys]
+    uint32_t* units;      // of few rows
 
     void carve(Carver& carver, const Absorber& a) {
       lanes.carve(carver, a.block_, units_of<A>(a.r_ > a.n_ ? a.r_ : a.n_));
       weights.carve(carver, units_of<A>(a.r_));
       sums.template carve<A>(carver, a.block_, a.r_);
       scores = carver.take<float>(kKeys * 2 * A::lanes);
-      line = carver.take<float>(kKeys + 4);
+      line = carver.take<float>(kFewRows * kKeys + 4);
+      units = carver.take<uint32_t>(kFewRows * FewRows<A, Type::bf16>::units(a.r_));
     }
   };
 
@@ -164,47 +167,27 @@ private:
       each_block(sums, h, r_, scratch, [&](int64_t first, int rows) { project_rows(h, first, rows, scratch, ahead); });
   }
 
-  // The weights of up to kKeys outputs after the other: each(from, count, tokens), where tokens is count filled up to
-  // a multiple of `to`.
-  template <class Each> void each_tile(int h, int to, int64_t reach, Scratch& scratch, Each&& each) const {
-    for (int from = 0; from < call_.v; from += kKeys) {
-      const int count = static_cast<int>(least(kKeys, call_.v - from)), tokens = static_cast<int>(up(count, to));
-      load(call_.w_uv, h, from, count, tokens, reach, scratch.weights);
-      each(from, count, tokens);
+  // Rows in lanes would leave most of them idle: numbers in lanes.
+  void project_few(int h, const Heads& sums, Scratch& scratch, LinesAhead& ahead) const {
+    const Weight& w = call_.w_uv;
+    const auto multiply = [&](auto type) {
+      FewRows<A, type()> few(static_cast<int>(rows_), r_, scratch.units, scratch.line);
+      for (int row = 0; row < rows_; ++row) few.set(row, at(sums, row, h), sums.type);
+      few.multiply(w.data + h * w.stride_h, w.stride_row, call_.v, call_.out.type, ahead,
+                   [&](int row, int first) { return out(h, row, first); });
+    };
+    if (w.type == Type::f32) {
+      if constexpr (A::stored(Type::f32)) multiply(std::integral_constant<Type, Type::f32>());
+    } else {
+      multiply(std::integral_constant<Type, Type::bf16>());
     }
   }
 
-  // Rows in lanes would leave most of them idle: numbers in lanes.
-  void project_few(int h, const Heads& sums, Scratch& scratch, LinesAhead& ahead) const {
-    using V = typename A::V;
-    using Unit = typename A::Unit;
-    constexpr int some = 4;
-    const int units = static_cast<int>(up(units_of<A>(r_), A::lanes)), rows = static_cast<int>(rows_);
-    scratch.lanes.units = units_of<A>(r_);
-    for (int row = 0; row < rows; ++row)
-      A::template pack<Type::f32>(at(sums, row, h), r_, 1.0f, scratch.lanes.line(row));
-    each_tile(h, some, int64_t{units} * A::per_unit, scratch, [&](int from, int count, int tokens) {
-      const Tile<A>& w = scratch.weights;
-      for (int row = 0; row < rows; ++row) {
-        const uint32_t* line = scratch.lanes.line(row);
-        for (int t = 0; t < tokens; t += some) {
-          typename A::Sum dots[some] = {};
-          for (int u = 0; u < units; u += A::lanes) {
-            ahead.step();
-            const Unit x = V::template load<Unit>(line + u);
-#pragma GCC unroll 4
-            for (int i = 0; i < some; ++i)
-              dots[i] = A::dot(dots[i], x, V::template load<Unit>(w.rows + (t + i) * w.stride + u));
-          }
-          for (int i = 0; i < some; ++i) scratch.line[t + i] = V::sum(A::value(dots[i]));
-        }
-        write_line(h, row, from, count, scratch);
-      }
-    });
-  }
-
   void project_rows(int h, int64_t first, int rows, Scratch& scratch, LinesAhead& ahead) const {
-    each_tile(h, narrow_x, units_of<A>(r_) * A::per_unit, scratch, [&](int from, int count, int tokens) {
+    for (int from = 0; from < call_.v; from += kKeys) {
+      const int count = static_cast<int>(least(kKeys, call_.v - from));
+      const int tokens = static_cast<int>(up(count, narrow_x));
+      load(call_.w_uv, h, from, count, tokens, units_of<A>(r_) * A::per_unit, scratch.weights);
       for (int row = 0; row < rows; row += 2 * A::lanes) {
         const int some = static_cast<int>(least(2 * A::lanes, rows - row));
         const int lanes = static_cast<int>(up(some, A::lanes));
@@ -214,16 +197,15 @@ private:
           score<A, narrow_x, 1>(scratch.lanes, row, 0, scratch.weights, tokens, scratch.scores, ahead);
         for (int i = 0; i < some; ++i) {
           for (int t = 0; t < count; ++t) scratch.line[t] = scratch.scores[t * lanes + i];
-          write_line(h, first + row + i, from, count, scratch);
+          write_line(scratch.line, count, call_.out.type, out(h, first + row + i, from));
         }
       }
-    });
+    }
   }
 
-  void write_line(int h, int64_t row, int from, int count, const Scratch& scratch) const {
-    char* out = at(call_.out, row, h) + from * (call_.out.type == Type::f32 ? 4 : 2);
-    write_fours(count, call_.out.type, out,
-                [&](int d) MLA_INLINE_LAMBDA { return Vec<4>::load<Vec<4>::F>(scratch.line + d); });
+  // Output `from` of a row of a head.
+  char* out(int h, int64_t row, int from) const {
+    return at(call_.out, row, h) + from * (call_.out.type == Type::f32 ? 4 : 2);
   }
 
   const Projected& call_;

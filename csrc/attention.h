@@ -81,6 +81,17 @@ struct Projected {
   int32_t n, v;
 };
 
+// A linear layer for few rows: out = x · wᵀ, all of one type.
+struct Linear {
+  const char* x; // [rows, k]
+  int64_t stride_x;
+  const char* w; // [n, k]
+  int64_t stride_w;
+  char* out; // [rows, n]
+  Type type;
+  int32_t rows, n, k, threads;
+};
+
 // One instruction set's kernels. `ceiling` runs `rounds` of the instruction that carries the products, on one
 // thread, out of registers, and returns the operations done (2 per multiply-add): the bound of the benchmarks.
 struct Kernels {
@@ -89,6 +100,7 @@ struct Kernels {
   void (*decode)(const Decode&);
   void (*prefill)(const Projected&);
   void (*absorbed)(const Projected&);
+  void (*linear)(const Linear&);
   double (*ceiling)(int64_t rounds);
 };
 

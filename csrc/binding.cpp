@@ -130,6 +130,12 @@ NB_MODULE(_kernels, m) {
   };
   projected("prefill", &Kernels::prefill);
   projected("absorbed", &Kernels::absorbed);
+  m.def("linear", [](const std::string& isa, int64_t x, int64_t stride_x, int64_t w, int64_t stride_w, int64_t out,
+                     int type, int rows, int n, int k, int threads) {
+    nb::gil_scoped_release release;
+    named(isa).linear({pointer<const char>(x), stride_x, pointer<const char>(w), stride_w, pointer<char>(out),
+                       static_cast<Type>(type), rows, n, k, threads});
+  });
   m.def("ceiling", [](const std::string& isa, int64_t rounds) {
     nb::gil_scoped_release release;
     return named(isa).ceiling(rounds);

@@ -41,6 +41,14 @@ void absorbed(const Projected& call) {
     Absorber<Half, Isa::wide_x, Isa::narrow_x>::run(call, decode);
 }
 
+void linear(const Linear& call) {
+  using Half = std::conditional_t<kSplit<Isa::Half>, Isa::Full, Isa::Half>;
+  if (call.type == Type::f32)
+    few_rows<Isa::Full, Type::f32>(call);
+  else
+    few_rows<Half, Type::bf16>(call);
+}
+
 #if defined(MLA_EMULATE_AVX512) // its vectors are wider than any register here
 #define MLA_REGISTER(x) "+m"(x)
 #elif defined(__aarch64__)
@@ -73,6 +81,6 @@ double ceiling(int64_t rounds) {
 
 } // namespace
 
-const Kernels MLA_KERNELS = {MLA_NAME, supported, decode, prefill, absorbed, ceiling};
+const Kernels MLA_KERNELS = {MLA_NAME, supported, decode, prefill, absorbed, linear, ceiling};
 
 } // namespace mla

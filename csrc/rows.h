@@ -238,6 +238,12 @@ template <class Four> MLA_INLINE void write_fours(int width, Type type, char* to
     write(V::to_bf16);
 }
 
+// A line of floats -> `width` numbers of a type; reads up to three more.
+inline void write_line(const float* line, int width, Type type, char* to) {
+  using V = Vec<4>;
+  write_fours(width, type, to, [&](int d) MLA_INLINE_LAMBDA { return V::load<V::F>(line + d); });
+}
+
 // A row of sums, times a factor -> a row of `width` numbers of a type.
 template <class A> void write_sums(const float* sums, float factor, int width, Type type, char* to) {
   using V = Vec<4>;

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mla.cache import LatentCache
 from mla.config import MLAConfig
+from mla.nn.layers import Linear, RMSNorm
 from mla.ops import attention as ops
 from mla.ops.latent import Latents
 from mla.ops.rope import apply_rope, rope_table
@@ -22,41 +23,6 @@ PathChoice = ops.Path | Literal["auto"]
 # Recomputation rebuilds this many scores at once in the backward pass (16 MiB in fp32), but at least one
 # head's. Heads share nothing but the latents, so splitting them costs no operation.
 _SCORES_AT_ONCE = 2**22
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension: fp32 inside, rounded to the input's dtype, then scaled.
-
-    ``torch.nn.RMSNorm`` rounds once, after the scaling: in bf16 that is another number than the one that
-    DeepSeek's checkpoints were trained with. fp64 input stays fp64.
-
-    Args:
-        size: width of the last dimension.
-        eps: added to the mean square.
-        device, dtype: of the weight [size].
-    """
-
-    def __init__(
-        self,
-        size: int,
-        eps: float = 1e-6,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., size] to [..., size], in the dtype of ``x``."""
-        precise = x if x.dtype == torch.float64 else x.float()
-        normed = precise * torch.rsqrt(precise.square().mean(-1, keepdim=True) + self.eps)
-        # Under autocast the weight is wider than the activations; the result must not widen with it.
-        return (self.weight * normed.to(x.dtype)).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.numel()}, eps={self.eps}"
 
 
 class MultiheadLatentAttention(nn.Module):
@@ -118,21 +84,21 @@ class MultiheadLatentAttention(nn.Module):
         n, p, v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         bias, eps = config.attention_bias, config.rms_norm_eps
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj: nn.Linear | None = None
-        self.q_a_proj: nn.Linear | None = None
+        self.q_proj: Linear | None = None
+        self.q_a_proj: Linear | None = None
         self.q_a_layernorm: RMSNorm | None = None
-        self.q_b_proj: nn.Linear | None = None
+        self.q_b_proj: Linear | None = None
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(d, h * (n + p), bias=False, **factory)
+            self.q_proj = Linear(d, h * (n + p), bias=False, **factory)
         else:
-            self.q_a_proj = nn.Linear(d, config.q_lora_rank, bias=bias, **factory)
+            self.q_a_proj = Linear(d, config.q_lora_rank, bias=bias, **factory)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps, **factory)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, h * (n + p), bias=False, **factory)
+            self.q_b_proj = Linear(config.q_lora_rank, h * (n + p), bias=False, **factory)
         width = d if context_size is None else context_size
-        self.kv_a_proj_with_mqa = nn.Linear(width, r + p, bias=bias, **factory)
+        self.kv_a_proj_with_mqa = Linear(width, r + p, bias=bias, **factory)
         self.kv_a_layernorm = RMSNorm(r, eps, **factory)
-        self.kv_b_proj = nn.Linear(r, h * (n + v), bias=False, **factory)
-        self.o_proj = nn.Linear(h * v, d, bias=bias, **factory)
+        self.kv_b_proj = Linear(r, h * (n + v), bias=False, **factory)
+        self.o_proj = Linear(h * v, d, bias=bias, **factory)
 
     def extra_repr(self) -> str:
         c = self.config

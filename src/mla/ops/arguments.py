@@ -161,6 +161,31 @@ def weight(x: Tensor) -> tuple[int, ...]:
     return x.data_ptr(), _TYPES[x.dtype], h * size, row * size
 
 
+def check_linear(x: Tensor, weight: Tensor) -> None:
+    """Refuse what is not rows x [..., k] and a weight [n, k] of one dtype (ValueError)."""
+    if weight.ndim != 2 or not x.ndim or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x [..., k], weight [n, k]: got shapes {tuple(x.shape)} and {tuple(weight.shape)}")
+    if x.dtype not in QUERY_DTYPES or weight.dtype != x.dtype:
+        raise ValueError(f"x and weight: expected both fp32 or both bf16, got {x.dtype} and {weight.dtype}")
+    if not has_rows(weight):
+        raise ValueError(f"weight: expected a contiguous last dimension, got strides {weight.stride()}")
+
+
+def linear(x: Tensor, weight: Tensor, out: Tensor) -> tuple[int, ...]:
+    """Rows x [rows, k], a weight [n, k], the contiguous result: addresses, strides in bytes, type, sizes."""
+    size = x.element_size()
+    return (
+        x.data_ptr(),
+        x.stride(0) * size,
+        weight.data_ptr(),
+        weight.stride(0) * size,
+        out.data_ptr(),
+        _TYPES[x.dtype],
+        x.shape[0],
+        *weight.shape,
+    )
+
+
 def check_devices(**tensors: Tensor | None) -> None:
     """A single tensor on "meta" makes torch run the shape function, whose results hold nothing."""
     devices = {name: x.device for name, x in tensors.items() if x is not None}

@@ -1,4 +1,4 @@
-"""The C++ kernels as torch operators ``mla::decode``, ``mla::absorbed`` and ``mla::prefill``.
+"""The C++ kernels as torch operators ``mla::decode``, ``absorbed``, ``prefill`` and ``linear``.
 
 CPU tensors, no gradients. The operators are registered when this module is imported, with shape functions, so
 that ``torch.compile`` and ``torch.export`` see them. ``instruction_sets()`` says what runs here; it is empty
@@ -193,6 +193,24 @@ def absorbed(
     return out, lse
 
 
+def linear(x: Tensor, weight: Tensor, *, isa: str | None = None) -> Tensor:
+    """A linear layer for few rows: x · weightᵀ, summed in fp32, as fast as the weight can be read.
+
+    Args:
+        x: [..., k], fp32 or bf16.
+        weight: [n, k] of the same dtype, the last dimension contiguous.
+        isa: an instruction set by name; :func:`best` when None.
+
+    Returns:
+        [..., n] in the dtype of ``x``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; an instruction set that is not available.
+    """
+    out: Tensor = torch.ops.mla.linear.default(x, weight, isa)
+    return out
+
+
 def ceiling(isa: str, rounds: int) -> float:
     """Run the instruction that carries the products of ``isa`` on one thread, out of registers.
 
@@ -287,6 +305,19 @@ def _projected(
     return out, lse
 
 
+def _linear(x: Tensor, weight: Tensor, isa: str | None) -> Tensor:
+    isa = _choose(isa)
+    arguments.check_linear(x, weight)
+    n, k = weight.shape
+    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    if k == 0:
+        return out.zero_()
+    if out.numel():
+        flat = arguments.rows(x.reshape(-1, k))
+        _kernels.linear(isa, *arguments.linear(flat, weight, out), torch.get_num_threads())
+    return out
+
+
 def _choose(isa: str | None) -> str:
     if isa is None:
         isa = _BEST
@@ -357,6 +388,11 @@ def _projected_shapes(
     return q_nope.new_empty((b, s, h, w_uv.shape[1])), q_nope.new_empty((b, s, h), dtype=torch.float32)
 
 
+def _linear_shapes(x: Tensor, weight: Tensor, isa: str | None) -> Tensor:
+    arguments.check_devices(x=x, weight=weight)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 def _find_best(available: tuple[str, ...]) -> str | None:
     wanted = os.environ.get("MLA_ISA")
     if wanted and wanted not in available:
@@ -383,6 +419,9 @@ _library: Any = torch.library.Library("mla", "DEF")  # type: ignore[no-untyped-c
 _library.define(f"{_DECODE} -> (Tensor, Tensor)")
 _library.impl("decode", _decode, "CPU")
 torch.library.register_fake("mla::decode", _decode_shapes)
+_library.define("linear(Tensor x, Tensor weight, str? isa) -> Tensor")
+_library.impl("linear", _linear, "CPU")
+torch.library.register_fake("mla::linear", _linear_shapes)
 for _kernel in ("prefill", "absorbed"):
     _library.define(f"{_kernel}({_PROJECTED}) -> (Tensor, Tensor)")
     _library.impl(_kernel, functools.partial(_projected, _kernel), "CPU")

@@ -1,0 +1,34 @@
+"""Linear layers as decoding needs them: for few rows by the C++ kernel, else torch's own."""
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.functional import linear as torch_linear
+
+from mla.ops import arguments, native
+
+# Beyond so many rows torch is as fast. Below, it reads weights at half of what memory gives in bf16 and at a
+# sixth to a half in fp32 (docs/performance.md).
+FEW_ROWS = 8
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear``: x [..., k], weight [n, k], bias [n] to [..., n]."""
+    if bias is None and _takes(x, weight):
+        return native.linear(x, weight)
+    return torch_linear(x, weight, bias)
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel computes this: few rows on a CPU, nothing that wants a gradient or another dtype."""
+    return (
+        x.numel() <= FEW_ROWS * x.shape[-1]
+        and x.dtype in arguments.QUERY_DTYPES
+        and weight.dtype == x.dtype
+        and x.device.type == weight.device.type == "cpu"
+        and type(weight) in (Parameter, Tensor)
+        and arguments.has_rows(weight)
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+        and native.best() is not None
+    )

@@ -1,0 +1,205 @@
+"""The kernel of linear layers: against fp64, amid poison, at odd sizes; and what takes it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear as torch_linear
+
+from mla.nn.layers import Linear
+from mla.ops import linear as module
+from mla.ops import native
+from mla.ops.linear import FEW_ROWS, linear
+from tests.ops.native_cases import ISAS
+
+pytestmark = pytest.mark.skipif(not ISAS, reason="built without kernels")
+by_isa = pytest.mark.parametrize("isa", ISAS)
+by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+ROWS = (1, 2, 3, 4, 7, 8, 9, 17)
+WIDTHS = (1, 2, 3, 15, 16, 31, 32, 33, 63, 88, 100, 128, 129, 257, 576, 1024)
+OUTPUTS = (1, 2, 3, 5, 31, 33, 119, 120, 121, 250)
+
+
+@pytest.fixture(autouse=True)
+def keep_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(rows, n, k, dtype, seed=0):
+    """Rows and a weight, as parts of wider tensors that hold NaN elsewhere."""
+    chance = torch.Generator().manual_seed(seed)
+    made = []
+    for count in (rows, n):
+        wide = torch.full((count, k + 5), torch.nan, dtype=dtype)
+        wide[:, 2 : k + 2] = torch.randn(count, k, generator=chance).to(dtype)
+        made.append(wide[:, 2 : k + 2])
+    return made
+
+
+def check(x, weight, got):
+    """Against fp64: to rounding of a sum in fp32, and of the result."""
+    want = x.double() @ weight.double().mT
+    size = x.double().abs() @ weight.double().abs().mT
+    assert (got.shape, got.dtype) == (want.shape, x.dtype)
+    rounding = 2**-8 * want.abs() if x.dtype == torch.bfloat16 else 0.0
+    assert ((got.double() - want).abs() <= 3e-7 * size + rounding).all()
+
+
+@by_isa
+@by_dtype
+@pytest.mark.parametrize("k", WIDTHS)
+def test_every_size(isa, dtype, k):
+    for rows in ROWS:
+        for n in OUTPUTS:
+            x, weight = make(rows, n, k, dtype)
+            check(x, weight, native.linear(x, weight, isa=isa))
+
+
+@by_isa
+@by_dtype
+def test_memory_that_ends_with_the_last_number(isa, dtype):
+    """A sanitizer sees what is read beyond."""
+    for k in WIDTHS:
+        x, weight = (part.contiguous() for part in make(3, 7, k, dtype))
+        check(x, weight, native.linear(x, weight, isa=isa))
+
+
+@by_isa
+@by_dtype
+def test_threads_change_nothing(isa, dtype):
+    x, weight = make(3, 1000, 700, dtype)
+    torch.set_num_threads(1)
+    alone = native.linear(x, weight, isa=isa)
+    check(x, weight, alone)
+    for threads in (2, 3, 5, 64):
+        torch.set_num_threads(threads)
+        assert torch.equal(native.linear(x, weight, isa=isa), alone)
+
+
+@by_isa
+@by_dtype
+def test_nan_and_infinity_go_where_they_belong(isa, dtype):
+    x, weight = (part.contiguous() for part in make(2, 40, 70, dtype))
+    weight[7, 69], weight[11, 0] = torch.nan, torch.inf
+    x[0, 0] = 1.0
+    got = native.linear(x, weight, isa=isa)
+    assert got[:, 7].isnan().all()
+    assert got[0, 11] == torch.inf
+    rest = [i for i in range(40) if i not in (7, 11)]
+    check(x, weight[rest], got[:, rest])
+
+
+@by_isa
+@by_dtype
+def test_any_dimensions_and_strides_of_the_rows(isa, dtype):
+    _, weight = make(1, 9, 34, dtype)
+    wide = torch.randn(34, 2, 3).to(dtype)
+    for x in (wide.permute(2, 1, 0), wide[:, 0, 0], wide[:, :1, 0].mT, wide.permute(1, 2, 0)[:, :0]):
+        got = native.linear(x, weight, isa=isa)
+        assert got.shape == (*x.shape[:-1], 9)
+        check(x, weight, got)
+
+
+@by_isa
+@by_dtype
+def test_nothing_to_sum_or_to_give(isa, dtype):
+    assert torch.equal(
+        native.linear(torch.ones(2, 0, dtype=dtype), torch.ones(3, 0, dtype=dtype), isa=isa),
+        torch.zeros(2, 3, dtype=dtype),
+    )
+    assert native.linear(torch.ones(2, 4, dtype=dtype), torch.ones(0, 4, dtype=dtype), isa=isa).shape == (
+        2,
+        0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "message"),
+    [
+        (torch.ones(2, 3), torch.ones(4, 5), r"got shapes \(2, 3\) and \(4, 5\)"),
+        (torch.ones(2, 3), torch.ones(3), r"got shapes \(2, 3\) and \(3,\)"),
+        (torch.ones(()), torch.ones(4, 5), r"got shapes \(\) and \(4, 5\)"),
+        (torch.ones(2, 3), torch.ones(4, 3).bfloat16(), "expected both fp32 or both bf16"),
+        (torch.ones(2, 3).half(), torch.ones(4, 3).half(), r"got torch\.float16 and torch\.float16"),
+        (torch.ones(2, 3), torch.ones(3, 4).mT, "weight: expected a contiguous last dimension"),
+    ],
+)
+def test_what_does_not_fit_is_refused(x, weight, message):
+    with pytest.raises(ValueError, match=message):
+        native.linear(x, weight)
+
+
+def test_an_instruction_set_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="expected an instruction set of this machine"):
+        native.linear(torch.ones(1, 2), torch.ones(3, 2), isa="mmx")
+
+
+@by_dtype
+def test_opcheck(dtype):
+    x, weight = make(2, 5, 8, dtype)
+    torch.library.opcheck(torch.ops.mla.linear.default, (x, weight, None))
+
+
+def test_shapes_without_data():
+    got = native.linear(torch.ones(2, 3, 4, device="meta"), torch.ones(5, 4, device="meta"))
+    assert (got.shape, got.device.type) == ((2, 3, 5), "meta")
+    with pytest.raises(ValueError, match="weight: expected a CPU tensor, got one on meta"):
+        native.linear(torch.ones(2, 4), torch.ones(5, 4, device="meta"))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The rows of every call of the kernel."""
+    seen = []
+    real = native.linear
+
+    def counted(x, weight):
+        seen.append(x.numel() // x.shape[-1])
+        return real(x, weight)
+
+    monkeypatch.setattr(module.native, "linear", counted)
+    return seen
+
+
+@by_dtype
+@torch.no_grad()
+def test_few_rows_take_the_kernel(dtype, calls):
+    _, weight = make(1, 6, 40, dtype)
+    for rows in range(FEW_ROWS + 3):
+        x = torch.randn(1, rows, 40).to(dtype)
+        tolerance = 1e-5 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(linear(x, weight), torch_linear(x, weight), atol=tolerance, rtol=0.01)
+    assert calls == list(range(FEW_ROWS + 1))
+
+
+def test_what_the_kernel_does_not_compute_is_left_to_torch(calls):
+    x, weight, bias = torch.randn(2, 8), nn.Parameter(torch.randn(3, 8)), torch.randn(3)
+    assert linear(x, weight).requires_grad
+    assert linear(x.requires_grad_(), weight.detach()).requires_grad
+    with torch.no_grad():
+        want = x @ weight.mT
+        torch.testing.assert_close(linear(x, weight, bias), want + bias)
+        torch.testing.assert_close(linear(x.double(), weight.double()), want.double(), atol=1e-5, rtol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(x, weight).dtype == torch.bfloat16
+        assert linear(x.to("meta"), weight.to("meta")).device.type == "meta"
+        torch.testing.assert_close(linear(x, weight.mT.contiguous().mT), want)
+        with pytest.raises(RuntimeError, match="dtype"):
+            linear(x, weight.bfloat16())
+    assert calls == []
+
+
+@torch.no_grad()
+def test_a_layer_is_torchs_own_to_those_who_load_and_compile_it(calls):
+    layer, stock = Linear(8, 3, bias=False), nn.Linear(8, 3, bias=False)
+    stock.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(layer(x), stock(x))
+    assert calls == [2]
+    torch._dynamo.reset()
+    traced = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for rows in (1, 2, 5, FEW_ROWS + 1):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(traced(x), stock(x))
