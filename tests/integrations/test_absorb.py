@@ -10,7 +10,6 @@ from mla.cache import LatentCache
 from mla.errors import MLAError
 from mla.integrations import transformers as integration
 from mla.integrations.transformers import absorb, is_absorbed, latent_attentions, restore
-from mla.ops import native
 from tests.families import build, token_ids
 
 
@@ -56,28 +55,6 @@ def test_absorbing_twice_and_restoring_twice(model):
     assert restore(restore(model)) is model
     assert model.config._attn_implementation == before
     assert "_prepare_cache_for_generation" not in vars(model)
-
-
-@torch.no_grad()
-def test_linear_layers_take_few_rows_to_the_kernel(model, monkeypatch):
-    """All of the model's, but those whose forward pass is another library's; none after restoring."""
-    if native.best() is None:
-        pytest.skip("built without kernels")
-    taken = []
-    real = native.linear
-    monkeypatch.setattr(native, "linear", lambda x, weight: taken.append(weight) or real(x, weight))
-    theirs = model.model.layers[0].self_attn.o_proj
-    theirs.forward = lambda x: torch.nn.functional.linear(x, theirs.weight, theirs.bias)
-    stock, ids = model(token_ids()[:1, :4]).logits, token_ids()[:1, :4]
-    torch.testing.assert_close(absorb(model)(ids).logits, stock, atol=1e-4, rtol=1e-4)
-    assert any(weight is model.lm_head.weight for weight in taken)
-    assert not any(weight is theirs.weight for weight in taken)
-    count = len(taken)
-    restore(model)(ids)
-    assert len(taken) == count
-    assert [name for name, module in model.named_modules() if "forward" in vars(module)] == [
-        "model.layers.0.self_attn.o_proj"
-    ]
 
 
 def test_nothing_of_it_is_saved(model, tmp_path):

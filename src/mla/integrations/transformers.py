@@ -19,9 +19,9 @@ from transformers.masking_utils import sdpa_mask
 
 from mla.cache import LatentCache
 from mla.errors import MLAError
+from mla.integrations.layers import slow_down, speed_up
 from mla.ops.attention import Path, plan_for, prefill
 from mla.ops.latent import Latents, split_rows
-from mla.ops.linear import linear
 
 IMPLEMENTATION = "mla_absorbed"
 
@@ -49,7 +49,7 @@ class _Absorbed:
     """What ``restore`` needs."""
 
     modules: tuple[Any, ...]
-    linears: tuple[Any, ...]
+    layers: tuple[nn.Module, ...]
     implementations: tuple[tuple[PreTrainedConfig, str | None], ...]
 
 
@@ -57,8 +57,9 @@ def absorb(model: Model, *, path: Path | Literal["auto"] = "auto") -> Model:
     """Make an MLA model run absorbed, in place; :func:`restore` undoes it.
 
     Works for every family that has the ``expand_kv`` seam, hybrid models included: layers that are not
-    latent attention are left alone. ``generate`` then uses a preallocated ``LatentCache`` unless it is
-    given another cache; any cache of Transformers works, since all of them hold the latents.
+    latent attention keep their attention. Linear layers and experts read their weights by the C++ kernel
+    where few rows meet them (``integrations.layers``). ``generate`` then uses a preallocated ``LatentCache``
+    unless it is given another cache; any cache of Transformers works, since all of them hold the latents.
 
     Args:
         model: a model of Transformers, weights in any floating dtype, on any device, training or not.
@@ -85,14 +86,12 @@ def absorb(model: Model, *, path: Path | Literal["auto"] = "auto") -> Model:
     configs = {id(module.config): module.config for module in modules.values()}
     record = _Absorbed(
         tuple(modules.values()),
-        tuple(module for module in model.modules() if _is_plain(module)),
+        speed_up(model),
         tuple((config, config._attn_implementation) for config in configs.values()),
     )
     for module in record.modules:
         module.expand_kv = _keep_latents
         module._mla_path = path
-    for layer in record.linears:
-        layer.forward = MethodType(_linear, layer)
     for config, _ in record.implementations:
         config._attn_implementation = IMPLEMENTATION
     if hasattr(model, "_prepare_cache_for_generation"):
@@ -107,8 +106,7 @@ def restore(model: Model) -> Model:
         record = model._mla_absorbed
         for module in record.modules:
             del module.expand_kv, module._mla_path
-        for layer in record.linears:
-            del layer.forward
+        slow_down(record.layers)
         for config, implementation in record.implementations:
             config._attn_implementation = implementation
         if "_prepare_cache_for_generation" in vars(model):
@@ -136,16 +134,6 @@ def up_projections(weight: Tensor, h: int, n: int) -> tuple[Tensor, Tensor]:
     """Views (w_uk [h, n, r], w_uv [h, v, r]) of a ``kv_b_proj`` weight [h·(n + v), r]."""
     per_head = weight.view(h, -1, weight.shape[-1])
     return per_head[:, :n], per_head[:, n:]
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a module is torch's linear layer as it is, no hook of another library in its place."""
-    return type(module) is nn.Linear and "forward" not in vars(module)
-
-
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The forward pass of an absorbed model's linear layers."""
-    return linear(x, layer.weight, layer.bias)
 
 
 def _keep_latents(c_kv: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,12 +14,12 @@ FEW_ROWS = 8
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``: x [..., k], weight [n, k], bias [n] to [..., n]."""
-    if bias is None and _takes(x, weight):
+    if bias is None and takes(x, weight):
         return native.linear(x, weight)
     return torch_linear(x, weight, bias)
 
 
-def _takes(x: Tensor, weight: Tensor) -> bool:
+def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel computes this: few rows on a CPU, nothing that wants a gradient or another dtype."""
     return (
         x.numel() <= FEW_ROWS * x.shape[-1]

@@ -1,0 +1,85 @@
+"""What is not attention in an absorbed model: its linear layers and experts, for few rows by the C++ kernel.
+
+A decoded token reads the weights of all of them, and torch reads weights slowly (``mla.ops.linear``). Each
+module gets a forward pass of its own, which hands on to its class whatever the kernel does not compute.
+"""
+
+from collections.abc import Iterable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mla.ops.linear import FEW_ROWS, linear, takes
+
+
+def speed_up(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Change the layers of a model in place; returns those that :func:`slow_down` has to restore.
+
+    Taken are torch's linear layers and experts of Transformers as they are: not subclasses, and none whose
+    forward pass another library has replaced.
+    """
+    changed = []
+    for module in model.modules():
+        forward = _forward_for(module)
+        if forward is not None and "forward" not in vars(module):
+            module.forward = MethodType(forward, module)
+            changed.append(module)
+    return tuple(changed)
+
+
+def slow_down(modules: Iterable[nn.Module]) -> None:
+    """Undo :func:`speed_up`."""
+    for module in modules:
+        del module.forward
+
+
+def _forward_for(module: nn.Module) -> Any:
+    if type(module) is nn.Linear:
+        return _linear
+    if _are_experts(module):
+        return _experts
+    return None
+
+
+def _are_experts(module: Any) -> bool:
+    """Whether a module holds gated experts [experts, 2·f, d] and [experts, d, f] that its class describes."""
+    described = getattr(module, "has_gate", False) and not (
+        module.has_bias or module.is_transposed or getattr(module, "has_post_expert_norm", False)
+    )
+    names = ("gate_up_proj", "down_proj")
+    return described and all(
+        isinstance(getattr(module, name, None), nn.Parameter) and getattr(module, name).ndim == 3
+        for name in names
+    )
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x, layer.weight, layer.bias)
+
+
+def _experts(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Tokens [tokens, d], the experts of each [tokens, k] and their shares [tokens, k] to [tokens, d]."""
+    first_up, first_down = experts.gate_up_proj[0], experts.down_proj[0]
+    suited = (
+        len(hidden_states) <= FEW_ROWS
+        and takes(hidden_states, first_up)
+        and takes(hidden_states, first_down)
+        and not experts._is_expert_parallel
+        and not torch.compiler.is_compiling()  # which experts are chosen is data
+    )
+    if not suited:
+        out: Tensor = type(experts).forward(experts, hidden_states, top_k_index, top_k_weights)
+        return out
+    chosen: dict[int, list[tuple[int, int]]] = {}
+    for token, row in enumerate(top_k_index.tolist()):
+        for place, expert in enumerate(row):
+            chosen.setdefault(expert, []).append((token, place))
+    total = torch.zeros_like(hidden_states, dtype=torch.float32)
+    for expert, pairs in chosen.items():
+        tokens, places = (torch.tensor(numbers) for numbers in zip(*pairs, strict=True))
+        made = linear(hidden_states[tokens], experts.gate_up_proj[expert])
+        made = linear(experts._apply_gate(made), experts.down_proj[expert])
+        total.index_add_(0, tokens, made * top_k_weights[tokens, places, None].float())
+    return total.to(hidden_states.dtype)

@@ -1,0 +1,121 @@
+"""Linear layers and experts of an absorbed model: their classes' numbers, and whose forward pass is whose."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mla.integrations.layers import slow_down, speed_up
+from mla.ops import native
+from mla.ops.linear import FEW_ROWS
+from tests.families import build, token_ids
+
+pytestmark = pytest.mark.skipif(native.best() is None, reason="built without kernels")
+
+
+@pytest.fixture
+def model():
+    return build("deepseek_v3")
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The rows of every call of the kernel."""
+    rows = []
+    real = native.linear
+    monkeypatch.setattr(
+        native, "linear", lambda x, weight: rows.append(x.numel() // x.shape[-1]) or real(x, weight)
+    )
+    return rows
+
+
+def experts_of(model):
+    return next(module for module in model.modules() if hasattr(module, "gate_up_proj"))
+
+
+def routed(experts, tokens, dtype, seed=0):
+    """Hidden states of different tokens, two different experts of each and their shares."""
+    chance = torch.Generator().manual_seed(seed)
+    count, _, d = experts.gate_up_proj.shape
+    hidden = torch.randn(tokens, d, generator=chance).to(dtype)
+    chosen = torch.stack([torch.randperm(count, generator=chance)[:2] for _ in range(tokens)])
+    return hidden, chosen, torch.rand(tokens, 2, generator=chance)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, FEW_ROWS, FEW_ROWS + 1])
+@torch.no_grad()
+def test_experts_give_what_their_class_gives(model, taken, tokens):
+    experts = experts_of(model)
+    inputs = routed(experts, tokens, torch.float32)
+    stock = experts(*inputs)
+    assert not taken
+    changed = speed_up(experts)
+    torch.testing.assert_close(experts(*inputs), stock, atol=1e-6, rtol=1e-5)
+    few = tokens <= FEW_ROWS
+    # Every pair of a token and an expert meets two weights, each expert once.
+    assert sum(taken) == (2 * 2 * tokens if few else 0)
+    assert len(taken) == (2 * len(inputs[1].unique()) if few else 0)
+    slow_down(changed)
+    assert "forward" not in vars(experts)
+
+
+@torch.no_grad()
+def test_experts_in_bf16_are_as_exact_as_their_class(model, taken):
+    experts = experts_of(model)
+    exact = experts(*routed(experts, 4, torch.float32))
+    experts.bfloat16()
+    inputs = routed(experts, 4, torch.bfloat16)
+    stock = (experts(*inputs).float() - exact).abs().mean()
+    speed_up(experts)
+    made = experts(*inputs)
+    assert made.dtype == torch.bfloat16
+    assert (made.float() - exact).abs().mean() < 1.2 * stock
+    assert taken
+
+
+def test_gradients_go_through_the_class(model, taken):
+    experts = experts_of(model)
+    speed_up(experts)
+    hidden, chosen, shares = routed(experts, 2, torch.float32)
+    experts(hidden.requires_grad_(), chosen, shares).sum().backward()
+    assert hidden.grad is not None
+    assert experts.down_proj.grad is not None
+    assert not taken
+
+
+@torch.no_grad()
+def test_another_librarys_forward_pass_stays(model, taken):
+    theirs = model.model.layers[0].self_attn.o_proj
+    theirs.forward = lambda x: nn.functional.linear(x, theirs.weight)
+    ids = token_ids()[:1, :4]
+    stock = model(ids).logits
+    changed = speed_up(model)
+    assert any(module is model.lm_head for module in changed)
+    assert not any(module is theirs for module in changed)
+    torch.testing.assert_close(model(ids).logits, stock, atol=1e-5, rtol=1e-4)
+    assert taken
+    slow_down(changed)
+    assert [name for name, module in model.named_modules() if "forward" in vars(module)] == [
+        "model.layers.0.self_attn.o_proj"
+    ]
+
+
+def test_subclasses_of_linear_layers_are_left_alone():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    assert speed_up(nn.Sequential(Scaled(3, 3), nn.ReLU())) == ()
+
+
+@torch.no_grad()
+def test_a_copy_computes_with_its_own_weights(model):
+    speed_up(model)
+    twin = copy.deepcopy(model)
+    ids = token_ids()[:1, :4]
+    before = model(ids).logits
+    for parameter in twin.parameters():
+        parameter.mul_(1.5)
+    assert torch.equal(model(ids).logits, before)
+    assert not torch.allclose(twin(ids).logits, before)
