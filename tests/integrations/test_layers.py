@@ -8,10 +8,10 @@ from torch import nn
 
 from mla.integrations.layers import slow_down, speed_up
 from mla.ops import native
-from mla.ops.linear import FEW_ROWS
+from mla.ops.linear import FEW_ROWS, USED
 from tests.families import build, token_ids
 
-pytestmark = pytest.mark.skipif(native.best() is None, reason="built without kernels")
+pytestmark = pytest.mark.skipif(not USED, reason="no kernel for linear layers")
 
 
 @pytest.fixture

@@ -149,6 +149,9 @@ def test_shapes_without_data():
         native.linear(torch.ones(2, 4), torch.ones(5, 4, device="meta"))
 
 
+used = pytest.mark.skipif(not module.USED, reason="no kernel that models use")
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """The rows of every call of the kernel."""
@@ -163,6 +166,7 @@ def calls(monkeypatch):
     return seen
 
 
+@used
 @by_dtype
 @torch.no_grad()
 def test_few_rows_take_the_kernel(dtype, calls):
@@ -191,6 +195,7 @@ def test_what_the_kernel_does_not_compute_is_left_to_torch(calls):
     assert calls == []
 
 
+@used
 @torch.no_grad()
 def test_a_layer_is_torchs_own_to_those_who_load_and_compile_it(calls):
     layer, stock = Linear(8, 3, bias=False), nn.Linear(8, 3, bias=False)

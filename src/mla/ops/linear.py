@@ -10,6 +10,8 @@ from mla.ops import arguments, native
 # Beyond so many rows torch is as fast. Below, it reads weights at half of what memory gives in bf16 and at a
 # sixth to a half in fp32 (docs/performance.md).
 FEW_ROWS = 8
+# The generic kernel was not measured against torch on the processors that have no other, those of ARM.
+USED = native.best() not in (None, "generic")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -22,7 +24,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel computes this: few rows on a CPU, nothing that wants a gradient or another dtype."""
     return (
-        x.numel() <= FEW_ROWS * x.shape[-1]
+        USED
+        and x.numel() <= FEW_ROWS * x.shape[-1]
         and x.dtype in arguments.QUERY_DTYPES
         and weight.dtype == x.dtype
         and x.device.type == weight.device.type == "cpu"
@@ -30,5 +33,4 @@ def takes(x: Tensor, weight: Tensor) -> bool:
         and arguments.has_rows(weight)
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")
-        and native.best() is not None
     )
