@@ -43,8 +43,12 @@ def _kl(model: torch.nn.Module, student: torch.nn.Module, ids: torch.Tensor) -> 
         return divergence(model(ids).logits, student(ids).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", TRAINED)
-def test_it_learns_and_touches_nothing_but_the_attention(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_learns_and_touches_nothing_but_the_attention(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mla.convert.healing.faster_dtype", lambda _: dtype)
     # A tiny random model learns within seconds only with steps that would ruin a real one.
     monkeypatch.setattr("mla.convert.healing._RATE", 0.01)
     model = teacher(kind)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
+from mla.convert.arithmetic import faster_dtype, mixed
 from mla.convert.checkpoint import LATENT_GAIN, LATENT_SCALE
 from mla.convert.descent import Muon, Views, schedule
 from mla.convert.fused import fused
@@ -165,6 +166,7 @@ class _Run:
         parameters = list(self.parameters.values())
         per_step = max(1, _TOKENS_PER_STEP // self.windows.shape[1])
         largest = _RATE * math.sqrt(min(1.0, max(0.0, self.curve[0][1])))  # rounding has either sign
+        dtype = faster_dtype(self.student.device)
         with _trainable(parameters):
             optimiser = Muon(parameters, self.views)
             if self.optimiser_state is not None:
@@ -176,8 +178,9 @@ class _Run:
                 rate = largest * schedule(max(now / self.total, 1e-3), warm_up=_WARM_UP)
                 places = self._next(per_step)
                 ids, reference = self.windows[places].to(self.student.device), self._wanted(places)
-                hidden = self.student.model(input_ids=ids, use_cache=False).last_hidden_state
-                _, gradient = _kl(self.student, self.teacher, hidden.detach(), reference, gradient=True)
+                with mixed(dtype, ids.device):
+                    hidden = self.student.model(input_ids=ids, use_cache=False).last_hidden_state
+                    _, gradient = _kl(self.student, self.teacher, hidden.detach(), reference, gradient=True)
                 hidden.backward(gradient)
                 optimiser.step(rate)
                 self.step += 1
