@@ -108,7 +108,7 @@ template <class A, Type type> void few_rows(const Linear& call) {
     const int64_t size = call.type == Type::f32 ? 4 : 2;
     Nothing nothing;
     rows.multiply(call.w + from * call.stride_w, call.stride_w, static_cast<int>(to - from), call.type, nothing,
-                  [&](int row, int first) { return call.out + (row * call.n + from + first) * size; });
+                  [&](int row, int first) { return call.out + (int64_t{row} * call.n + from + first) * size; });
   });
 }
 
