@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mla.integrations.layers import slow_down, speed_up
+from mla.integrations.layers import give_back, take_over
 from mla.ops import native
 from mla.ops.linear import FEW_ROWS, USED
 from tests.families import build, token_ids
@@ -50,13 +50,13 @@ def test_experts_give_what_their_class_gives(model, taken, tokens):
     inputs = routed(experts, tokens, torch.float32)
     stock = experts(*inputs)
     assert not taken
-    changed = speed_up(experts)
+    changed = take_over(experts)
     torch.testing.assert_close(experts(*inputs), stock, atol=1e-6, rtol=1e-5)
     few = tokens <= FEW_ROWS
     # Every pair of a token and an expert meets two weights, each expert once.
     assert sum(taken) == (2 * 2 * tokens if few else 0)
     assert len(taken) == (2 * len(inputs[1].unique()) if few else 0)
-    slow_down(changed)
+    give_back(changed)
     assert "forward" not in vars(experts)
 
 
@@ -67,7 +67,7 @@ def test_experts_in_bf16_are_as_exact_as_their_class(model, taken):
     experts.bfloat16()
     inputs = routed(experts, 4, torch.bfloat16)
     stock = (experts(*inputs).float() - exact).abs().mean()
-    speed_up(experts)
+    take_over(experts)
     made = experts(*inputs)
     assert made.dtype == torch.bfloat16
     assert (made.float() - exact).abs().mean() < 1.2 * stock
@@ -76,7 +76,7 @@ def test_experts_in_bf16_are_as_exact_as_their_class(model, taken):
 
 def test_gradients_go_through_the_class(model, taken):
     experts = experts_of(model)
-    speed_up(experts)
+    take_over(experts)
     hidden, chosen, shares = routed(experts, 2, torch.float32)
     experts(hidden.requires_grad_(), chosen, shares).sum().backward()
     assert hidden.grad is not None
@@ -90,12 +90,12 @@ def test_another_librarys_forward_pass_stays(model, taken):
     theirs.forward = lambda x: nn.functional.linear(x, theirs.weight)
     ids = token_ids()[:1, :4]
     stock = model(ids).logits
-    changed = speed_up(model)
+    changed = take_over(model)
     assert any(module is model.lm_head for module in changed)
     assert not any(module is theirs for module in changed)
     torch.testing.assert_close(model(ids).logits, stock, atol=1e-5, rtol=1e-4)
     assert taken
-    slow_down(changed)
+    give_back(changed)
     assert [name for name, module in model.named_modules() if "forward" in vars(module)] == [
         "model.layers.0.self_attn.o_proj"
     ]
@@ -106,12 +106,12 @@ def test_subclasses_of_linear_layers_are_left_alone():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    assert speed_up(nn.Sequential(Scaled(3, 3), nn.ReLU())) == ()
+    assert take_over(nn.Sequential(Scaled(3, 3), nn.ReLU())) == ()
 
 
 @torch.no_grad()
 def test_a_copy_computes_with_its_own_weights(model):
-    speed_up(model)
+    take_over(model)
     twin = copy.deepcopy(model)
     ids = token_ids()[:1, :4]
     before = model(ids).logits

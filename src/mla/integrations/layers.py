@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from mla.ops.linear import FEW_ROWS, linear, takes
 
 
-def speed_up(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Change the layers of a model in place; returns those that :func:`slow_down` has to restore.
+def take_over(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Change the layers of a model in place; returns those that :func:`give_back` has to restore.
 
     Taken are torch's linear layers and experts of Transformers as they are: not subclasses, and none whose
     forward pass another library has replaced.
@@ -29,8 +29,8 @@ def speed_up(model: nn.Module) -> tuple[nn.Module, ...]:
     return tuple(changed)
 
 
-def slow_down(modules: Iterable[nn.Module]) -> None:
-    """Undo :func:`speed_up`."""
+def give_back(modules: Iterable[nn.Module]) -> None:
+    """Undo :func:`take_over`."""
     for module in modules:
         del module.forward
 

@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mla.cache import LatentCache
 from mla.errors import MLAError
-from mla.integrations.layers import slow_down, speed_up
+from mla.integrations.layers import give_back, take_over
 from mla.ops.attention import Path, plan_for, prefill
 from mla.ops.latent import Latents, split_rows
 
@@ -86,7 +86,7 @@ def absorb(model: Model, *, path: Path | Literal["auto"] = "auto") -> Model:
     configs = {id(module.config): module.config for module in modules.values()}
     record = _Absorbed(
         tuple(modules.values()),
-        speed_up(model),
+        take_over(model),
         tuple((config, config._attn_implementation) for config in configs.values()),
     )
     for module in record.modules:
@@ -106,7 +106,7 @@ def restore(model: Model) -> Model:
         record = model._mla_absorbed
         for module in record.modules:
             del module.expand_kv, module._mla_path
-        slow_down(record.layers)
+        give_back(record.layers)
         for config, implementation in record.implementations:
             config._attn_implementation = implementation
         if "_prepare_cache_for_generation" in vars(model):
