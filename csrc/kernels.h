@@ -32,21 +32,22 @@ void prefill(const Projected& call) {
   Prefiller<Isa::Half, Isa::wide_x, Isa::narrow_x>::run(call, kLong);
 }
 
-// Weights do not change from call to call, but integers would have to be made of them each time.
+// What multiplies bf16 weights. They do not change from call to call, but integers would have to be made of them
+// each time.
+using HalfWeights = std::conditional_t<kSplit<Isa::Half>, Isa::Full, Isa::Half>;
+
 void absorbed(const Projected& call) {
-  using Half = std::conditional_t<kSplit<Isa::Half>, Isa::Full, Isa::Half>;
   if (call.attention.cache.type == Type::f32 || call.w_uk.type == Type::f32)
     Absorber<Isa::Full, Isa::wide_x, Isa::narrow_x>::run(call, decode);
   else
-    Absorber<Half, Isa::wide_x, Isa::narrow_x>::run(call, decode);
+    Absorber<HalfWeights, Isa::wide_x, Isa::narrow_x>::run(call, decode);
 }
 
 void linear(const Linear& call) {
-  using Half = std::conditional_t<kSplit<Isa::Half>, Isa::Full, Isa::Half>;
   if (call.type == Type::f32)
     few_rows<Isa::Full, Type::f32>(call);
   else
-    few_rows<Half, Type::bf16>(call);
+    few_rows<HalfWeights, Type::bf16>(call);
 }
 
 #if defined(MLA_EMULATE_AVX512) // its vectors are wider than any register here

@@ -9,10 +9,6 @@
 namespace mla {
 namespace {
 
-struct Nothing {
-  MLA_INLINE void step() {}
-};
-
 // Rows of `k` numbers that meet every row of a weight of a type, as units of A side by side.
 template <class A, Type type> class FewRows {
   using V = typename A::V;
@@ -39,9 +35,7 @@ public:
     for (int first = 0; first < count; first += kKeys) {
       const int part = static_cast<int>(least(kKeys, count - first));
       for (int n = 0; n < part; ++n) dots(w + (first + n) * stride, n, ahead);
-      for (int row = 0; row < rows_; ++row) {
-        write_line(line_ + row * kKeys, part, out, where(row, first));
-      }
+      for (int row = 0; row < rows_; ++row) write_line(line_ + row * kKeys, part, out, where(row, first));
     }
   }
 
@@ -106,8 +100,8 @@ template <class A, Type type> void few_rows(const Linear& call) {
     for (int row = 0; row < call.rows; ++row) rows.set(row, call.x + row * call.stride_x, call.type);
     const int64_t from = stretches * i / threads * apart, to = least(call.n, stretches * (i + 1) / threads * apart);
     const int64_t size = call.type == Type::f32 ? 4 : 2;
-    Nothing nothing;
-    rows.multiply(call.w + from * call.stride_w, call.stride_w, static_cast<int>(to - from), call.type, nothing,
+    NoAhead ahead;
+    rows.multiply(call.w + from * call.stride_w, call.stride_w, static_cast<int>(to - from), call.type, ahead,
                   [&](int row, int first) { return call.out + (int64_t{row} * call.n + from + first) * size; });
   });
 }

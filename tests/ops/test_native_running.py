@@ -32,13 +32,6 @@ UNEVEN = Case(b=4, s=9, t=500, h=17, n=16, r=64, p=16, v=24)
 LENGTHS = (500, 3, 0, 361)
 
 
-@pytest.fixture(autouse=True)
-def keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @by_isa
 @by_operator
 @by_cache

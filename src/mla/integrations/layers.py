@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mla.ops import native
 from mla.ops.linear import FEW_ROWS, linear, takes
 
 
@@ -48,11 +49,8 @@ def _are_experts(module: Any) -> bool:
     described = getattr(module, "has_gate", False) and not (
         module.has_bias or module.is_transposed or getattr(module, "has_post_expert_norm", False)
     )
-    names = ("gate_up_proj", "down_proj")
-    return described and all(
-        isinstance(getattr(module, name, None), nn.Parameter) and getattr(module, name).ndim == 3
-        for name in names
-    )
+    weights = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
+    return described and all(isinstance(weight, nn.Parameter) and weight.ndim == 3 for weight in weights)
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -72,14 +70,10 @@ def _experts(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
     if not suited:
         out: Tensor = type(experts).forward(experts, hidden_states, top_k_index, top_k_weights)
         return out
-    chosen: dict[int, list[tuple[int, int]]] = {}
-    for token, row in enumerate(top_k_index.tolist()):
-        for place, expert in enumerate(row):
-            chosen.setdefault(expert, []).append((token, place))
     total = torch.zeros_like(hidden_states, dtype=torch.float32)
-    for expert, pairs in chosen.items():
-        tokens, places = (torch.tensor(numbers) for numbers in zip(*pairs, strict=True))
-        made = linear(hidden_states[tokens], experts.gate_up_proj[expert])
-        made = linear(experts._apply_gate(made), experts.down_proj[expert])
+    for expert in sorted(set(top_k_index.flatten().tolist())):
+        tokens, places = torch.where(top_k_index == expert)
+        made = native.linear(hidden_states[tokens], experts.gate_up_proj[expert])
+        made = native.linear(experts._apply_gate(made), experts.down_proj[expert])
         total.index_add_(0, tokens, made * top_k_weights[tokens, places, None].float())
     return total.to(hidden_states.dtype)
