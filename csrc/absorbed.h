@@ -11,21 +11,6 @@
 namespace mla {
 namespace {
 
-// Brings memory that lies in one piece into the second-level cache, two lines at every step of a product.
-class LinesAhead {
-public:
-  LinesAhead(const char* data, int64_t bytes) : at_(data), end_(data + bytes) {}
-  MLA_INLINE void step() {
-    if (at_ >= end_) return;
-    __builtin_prefetch(at_, 0, 2);
-    __builtin_prefetch(at_ + 64, 0, 2);
-    at_ += 128;
-  }
-
-private:
-  const char *at_, *end_;
-};
-
 template <class A, int wide_x, int narrow_x> class Absorber {
 public:
   // `decode` is attention over the latents.
@@ -48,17 +33,14 @@ private:
   static constexpr int kFewRows = 4; // a vector has no fewer lanes
 
   struct Scratch {
-    Lanes<A> lanes;
-    Tile<A> weights;
+    ManyRows<A, wide_x, narrow_x> many;
     State sums;
-    float *scores, *line; // [kKeys][row of the tile], [kFewRows][kKeys]
-    uint32_t* units;      // of few rows
+    float* line;     // [kFewRows][kKeys] of few rows
+    uint32_t* units; // of few rows
 
     void carve(Carver& carver, const Absorber& a) {
-      lanes.carve(carver, a.block_, units_of<A>(a.r_ > a.n_ ? a.r_ : a.n_));
-      weights.carve(carver, units_of<A>(a.r_));
+      many.carve(carver, a.block_, units_of<A>(a.r_ > a.n_ ? a.r_ : a.n_));
       sums.template carve<A>(carver, a.block_, a.r_);
-      scores = carver.take<float>(kKeys * 2 * A::lanes);
       line = carver.take<float>(kFewRows * kKeys + 4);
       units = carver.take<uint32_t>(kFewRows * FewRows<A, Type::bf16>::units(a.r_));
     }
@@ -92,26 +74,13 @@ private:
   template <class Block> void each_block(const Heads& x, int h, int width, Scratch& scratch, Block&& block) const {
     for (int64_t first = 0; first < rows_; first += kRows) {
       const int rows = static_cast<int>(least(kRows, rows_ - first));
-      scratch.lanes.units = units_of<A>(width);
-      scratch.lanes.pack(rows, 1.0f, [&](int i) { return Parts{{at(x, first + i, h), x.type, width, 1.0f}, {}}; });
+      scratch.many.set(rows, width, x.type, [&](int i) { return at(x, first + i, h); });
       block(first, rows);
     }
   }
 
   char* at(const Heads& x, int64_t row, int h) const {
     return head(x, static_cast<int>(row / attention_.s), static_cast<int>(row % attention_.s), h);
-  }
-
-  // Rows first..first+count-1 of a head's weights as a tile of `tokens` rows. `reach`: the numbers that are read of
-  // each.
-  void load(const Weight& w, int h, int first, int count, int tokens, int64_t reach, Tile<A>& tile) const {
-    const char* data = w.data + h * w.stride_h + first * w.stride_row;
-    if (count == tokens && reach == r_ && Tile<A>::lendable(w.type, data, w.stride_row))
-      return tile.borrow(data, w.stride_row, count);
-    tile.pack(w.type, tokens, [&](int i, auto&& take) {
-      if (i < count) take(Parts{{data + i * w.stride_row, w.type, r_, 1.0f}, {}});
-      return i < count;
-    });
   }
 
   // The head after h, for the memory.
@@ -128,12 +97,14 @@ private:
       for (int from = 0; from < n_; from += kKeys) {
         const int count = static_cast<int>(least(kKeys, n_ - from));
         const int tokens = static_cast<int>(up(count, A::per_unit));
-        load(call_.w_uk, h, from, count, tokens, scratch.sums.width, scratch.weights);
+        const Weight& w = call_.w_uk;
+        load(w.data + h * w.stride_h + from * w.stride_row, w.stride_row, w.type, r_, count, tokens,
+             scratch.sums.width == r_, scratch.many.weights);
         for (int row = 0; row < rows; row += 2 * A::lanes) {
           const int some = static_cast<int>(least(2 * A::lanes, rows - row));
           const int lanes = static_cast<int>(up(some, A::lanes));
-          weigh<A>(tokens, scratch.weights, some, lanes, row, scratch.sums,
-                   {scratch.lanes.tile(row) + from / A::per_unit * lanes, nullptr}, ahead);
+          weigh<A>(tokens, scratch.many.weights, some, lanes, row, scratch.sums,
+                   {scratch.many.lanes.tile(row) + from / A::per_unit * lanes, nullptr}, ahead);
         }
       }
       for (int i = 0; i < rows; ++i) {
@@ -160,11 +131,13 @@ private:
 
   // Weighted sums of one head, times its up-projection of values -> its output.
   void project(int h, const Heads& sums, Scratch& scratch) const {
-    LinesAhead ahead = after(call_.w_uv, h, call_.v);
-    if (rows_ <= kFewRows)
-      project_few(h, sums, scratch, ahead);
-    else
-      each_block(sums, h, r_, scratch, [&](int64_t first, int rows) { project_rows(h, first, rows, scratch, ahead); });
+    const Weight& w = call_.w_uv;
+    LinesAhead ahead = after(w, h, call_.v);
+    if (rows_ <= kFewRows) return project_few(h, sums, scratch, ahead);
+    each_block(sums, h, r_, scratch, [&](int64_t first, int) {
+      scratch.many.multiply(w.data + h * w.stride_h, w.stride_row, w.type, call_.v, call_.out.type, ahead,
+                            [&](int row, int from) { return out(h, first + row, from); });
+    });
   }
 
   // Rows in lanes would leave most of them idle: numbers in lanes.
@@ -180,26 +153,6 @@ private:
       if constexpr (A::stored(Type::f32)) multiply(std::integral_constant<Type, Type::f32>());
     } else {
       multiply(std::integral_constant<Type, Type::bf16>());
-    }
-  }
-
-  void project_rows(int h, int64_t first, int rows, Scratch& scratch, LinesAhead& ahead) const {
-    for (int from = 0; from < call_.v; from += kKeys) {
-      const int count = static_cast<int>(least(kKeys, call_.v - from));
-      const int tokens = static_cast<int>(up(count, narrow_x));
-      load(call_.w_uv, h, from, count, tokens, units_of<A>(r_) * A::per_unit, scratch.weights);
-      for (int row = 0; row < rows; row += 2 * A::lanes) {
-        const int some = static_cast<int>(least(2 * A::lanes, rows - row));
-        const int lanes = static_cast<int>(up(some, A::lanes));
-        if (lanes > A::lanes)
-          score<A, wide_x, 2>(scratch.lanes, row, 0, scratch.weights, tokens, scratch.scores, ahead);
-        else
-          score<A, narrow_x, 1>(scratch.lanes, row, 0, scratch.weights, tokens, scratch.scores, ahead);
-        for (int i = 0; i < some; ++i) {
-          for (int t = 0; t < count; ++t) scratch.line[t] = scratch.scores[t * lanes + i];
-          write_line(scratch.line, count, call_.out.type, out(h, first + row + i, from));
-        }
-      }
     }
   }
 

@@ -45,9 +45,9 @@ void absorbed(const Projected& call) {
 
 void linear(const Linear& call) {
   if (call.type == Type::f32)
-    few_rows<Isa::Full, Type::f32>(call);
+    Layer<Isa::Full, Type::f32, Isa::wide_x, Isa::narrow_x>::run(call);
   else
-    few_rows<HalfWeights, Type::bf16>(call);
+    Layer<HalfWeights, Type::bf16, Isa::wide_x, Isa::narrow_x>::run(call);
 }
 
 #if defined(MLA_EMULATE_AVX512) // its vectors are wider than any register here

@@ -43,7 +43,7 @@ def routed(experts, tokens, dtype, seed=0):
     return hidden, chosen, torch.rand(tokens, 2, generator=chance)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 5, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 65, 200])
 @torch.no_grad()
 def test_experts_give_what_their_class_gives(model, taken, tokens):
     experts = experts_of(model)
@@ -52,10 +52,10 @@ def test_experts_give_what_their_class_gives(model, taken, tokens):
     assert not taken
     changed = take_over(experts)
     torch.testing.assert_close(experts(*inputs), stock, atol=1e-6, rtol=1e-5)
-    few = tokens <= FEW_ROWS
-    # Every pair of a token and an expert meets two weights, each expert once.
-    assert sum(taken) == (2 * 2 * tokens if few else 0)
-    assert len(taken) == (2 * len(inputs[1].unique()) if few else 0)
+    # Each expert meets its tokens once, with two weights.
+    _, counts = inputs[1].unique(return_counts=True)
+    assert taken == [count for count in counts.tolist() if count <= FEW_ROWS[torch.float32] for _ in range(2)]
+    assert tokens < 200 or not taken
     give_back(changed)
     assert "forward" not in vars(experts)
 

@@ -1,7 +1,7 @@
 """What is not attention in an absorbed model: its linear layers and experts, for few rows by the C++ kernel.
 
 A decoded token reads the weights of all of them, and torch reads weights slowly (``mla.ops.linear``). Each
-module gets a forward pass of its own, which hands on to its class whatever the kernel does not compute.
+module gets a forward pass of its own, which hands on to its class, or to torch, what the kernel leaves.
 """
 
 from collections.abc import Iterable
@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mla.ops import native
-from mla.ops.linear import FEW_ROWS, linear, takes
+from mla.ops.linear import linear, takes
 
 
 def take_over(model: nn.Module) -> tuple[nn.Module, ...]:
@@ -60,10 +59,10 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 def _experts(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Tokens [tokens, d], the experts of each [tokens, k] and their shares [tokens, k] to [tokens, d]."""
     first_up, first_down = experts.gate_up_proj[0], experts.down_proj[0]
+    one = hidden_states[:1]  # of many tokens an expert has few; one that has more is torch's
     suited = (
-        len(hidden_states) <= FEW_ROWS
-        and takes(hidden_states, first_up)
-        and takes(hidden_states, first_down)
+        takes(one, first_up)
+        and takes(one, first_down)
         and not experts._is_expert_parallel
         and not torch.compiler.is_compiling()  # which experts are chosen is data
     )
@@ -73,7 +72,7 @@ def _experts(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
     total = torch.zeros_like(hidden_states, dtype=torch.float32)
     for expert in sorted(set(top_k_index.flatten().tolist())):
         tokens, places = torch.where(top_k_index == expert)
-        made = native.linear(hidden_states[tokens], experts.gate_up_proj[expert])
-        made = native.linear(experts._apply_gate(made), experts.down_proj[expert])
+        made = linear(hidden_states[tokens], experts.gate_up_proj[expert])
+        made = linear(experts._apply_gate(made), experts.down_proj[expert])
         total.index_add_(0, tokens, made * top_k_weights[tokens, places, None].float())
     return total.to(hidden_states.dtype)

@@ -7,9 +7,9 @@ from torch.nn.functional import linear as torch_linear
 
 from mla.ops import arguments, native
 
-# Beyond so many rows torch is as fast. Below, it reads weights at half of what memory gives in bf16 and at a
-# sixth to a half in fp32 (docs/performance.md).
-FEW_ROWS = 8
+#: Rows up to which the kernel is about as fast as torch's product or faster, by dtype (docs/performance.md).
+#: In bf16 with AMX that is as far as reading the weight is all that it costs.
+FEW_ROWS = {torch.float32: 64, torch.bfloat16: 8 if torch.cpu._is_amx_tile_supported() else 64}
 # The generic kernel was not measured against torch on the processors that have no other, those of ARM.
 USED = native.best() not in (None, "generic")
 
@@ -25,8 +25,8 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel computes this: few rows on a CPU, nothing that wants a gradient or another dtype."""
     return (
         USED
-        and x.numel() <= FEW_ROWS * x.shape[-1]
-        and x.dtype in arguments.QUERY_DTYPES
+        and x.dtype in FEW_ROWS
+        and x.numel() <= FEW_ROWS[x.dtype] * x.shape[-1]
         and weight.dtype == x.dtype
         and x.device.type == weight.device.type == "cpu"
         and type(weight) in (Parameter, Tensor)

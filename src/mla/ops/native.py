@@ -194,7 +194,7 @@ def absorbed(
 
 
 def linear(x: Tensor, weight: Tensor, *, isa: str | None = None) -> Tensor:
-    """A linear layer for few rows: x · weightᵀ, summed in fp32, as fast as the weight can be read.
+    """A linear layer: x · weightᵀ, summed in fp32. Meant for up to a hundred rows, on the weight as it lies.
 
     Args:
         x: [..., k], fp32 or bf16.
