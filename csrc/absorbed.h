@@ -30,10 +30,11 @@ public:
   }
 
 private:
+  using Many = ManyRows<A, wide_x, narrow_x>;
   static constexpr int kFewRows = 4; // a vector has no fewer lanes
 
   struct Scratch {
-    ManyRows<A, wide_x, narrow_x> many;
+    Many many;
     State sums;
     float* line;     // [kFewRows][kKeys] of few rows
     uint32_t* units; // of few rows
@@ -49,7 +50,7 @@ private:
   explicit Absorber(const Projected& call)
       : call_(call), attention_(call.attention), rows_(int64_t{attention_.b} * attention_.s), h_(attention_.h),
         n_(call.n), r_(attention_.cache.r), p_(attention_.cache.p),
-        block_(static_cast<int>(up(least(rows_, kRows), A::lanes))) {}
+        block_(static_cast<int>(up(least(rows_, Many::kMost), A::lanes))) {}
 
   // [b, s, h, width] in fp32.
   Heads heads(float* data, int64_t width) const {
@@ -72,8 +73,8 @@ private:
 
   // Blocks of a head's rows as lanes; block(first, rows) does the rest.
   template <class Block> void each_block(const Heads& x, int h, int width, Scratch& scratch, Block&& block) const {
-    for (int64_t first = 0; first < rows_; first += kRows) {
-      const int rows = static_cast<int>(least(kRows, rows_ - first));
+    for (int64_t first = 0; first < rows_; first += Many::kMost) {
+      const int rows = static_cast<int>(least(Many::kMost, rows_ - first));
       scratch.many.set(rows, width, x.type, [&](int i) { return at(x, first + i, h); });
       block(first, rows);
     }

@@ -81,7 +81,7 @@ struct Projected {
   int32_t n, v;
 };
 
-// A linear layer for few rows: out = x · wᵀ, all of one type.
+// A linear layer: out = x · wᵀ, all of one type.
 struct Linear {
   const char* x; // [rows, k]
   int64_t stride_x;

@@ -175,7 +175,7 @@ public:
   }
 
 private:
-  static constexpr int64_t near = 1 << 14; // bytes of few rows, which are met again and again by a row of the weight
+  static constexpr int64_t near = 1 << 14; // bytes of rows that stay in the first-level cache beside one of the weight
   static constexpr int64_t size = type == Type::f32 ? 4 : 2;
   static constexpr int64_t worth = 1 << 16, apart = 2 * narrow_x; // bytes that are worth a thread, outputs of a stretch
   static constexpr int64_t piece = 1 << 18; // bytes of the weight that a cache holds beside others
@@ -212,7 +212,7 @@ private:
     }
     void multiply(const Layer& layer, int64_t from, int64_t to) {
       const Linear& call = layer.call_;
-      const int64_t some = most(narrow_x, piece / call.stride_w / narrow_x * narrow_x);
+      const int64_t some = most(narrow_x, piece / (call.k * size) / narrow_x * narrow_x);
       for (int row = 0; row < call.rows; row += Rows::kMost) {
         many.set(static_cast<int>(least(Rows::kMost, call.rows - row)), call.k, type,
                  [&](int i) { return call.x + (row + i) * call.stride_x; });

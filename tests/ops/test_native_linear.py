@@ -101,6 +101,15 @@ def test_any_dimensions_and_strides_of_the_rows(isa, dtype):
 
 @by_isa
 @by_dtype
+@pytest.mark.parametrize("rows", [2, 20])
+def test_rows_of_a_weight_that_are_one_in_memory(isa, dtype, rows):
+    x, weight = make(rows, 1, 70, dtype)
+    weight = weight.expand(150, 70)
+    check(x, weight, native.linear(x, weight, isa=isa))
+
+
+@by_isa
+@by_dtype
 def test_nothing_to_sum_or_to_give(isa, dtype):
     assert torch.equal(
         native.linear(torch.ones(2, 0, dtype=dtype), torch.ones(3, 0, dtype=dtype), isa=isa),
