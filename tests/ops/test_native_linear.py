@@ -183,13 +183,32 @@ def test_few_rows_take_the_kernel(dtype, calls):
     assert calls == list(range(most + 1))
 
 
+@used
+@by_dtype
+@torch.no_grad()
+def test_a_bias_is_added(dtype, calls):
+    x, weight = make(3, 6, 40, dtype)
+    bias = torch.randn(6).to(dtype)
+    for rows in (x, x[None], x[0]):
+        got = linear(rows, weight, bias)
+        want = rows.double() @ weight.double().mT + bias.double()
+        assert (got.shape, got.dtype) == (want.shape, dtype)
+        exact = dtype == torch.float32
+        torch.testing.assert_close(
+            got.double(), want, atol=1e-5 if exact else 0.05, rtol=1e-5 if exact else 0.01
+        )
+    assert calls == [3, 3, 1]
+    with pytest.raises(RuntimeError, match="size"):
+        linear(x, weight, bias[:2])
+
+
 def test_what_the_kernel_does_not_compute_is_left_to_torch(calls):
-    x, weight, bias = torch.randn(2, 8), nn.Parameter(torch.randn(3, 8)), torch.randn(3)
+    x, weight, bias = torch.randn(2, 8), nn.Parameter(torch.randn(3, 8)), nn.Parameter(torch.randn(3))
     assert linear(x, weight).requires_grad
+    assert linear(x, weight.detach(), bias).requires_grad
     assert linear(x.requires_grad_(), weight.detach()).requires_grad
     with torch.no_grad():
         want = x @ weight.mT
-        torch.testing.assert_close(linear(x, weight, bias), want + bias)
         torch.testing.assert_close(linear(x.double(), weight.double()), want.double(), atol=1e-5, rtol=1e-5)
         with torch.autocast("cpu", torch.bfloat16):
             assert linear(x, weight).dtype == torch.bfloat16
@@ -197,6 +216,8 @@ def test_what_the_kernel_does_not_compute_is_left_to_torch(calls):
         torch.testing.assert_close(linear(x, weight.mT.contiguous().mT), want)
         with pytest.raises(RuntimeError, match="dtype"):
             linear(x, weight.bfloat16())
+        with pytest.raises(RuntimeError, match="dtype"):
+            linear(x, weight, bias.bfloat16())
     assert calls == []
 
 

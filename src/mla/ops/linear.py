@@ -15,22 +15,26 @@ USED = native.best() not in (None, "generic")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``torch.nn.functional.linear``: x [..., k], weight [n, k], bias [n] to [..., n]."""
-    if bias is None and takes(x, weight):
-        return native.linear(x, weight)
-    return torch_linear(x, weight, bias)
+    """``torch.nn.functional.linear``: x [..., k], weight [n, k], bias [n] to [..., n].
+
+    With the kernel, a bias is added to the product as it is in the dtype of ``x``.
+    """
+    if not takes(x, weight, bias):
+        return torch_linear(x, weight, bias)
+    out = native.linear(x, weight)
+    return out if bias is None else out.add_(bias)
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
+def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether the kernel computes this: few rows on a CPU, nothing that wants a gradient or another dtype."""
+    given = [x, weight] if bias is None else [x, weight, bias]
     return (
         USED
         and x.dtype in FEW_ROWS
         and x.numel() <= FEW_ROWS[x.dtype] * x.shape[-1]
-        and weight.dtype == x.dtype
-        and x.device.type == weight.device.type == "cpu"
-        and type(weight) in (Parameter, Tensor)
+        and all(each.dtype == x.dtype and each.device.type == "cpu" for each in given)
+        and all(type(each) in (Parameter, Tensor) for each in given[1:])
         and arguments.has_rows(weight)
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not (torch.is_grad_enabled() and any(each.requires_grad for each in given))
         and not torch.is_autocast_enabled("cpu")
     )
