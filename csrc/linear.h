@@ -175,14 +175,16 @@ public:
   }
 
 private:
-  static constexpr int64_t near = 1 << 14; // bytes of rows that stay in the first-level cache beside one of the weight
   static constexpr int64_t size = type == Type::f32 ? 4 : 2;
+  static constexpr int64_t near = 18 << 10; // bytes of rows, with one of the weight, for the first-level cache
   static constexpr int64_t worth = 1 << 16, apart = 2 * narrow_x; // bytes that are worth a thread, outputs of a stretch
   static constexpr int64_t piece = 1 << 18; // bytes of the weight that a cache holds beside others
 
   explicit Layer(const Linear& call) : call_(call) {}
 
-  bool few() const { return call_.rows <= 3 || (call_.rows <= 8 && int64_t{call_.rows} * call_.k * size <= near); }
+  bool few() const {
+    return call_.rows <= 3 || (call_.rows <= 8 && (call_.rows + int64_t{1}) * call_.k * size <= near);
+  }
 
   struct FewScratch {
     using Rows = FewRows<A, type>;
