@@ -158,9 +158,7 @@ private:
   }
 
   // Output `from` of a row of a head.
-  char* out(int h, int64_t row, int from) const {
-    return at(call_.out, row, h) + from * (call_.out.type == Type::f32 ? 4 : 2);
-  }
+  char* out(int h, int64_t row, int from) const { return at(call_.out, row, h) + from * bytes_of(call_.out.type); }
 
   const Projected& call_;
   const Attention& attention_;

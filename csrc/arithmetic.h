@@ -36,7 +36,7 @@ namespace {
 template <int lanes, Type type> struct Read {
   using V = Vec<lanes>;
   using F = typename V::F;
-  static constexpr int bytes = type == Type::f32 ? 4 : type == Type::bf16 ? 2 : 1;
+  static constexpr int bytes = bytes_of(type);
 
   static MLA_INLINE F one(const char* p) {
     if constexpr (type == Type::f32) return V::template load<F>(p);

@@ -10,6 +10,8 @@ namespace mla {
 
 enum class Type : int { f32 = 0, bf16 = 1, i8 = 2 };
 
+constexpr int bytes_of(Type type) { return type == Type::f32 ? 4 : type == Type::bf16 ? 2 : 1; }
+
 // Rows in pages: row `token` of a sequence lies at data + page * page_stride + (token % page_size) * row_stride.
 struct Rows {
   const char* data;

@@ -91,7 +91,7 @@ template <class Machine> struct Int16 {
   // Rare enough to be summed one by one.
   static __attribute__((noinline)) float exact_length(const Part& part, Type type) {
     double exact = 0;
-    const int bytes = type == Type::f32 ? 4 : 2;
+    const int bytes = bytes_of(type);
     for (int i = 0; i < part.count; ++i) {
       float x = 0; // bf16 is the upper half of it
       std::memcpy(reinterpret_cast<char*>(&x) + 4 - bytes, part.data + i * bytes, static_cast<size_t>(bytes));

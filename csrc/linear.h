@@ -14,7 +14,7 @@ namespace {
 template <class A, Type type> class FewRows {
   using V = typename A::V;
   using Unit = typename A::Unit;
-  static constexpr int bytes = type == Type::f32 ? 4 : 2, vector = A::lanes * A::per_unit, some = 4;
+  static constexpr int bytes = bytes_of(type), vector = A::lanes * A::per_unit, some = 4;
 
 public:
   static int64_t units(int k) { return up(k, some * vector) / A::per_unit; }
@@ -175,7 +175,7 @@ public:
   }
 
 private:
-  static constexpr int64_t size = type == Type::f32 ? 4 : 2;
+  static constexpr int64_t size = bytes_of(type);
   static constexpr int64_t near = 18 << 10; // bytes of rows, with one of the weight, for the first-level cache
   static constexpr int64_t worth = 1 << 16, apart = 2 * narrow_x; // bytes that are worth a thread, outputs of a stretch
   static constexpr int64_t piece = 1 << 18; // bytes of the weight that a cache holds beside others

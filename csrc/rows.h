@@ -76,10 +76,8 @@ inline Part rotary(const Cache& cache, const Cursor& cursor) {
 }
 
 // Bytes of a latent and of a rotary key.
-inline int64_t latent_bytes(const Cache& cache) {
-  return cache.r * (cache.type == Type::f32 ? 4 : cache.type == Type::bf16 ? 2 : 1);
-}
-inline int64_t rotary_bytes(const Cache& cache) { return cache.p * (cache.type == Type::f32 ? 4 : 2); }
+inline int64_t latent_bytes(const Cache& cache) { return cache.r * bytes_of(cache.type); }
+inline int64_t rotary_bytes(const Cache& cache) { return cache.p * bytes_of(beside(cache.type)); }
 
 // Whether every rotary key follows its latent at once.
 inline bool joined(const Cache& cache) {

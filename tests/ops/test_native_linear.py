@@ -37,7 +37,8 @@ def check(x, weight, got):
     size = x.double().abs() @ weight.double().abs().mT
     assert (got.shape, got.dtype) == (want.shape, x.dtype)
     rounding = 2**-8 * want.abs() if x.dtype == torch.bfloat16 else 0.0
-    exact = 3e-8 * (10 + x.shape[-1] ** 0.5)  # one sum after another, each rounded
+    # A few rows are summed in parts, many one number after another.
+    exact = 3e-7 if x.numel() <= 3 * x.shape[-1] else 3e-8 * (10 + x.shape[-1] ** 0.5)
     assert ((got.double() - want).abs() <= exact * size + rounding).all()
 
 

@@ -27,14 +27,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether the kernel computes this: few rows on a CPU, nothing that wants a gradient or another dtype."""
-    given = [x, weight] if bias is None else [x, weight, bias]
     return (
         USED
         and x.dtype in FEW_ROWS
         and x.numel() <= FEW_ROWS[x.dtype] * x.shape[-1]
-        and all(each.dtype == x.dtype and each.device.type == "cpu" for each in given)
-        and all(type(each) in (Parameter, Tensor) for each in given[1:])
+        and x.device.type == "cpu"
+        and _goes_with(x, weight)
+        and (bias is None or _goes_with(x, bias))
         and arguments.has_rows(weight)
-        and not (torch.is_grad_enabled() and any(each.requires_grad for each in given))
+        and not (torch.is_grad_enabled() and x.requires_grad)
         and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _goes_with(x: Tensor, parameter: Tensor) -> bool:
+    return (
+        type(parameter) in (Parameter, Tensor)
+        and parameter.dtype == x.dtype
+        and parameter.device.type == "cpu"
+        and not (torch.is_grad_enabled() and parameter.requires_grad)
     )
