@@ -2,8 +2,9 @@
 
 Every MLA family of Transformers calls ``expand_kv(latents, rotary keys)`` between its cache and its attention
 interface. An absorbed module answers that call with the latents themselves, and the attention function
-registered here receives them in place of keys and values. Everything else of the family stays its own: query
-path, RoPE, gates, sinks, sparse indexers, masks.
+registered here receives them in place of keys and values. Plain linear layers and experts compute what they
+did, for few rows by the kernel (``layers.py``). Everything else of the family stays its own: query path,
+RoPE, gates, sinks, sparse indexers, masks.
 """
 
 from dataclasses import dataclass
