@@ -11,7 +11,7 @@
 namespace mla {
 namespace {
 
-template <class A, int wide_x, int narrow_x> class Absorber {
+template <class A> class Absorber {
 public:
   // `decode` is attention over the latents.
   static void run(const Projected& call, void (*decode)(const Decode&)) {
@@ -30,27 +30,26 @@ public:
   }
 
 private:
-  using Many = ManyRows<A, wide_x, narrow_x>;
-  static constexpr int kFewRows = 4; // a vector has no fewer lanes
+  static constexpr int kMost = LinearRows<A>::kMost;
 
   struct Scratch {
-    Many many;
+    LinearRows<A> rows;
+    Lanes<A> lanes;
+    Tile<A> weights;
     State sums;
-    float* line;     // [kFewRows][kKeys] of few rows
-    uint32_t* units; // of few rows
 
     void carve(Carver& carver, const Absorber& a) {
-      many.carve(carver, a.block_, units_of<A>(a.r_ > a.n_ ? a.r_ : a.n_));
+      rows.carve(carver, a.block_, a.r_);
+      lanes.carve(carver, a.block_, units_of<A>(a.n_));
+      weights.carve(carver, units_of<A>(a.r_));
       sums.template carve<A>(carver, a.block_, a.r_);
-      line = carver.take<float>(kFewRows * kKeys + 4);
-      units = carver.take<uint32_t>(kFewRows * FewRows<A, Type::bf16>::units(a.r_));
     }
   };
 
   explicit Absorber(const Projected& call)
       : call_(call), attention_(call.attention), rows_(int64_t{attention_.b} * attention_.s), h_(attention_.h),
         n_(call.n), r_(attention_.cache.r), p_(attention_.cache.p),
-        block_(static_cast<int>(up(least(rows_, Many::kMost), A::lanes))) {}
+        block_(static_cast<int>(up(least(rows_, kMost), A::lanes))) {}
 
   // [b, s, h, width] in fp32.
   Heads heads(float* data, int64_t width) const {
@@ -71,13 +70,9 @@ private:
     });
   }
 
-  // Blocks of a head's rows as lanes; block(first, rows) does the rest.
-  template <class Block> void each_block(const Heads& x, int h, int width, Scratch& scratch, Block&& block) const {
-    for (int64_t first = 0; first < rows_; first += Many::kMost) {
-      const int rows = static_cast<int>(least(Many::kMost, rows_ - first));
-      scratch.many.set(rows, width, x.type, [&](int i) { return at(x, first + i, h); });
-      block(first, rows);
-    }
+  // Blocks of a head's rows: block(first, rows).
+  template <class Block> void each_block(Block&& block) const {
+    for (int64_t first = 0; first < rows_; first += kMost) block(first, static_cast<int>(least(kMost, rows_ - first)));
   }
 
   char* at(const Heads& x, int64_t row, int h) const {
@@ -93,19 +88,20 @@ private:
   void absorb(int h, float* queries, Scratch& scratch) const {
     const Heads to = heads(queries, r_ + p_);
     LinesAhead ahead = after(call_.w_uk, h, n_);
-    each_block(call_.q_nope, h, n_, scratch, [&](int64_t first, int rows) {
+    each_block([&](int64_t first, int rows) {
+      scratch.lanes.pack(
+          rows, 1.0f, [&](int i) { return Parts{{at(call_.q_nope, first + i, h), call_.q_nope.type, n_, 1.0f}, {}}; });
       scratch.sums.clear(up(rows, A::lanes));
       for (int from = 0; from < n_; from += kKeys) {
         const int count = static_cast<int>(least(kKeys, n_ - from));
         const int tokens = static_cast<int>(up(count, A::per_unit));
         const Weight& w = call_.w_uk;
-        load(w.data + h * w.stride_h + from * w.stride_row, w.stride_row, w.type, r_, count, tokens,
-             scratch.sums.width == r_, scratch.many.weights);
+        load(w.data + h * w.stride_h + from * w.stride_row, w, count, tokens, scratch);
         for (int row = 0; row < rows; row += 2 * A::lanes) {
           const int some = static_cast<int>(least(2 * A::lanes, rows - row));
           const int lanes = static_cast<int>(up(some, A::lanes));
-          weigh<A>(tokens, scratch.many.weights, some, lanes, row, scratch.sums,
-                   {scratch.many.lanes.tile(row) + from / A::per_unit * lanes, nullptr}, ahead);
+          weigh<A>(tokens, scratch.weights, some, lanes, row, scratch.sums,
+                   {scratch.lanes.tile(row) + from / A::per_unit * lanes, nullptr}, ahead);
         }
       }
       for (int i = 0; i < rows; ++i) {
@@ -113,6 +109,16 @@ private:
         write_sums<A>(scratch.sums.row(i), 1.0f, r_, Type::f32, out);
         widen(at(call_.q_rope, first + i, h), reinterpret_cast<float*>(out) + r_);
       }
+    });
+  }
+
+  // `count` rows of a weight as a tile of `tokens` rows; where they lie, if whole tiles can be read there.
+  void load(const char* data, const Weight& w, int count, int tokens, Scratch& scratch) const {
+    if (count == tokens && scratch.sums.width == r_ && Tile<A>::lendable(w.type, data, w.stride_row))
+      return scratch.weights.borrow(data, w.stride_row, count);
+    scratch.weights.pack(w.type, tokens, [&](int i, auto&& take) {
+      if (i < count) take(Parts{{data + i * w.stride_row, w.type, r_, 1.0f}, {}});
+      return i < count;
     });
   }
 
@@ -134,27 +140,14 @@ private:
   void project(int h, const Heads& sums, Scratch& scratch) const {
     const Weight& w = call_.w_uv;
     LinesAhead ahead = after(w, h, call_.v);
-    if (rows_ <= kFewRows) return project_few(h, sums, scratch, ahead);
-    each_block(sums, h, r_, scratch, [&](int64_t first, int) {
-      scratch.many.multiply(w.data + h * w.stride_h, w.stride_row, w.type, call_.v, call_.out.type, ahead,
-                            [&](int row, int from) { return out(h, first + row, from); });
+    each_block([&](int64_t first, int rows) {
+      scratch.rows.set(rows, r_, sums.type, [&](int i) { return at(sums, first + i, h); });
+      with(w.type, [&](auto type) {
+        if constexpr (type() == Type::bf16 || A::stored(type()))
+          scratch.rows.template multiply<type()>(w.data + h * w.stride_h, w.stride_row, call_.v, call_.out.type, ahead,
+                                                 [&](int row, int from) { return out(h, first + row, from); });
+      });
     });
-  }
-
-  // Rows in lanes would leave most of them idle: numbers in lanes.
-  void project_few(int h, const Heads& sums, Scratch& scratch, LinesAhead& ahead) const {
-    const Weight& w = call_.w_uv;
-    const auto multiply = [&](auto type) {
-      FewRows<A, type()> few(static_cast<int>(rows_), r_, scratch.units, scratch.line);
-      for (int row = 0; row < rows_; ++row) few.set(row, at(sums, row, h), sums.type);
-      few.multiply(w.data + h * w.stride_h, w.stride_row, call_.v, call_.out.type, ahead,
-                   [&](int row, int first) { return out(h, row, first); });
-    };
-    if (w.type == Type::f32) {
-      if constexpr (A::stored(Type::f32)) multiply(std::integral_constant<Type, Type::f32>());
-    } else {
-      multiply(std::integral_constant<Type, Type::bf16>());
-    }
   }
 
   // Output `from` of a row of a head.

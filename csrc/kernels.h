@@ -38,16 +38,16 @@ using HalfWeights = std::conditional_t<kSplit<Isa::Half>, Isa::Full, Isa::Half>;
 
 void absorbed(const Projected& call) {
   if (call.attention.cache.type == Type::f32 || call.w_uk.type == Type::f32)
-    Absorber<Isa::Full, Isa::wide_x, Isa::narrow_x>::run(call, decode);
+    Absorber<Isa::Full>::run(call, decode);
   else
-    Absorber<HalfWeights, Isa::wide_x, Isa::narrow_x>::run(call, decode);
+    Absorber<HalfWeights>::run(call, decode);
 }
 
 void linear(const Linear& call) {
   if (call.type == Type::f32)
-    Layer<Isa::Full, Type::f32, Isa::wide_x, Isa::narrow_x>::run(call);
+    Layer<Isa::Full, Type::f32>::run(call);
   else
-    Layer<HalfWeights, Type::bf16, Isa::wide_x, Isa::narrow_x>::run(call);
+    Layer<HalfWeights, Type::bf16>::run(call);
 }
 
 #if defined(MLA_EMULATE_AVX512) // its vectors are wider than any register here

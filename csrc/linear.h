@@ -1,8 +1,8 @@
-// Linear layers for up to a hundred rows or so.
+// Linear layers of few rows, up to a hundred or so.
 //
-// With few, reading the weight is all that they cost. It is read one row after the other, in the order in which it
-// lies: memory comes half as fast where four rows are read side by side (docs/performance.md). With more, rows lie in
-// lanes and meet pieces of the weight that the second-level cache holds, while the next piece is on its way there.
+// Numbers lie in lanes, and a sum of lanes is one of a product: rows and rows of the weight meet as they lie. The
+// weight is met in pieces that the second-level cache holds, while the next piece is on its way there in the order in
+// which it lies: memory comes half as fast where several of its rows are read side by side (docs/performance.md).
 #pragma once
 
 #include "rows.h"
@@ -10,242 +10,200 @@
 namespace mla {
 namespace {
 
-// Rows of `k` numbers that meet every row of a weight of a type, as units of A side by side.
-template <class A, Type type> class FewRows {
-  using V = typename A::V;
-  using Unit = typename A::Unit;
-  static constexpr int bytes = bytes_of(type), vector = A::lanes * A::per_unit, some = 4;
-
-public:
-  static int64_t units(int k) { return up(k, some * vector) / A::per_unit; }
-
-  // Room for `rows` rows of units(k); `line` has room for kKeys outputs of each.
-  FewRows(int rows, int k, uint32_t* units, float* line) : rows_(rows), k_(k), units_(units), line_(line) {}
-
-  void set(int row, const char* data, Type from) {
-    uint32_t* to = units_ + row * units(k_);
-    std::memset(to + k_ / A::per_unit, 0, static_cast<size_t>(units(k_) - k_ / A::per_unit) * 4);
-    with(from, [&](auto known) {
-      if constexpr (known() != Type::i8) A::template pack<known()>(data, k_, 1.0f, to);
-    });
-  }
-
-  // Times `count` rows of a weight; where(row, first) says where the outputs of a row go, from `first` on.
-  template <class Ahead, class Where>
-  void multiply(const char* w, int64_t stride, int count, Type out, Ahead& ahead, Where&& where) {
-    for (int first = 0; first < count; first += kKeys) {
-      const int part = static_cast<int>(least(kKeys, count - first));
-      for (int n = 0; n < part; ++n) dots(w + (first + n) * stride, n, ahead);
-      for (int row = 0; row < rows_; ++row) write_line(line_ + row * kKeys, part, out, where(row, first));
-    }
-  }
-
-private:
-  // Two rows at a time; the next two find the weights in the cache.
-  template <class Ahead> MLA_INLINE void dots(const char* w, int n, Ahead& ahead) {
-    int row = 0;
-    for (; row + 2 <= rows_; row += 2) dots<2>(w, row, n, ahead);
-    if (row < rows_) dots<1>(w, row, n, ahead);
-  }
-
-  template <int rows, class Ahead> MLA_INLINE void dots(const char* w, int row, int n, Ahead& ahead) {
-    constexpr int chains = some / rows; // a sum waits for itself
-    const uint32_t* x = units_ + row * units(k_);
-    const int64_t stride = units(k_);
-    typename A::Sum sums[rows][chains] = {};
-    walk<some * vector, bytes>(w, k_, [&](const char* p, int i) MLA_INLINE_LAMBDA {
-      ahead.step();
-#pragma GCC unroll 4
-      for (int j = 0; j < some; ++j) {
-        const Unit weight = unit(p + j * vector * bytes);
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r)
-          sums[r][j % chains] = A::dot(sums[r][j % chains],
-                                       V::template load<Unit>(x + r * stride + i / A::per_unit + j * A::lanes), weight);
-      }
-    });
-    for (int r = 0; r < rows; ++r) {
-      for (int j = 1; j < chains; ++j) sums[r][0] += sums[r][j];
-      line_[(row + r) * kKeys + n] = V::sum(A::value(sums[r][0]));
-    }
-  }
-
-  static MLA_INLINE Unit unit(const char* p) {
-    if constexpr (A::stored(type))
-      return V::template load<Unit>(p);
-    else
-      return Read<A::lanes, type>::one(p);
-  }
-
-  int rows_, k_;
-  uint32_t* units_;
-  float* line_;
-};
-
-// Brings memory that lies in one piece into the second-level cache, two lines at every step of a product.
+// Brings memory that lies in one piece into the second-level cache, two lines a step.
 class LinesAhead {
 public:
-  LinesAhead(const char* data, int64_t bytes) : at_(data), end_(data + bytes) {}
+  static constexpr int bytes = 128; // of a step
+
+  LinesAhead(const char* data, int64_t count) : at_(data), end_(data + count) {}
   MLA_INLINE void step() {
     if (at_ >= end_) return;
     __builtin_prefetch(at_, 0, 2);
     __builtin_prefetch(at_ + 64, 0, 2);
-    at_ += 128;
+    at_ += bytes;
   }
 
 private:
   const char *at_, *end_;
 };
 
-// `count` rows of a weight, `width` numbers each, as a tile of `tokens` rows; where they lie, if `there`.
-template <class A>
-void load(const char* data, int64_t stride, Type type, int width, int count, int tokens, bool there, Tile<A>& tile) {
-  if (there && count == tokens && Tile<A>::lendable(type, data, stride)) return tile.borrow(data, stride, count);
-  tile.pack(type, tokens, [&](int i, auto&& take) {
-    if (i < count) take(Parts{{data + i * stride, type, width, 1.0f}, {}});
-    return i < count;
-  });
-}
+// Rows of `k` numbers, as units of A, that meet every row of a weight.
+template <class A> class LinearRows {
+  using V = typename A::V;
+  using Unit = typename A::Unit;
+  // Rows and rows of the weight that meet at a time: as many as registers hold the sums of.
+  static constexpr int tall = A::lanes == 16 ? 6 : 4, beside = A::lanes == 16 ? 4 : 3;
+  static constexpr int vector = A::lanes * A::per_unit, some = 4; // numbers of a vector, vectors of a step
 
-// Rows of `k` numbers, in lanes, that meet every row of a weight.
-template <class A, int wide_x, int narrow_x> struct ManyRows {
-  static constexpr int kMost = 128;         // rows
-  static constexpr int64_t kCrowded = 1024; // bytes
+public:
+  static constexpr int kMost = 128; // rows
 
-  Lanes<A> lanes;
-  Tile<A> weights;
-  float *scores, *line; // [kKeys][row of the tile], [kKeys]
-  int k, rows;
-
-  // `most`: rows that there may be; `units` of the longest of them.
-  void carve(Carver& carver, int most, int units) {
-    lanes.carve(carver, most, units);
-    weights.carve(carver, units);
-    scores = carver.take<float>(kKeys * 2 * A::lanes);
-    line = carver.take<float>(kKeys + 4);
+  // `most`: rows that there may be; `k`: of the longest of them.
+  void carve(Carver& carver, int most, int k) {
+    line_ = carver.take<float>(most * kKeys + 4);
+    units_ = carver.take<uint32_t>(most * stride_of(k));
+    weights_ = carver.take<uint32_t>(A::stored(Type::bf16) ? 0 : beside * stride_of(k));
   }
 
   // row(i) says where a row is, of a type.
-  template <class Row> void set(int count, int width, Type type, Row&& row) {
-    k = width;
-    rows = count;
-    lanes.units = units_of<A>(width);
-    lanes.pack(count, 1.0f, [&](int i) { return Parts{{row(i), type, width, 1.0f}, {}}; });
+  template <class Row> void set(int rows, int k, Type type, Row&& row) {
+    rows_ = rows;
+    k_ = k;
+    stride_ = stride_of(k);
+    for (int i = 0; i < rows; ++i) with(type, [&](auto known) { pack<known()>(row(i), units_ + i * stride_); });
   }
 
   // Times `count` rows of a weight; where(row, first) says where the outputs of a row go, from `first` on.
-  template <class Ahead, class Where>
-  void multiply(const char* w, int64_t stride, Type type, int count, Type out, Ahead& ahead, Where&& where) {
-    // A product reads a line of each of narrow_x rows by and by. If they lie a power of two apart, the first-level
-    // cache cannot hold these together.
-    const int last = rows % (2 * A::lanes);
-    const bool crowded = stride % kCrowded == 0 && last > 0 && last <= A::lanes;
-    const bool there = lanes.units * A::per_unit == k && !crowded;
-    int part;
-    for (int first = 0; first < count; first += part) {
-      part = static_cast<int>(least(kKeys, count - first));
-      if (part > narrow_x) part -= part % narrow_x;
-      const int tokens = static_cast<int>(up(part, narrow_x));
-      load(w + first * stride, stride, type, k, part, tokens, there, weights);
-      for (int row = 0; row < rows; row += 2 * A::lanes) {
-        const int some = static_cast<int>(least(2 * A::lanes, rows - row));
-        const int across = static_cast<int>(up(some, A::lanes));
-        if (across > A::lanes)
-          score<A, wide_x, 2>(lanes, row, 0, weights, tokens, scores, ahead);
-        else
-          score<A, narrow_x, 1>(lanes, row, 0, weights, tokens, scores, ahead);
-        for (int i = 0; i < some; ++i) {
-          for (int t = 0; t < part; ++t) line[t] = scores[t * across + i];
-          write_line(line, part, out, where(row + i, first));
-        }
-      }
+  template <Type type, class Ahead, class Where>
+  void multiply(const char* w, int64_t stride, int count, Type out, Ahead& ahead, Where&& where) {
+    for (int first = 0; first < count; first += kKeys) {
+      const int part = static_cast<int>(least(kKeys, count - first));
+      int n = 0;
+      // A single row reads no faster than memory comes, and one row of the weight after the other comes by itself.
+      if (rows_ > 1)
+        for (; n + beside <= part; n += beside) meet<type, beside>(w + (first + n) * stride, stride, n, ahead);
+      for (; n < part; ++n) meet<type, 1>(w + (first + n) * stride, stride, n, ahead);
+      for (int row = 0; row < rows_; ++row) write_line(line_ + row * kKeys, part, out, where(row, first));
     }
   }
+
+private:
+  static int64_t stride_of(int k) { return odd_stride(up(k, some * vector) / A::per_unit); }
+
+  // Zeros follow, up to a whole step.
+  template <Type type> void pack(const char* data, uint32_t* to) {
+    const int64_t whole = k_ / A::per_unit, padded = up(k_, some * vector) / A::per_unit;
+    std::memset(to + whole, 0, static_cast<size_t>(padded - whole) * 4);
+    if constexpr (type != Type::i8) A::template pack<type>(data, k_, 1.0f, to);
+  }
+
+  // All rows, in groups of about equal size.
+  template <Type type, int weights, class Ahead> void meet(const char* w, int64_t stride, int n, Ahead& ahead) {
+    const int groups = (rows_ + tall - 1) / tall;
+    if constexpr (!A::stored(type)) {
+      if (groups > 1) { // what is no units yet becomes units once for all groups
+        for (int m = 0; m < weights; ++m) pack<type>(w + m * stride, weights_ + m * stride_);
+        return meet<Type::f32, weights>(reinterpret_cast<const char*>(weights_), stride_ * 4, n, ahead);
+      }
+    }
+    NoAhead no_ahead;
+    for (int i = 0; i < groups; ++i) {
+      const int row = rows_ * i / groups, count = rows_ * (i + 1) / groups - row;
+      if (i == 0) // what follows the weight is fetched as fast as the weight is read
+        dots<type, tall, weights>(w, stride, row, count, n, ahead);
+      else
+        dots<type, tall, weights>(w, stride, row, count, n, no_ahead);
+    }
+  }
+
+  template <Type type, int rows, int weights, class Ahead>
+  MLA_INLINE void dots(const char* w, int64_t stride, int row, int count, int n, Ahead& ahead) {
+    if constexpr (rows > 1)
+      if (count < rows) return dots<type, rows - 1, weights>(w, stride, row, count, n, ahead);
+    dots<type, rows, weights>(w, stride, row, n, ahead);
+  }
+
+  template <Type type, int rows, int weights, class Ahead>
+  void dots(const char* w, int64_t stride_w, int row, int n, Ahead& ahead) {
+    constexpr int pairs = rows * weights, chains = pairs >= 8 ? 1 : pairs >= 4 ? 2 : some; // a sum waits for itself
+    constexpr int bytes = bytes_of(type), lines = weights > 1 ? some * vector * bytes * weights / LinesAhead::bytes : 0;
+    const uint32_t* x = units_ + row * stride_;
+    typename A::Sum sums[chains][pairs] = {};
+    const auto step = [&](const char* p, int64_t stride, int unit) MLA_INLINE_LAMBDA {
+#pragma GCC unroll 4
+      for (int j = 0; j < some; ++j) {
+        Unit weight[weights];
+#pragma GCC unroll 4
+        for (int m = 0; m < weights; ++m) weight[m] = read<type>(p + m * stride + j * vector * bytes);
+        for (int i = lines * j / some; i < lines * (j + 1) / some; ++i) ahead.step();
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; ++r) {
+          const Unit here = V::template load<Unit>(x + r * stride_ + unit + j * A::lanes);
+#pragma GCC unroll 4
+          for (int m = 0; m < weights; ++m) {
+            auto& sum = sums[j % chains][r * weights + m];
+            sum = A::dot(sum, here, weight[m]);
+          }
+        }
+      }
+    };
+    constexpr int numbers = some * vector;
+    int i = 0;
+    for (; i + numbers <= k_; i += numbers) step(w + int64_t{i} * bytes, stride_w, i / A::per_unit);
+    if (i < k_) { // zeros beyond the end
+      alignas(64) char tail[weights][numbers * bytes];
+      for (int m = 0; m < weights; ++m)
+        copy_some<numbers * bytes>(tail[m], w + m * stride_w + int64_t{i} * bytes, (k_ - i) * bytes);
+      step(tail[0], numbers * bytes, i / A::per_unit);
+    }
+    typename V::F values[pairs];
+#pragma GCC unroll 24
+    for (int pair = 0; pair < pairs; ++pair) {
+      for (int j = 1; j < chains; ++j) sums[0][pair] += sums[j][pair];
+      values[pair] = A::value(sums[0][pair]);
+    }
+    float totals[up(pairs, A::lanes)];
+    V::sums(values, totals);
+    for (int r = 0; r < rows; ++r) std::memcpy(line_ + (row + r) * kKeys + n, totals + r * weights, weights * 4);
+  }
+
+  template <Type type> static MLA_INLINE Unit read(const char* p) {
+    if constexpr (A::stored(type))
+      return V::template load<Unit>(p);
+    else
+      return Read<A::lanes, type>::one(p);
+  }
+
+  float* line_;       // [rows][kKeys] outputs
+  uint32_t* units_;   // [rows][stride_]
+  uint32_t* weights_; // [beside][stride_]
+  int rows_, k_;
+  int64_t stride_;
 };
 
 // Outputs are dealt to threads in equal stretches.
-template <class A, Type type, int wide_x, int narrow_x> class Layer {
+template <class A, Type type> class Layer {
 public:
   static void run(const Linear& call) {
-    const Layer layer(call);
-    if (layer.few())
-      layer.run<FewScratch>();
-    else
-      layer.run<ManyScratch>();
+    const int64_t stretches = up(call.n, apart) / apart;
+    const int threads =
+        static_cast<int>(most(1, least(least(call.threads, stretches), call.n * call.stride_w / worth)));
+    const auto carve = [&](Carver& carver) {
+      LinearRows<A> rows;
+      rows.carve(carver, static_cast<int>(least(LinearRows<A>::kMost, call.rows)), call.k);
+      return rows;
+    };
+    Carver count(nullptr);
+    carve(count);
+    const Memory memory(count.used() * threads);
+    team(threads, [&](int i) {
+      Carver carver(memory.data + count.used() * i);
+      LinearRows<A> rows = carve(carver);
+      multiply(call, rows, stretches * i / threads * apart, least(call.n, stretches * (i + 1) / threads * apart));
+    });
   }
 
 private:
   static constexpr int64_t size = bytes_of(type);
-  static constexpr int64_t near = 18 << 10; // bytes of rows, with one of the weight, for the first-level cache
-  static constexpr int64_t worth = 1 << 16, apart = 2 * narrow_x; // bytes that are worth a thread, outputs of a stretch
-  static constexpr int64_t piece = 1 << 18; // bytes of the weight that a cache holds beside others
+  static constexpr int64_t worth = 1 << 16, apart = 48; // bytes that are worth a thread, outputs of a stretch
+  static constexpr int64_t piece = 1 << 18;             // bytes of the weight that a cache holds beside others
 
-  explicit Layer(const Linear& call) : call_(call) {}
-
-  bool few() const {
-    return call_.rows <= 3 || (call_.rows <= 8 && (call_.rows + int64_t{1}) * call_.k * size <= near);
-  }
-
-  struct FewScratch {
-    using Rows = FewRows<A, type>;
-    uint32_t* units;
-    float* line;
-
-    void carve(Carver& carver, const Linear& call) {
-      units = carver.take<uint32_t>(call.rows * Rows::units(call.k));
-      line = carver.take<float>(call.rows * kKeys + 4);
-    }
-    void multiply(const Layer& layer, int64_t from, int64_t to) {
-      const Linear& call = layer.call_;
-      Rows rows(call.rows, call.k, units, line);
-      for (int row = 0; row < call.rows; ++row) rows.set(row, call.x + row * call.stride_x, type);
-      NoAhead ahead;
-      rows.multiply(call.w + from * call.stride_w, call.stride_w, static_cast<int>(to - from), type, ahead,
-                    [&](int row, int first) { return layer.out(row, from + first); });
-    }
-  };
-
-  struct ManyScratch {
-    using Rows = ManyRows<A, wide_x, narrow_x>;
-    Rows many;
-
-    void carve(Carver& carver, const Linear& call) {
-      many.carve(carver, static_cast<int>(least(call.rows, Rows::kMost)), units_of<A>(call.k));
-    }
-    void multiply(const Layer& layer, int64_t from, int64_t to) {
-      const Linear& call = layer.call_;
-      const int64_t some = most(narrow_x, piece / (call.k * size) / narrow_x * narrow_x);
-      for (int row = 0; row < call.rows; row += Rows::kMost) {
-        many.set(static_cast<int>(least(Rows::kMost, call.rows - row)), call.k, type,
-                 [&](int i) { return call.x + (row + i) * call.stride_x; });
-        for (int64_t first = from; first < to; first += some) {
-          const int64_t next = least(first + some, to), after = least(next + some, to);
-          LinesAhead ahead(call.w + next * call.stride_w, (after - next) * call.stride_w);
-          many.multiply(call.w + first * call.stride_w, call.stride_w, type, static_cast<int>(next - first), type,
-                        ahead, [&](int i, int output) { return layer.out(row + i, first + output); });
-        }
+  // Outputs from..to-1, piece by piece, each with the memory of the next.
+  static void multiply(const Linear& call, LinearRows<A>& rows, int64_t from, int64_t to) {
+    constexpr int all = LinearRows<A>::kMost;
+    const int64_t some = most(1, piece / (call.k * size * apart)) * apart;
+    for (int row = 0; row < call.rows; row += all) {
+      rows.set(static_cast<int>(least(all, call.rows - row)), call.k, type,
+               [&](int i) { return call.x + (row + i) * call.stride_x; });
+      for (int64_t first = from; first < to; first += some) {
+        const int64_t next = least(first + some, to), after = least(next + some, to);
+        LinesAhead ahead(call.w + next * call.stride_w, (after - next) * call.stride_w);
+        rows.template multiply<type>(
+            call.w + first * call.stride_w, call.stride_w, static_cast<int>(next - first), type, ahead,
+            [&](int i, int output) { return call.out + ((row + i) * int64_t{call.n} + first + output) * size; });
       }
     }
-  };
-
-  template <class Scratch> void run() const {
-    const int64_t stretches = up(call_.n, apart) / apart;
-    const int threads =
-        static_cast<int>(most(1, least(least(call_.threads, stretches), call_.n * call_.stride_w / worth)));
-    Carver count(nullptr);
-    Scratch().carve(count, call_);
-    const Memory memory(count.used() * threads);
-    team(threads, [&](int i) {
-      Carver carver(memory.data + count.used() * i);
-      Scratch scratch;
-      scratch.carve(carver, call_);
-      scratch.multiply(*this, stretches * i / threads * apart, least(call_.n, stretches * (i + 1) / threads * apart));
-    });
   }
-
-  char* out(int64_t row, int64_t output) const { return call_.out + (row * call_.n + output) * size; }
-
-  const Linear& call_;
 };
 
 } // namespace

@@ -84,6 +84,26 @@ template <int lanes> struct Vec {
   template <int width> struct Lower {
     static constexpr int of(int i) { return i & width ? lanes + i : i ^ width; }
   };
+  // The sum of each of `count` vectors -> as many floats, up to whole vectors: two halves of two vectors at a time.
+  template <int width = lanes / 2> static MLA_INLINE F fold(F (&v)[lanes]) {
+    if constexpr (width > 0) {
+#pragma GCC unroll 8
+      for (int i = 0; i < width; ++i)
+        v[i] = pick<Upper<width>>(v[i], v[i + width]) + pick<Lower<width>>(v[i], v[i + width]);
+      return fold<width / 2>(v);
+    }
+    return v[0];
+  }
+  template <int count> static MLA_INLINE void sums(const F (&v)[count], float* to) {
+#pragma GCC unroll 8
+    for (int first = 0; first < count; first += lanes) {
+      F some[lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) some[i] = first + i < count ? v[first + i < count ? first + i : 0] : F{};
+      store(to + first, fold(some));
+    }
+  }
+
   // Rows become columns.
   template <int width = lanes / 2> static MLA_INLINE void transpose(F (&rows)[lanes]) {
     if constexpr (width > 0) {
@@ -158,7 +178,7 @@ template <int size> MLA_INLINE void copy_some(char* to, const char* from, int co
   std::memcpy(to, from, static_cast<size_t>(count));
 }
 
-MLA_INLINE int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+MLA_INLINE constexpr int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 MLA_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 MLA_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
