@@ -250,6 +250,31 @@ def test_a_cut_file_in_the_folder_is_told_once(tmp_path):
     assert f"{file} is damaged" in note
 
 
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        torch.tensor(TOKENS, dtype=torch.uint32),
+        torch.tensor(TOKENS, dtype=torch.int32)[:, None],
+        torch.tensor(7),
+    ],
+    ids=["uint32", "a column", "a number"],
+)
+def test_tokens_in_another_form_are_told_once(tmp_path, tokens):
+    """They are compared with every prompt: no checksum has been looked at then."""
+    notes = []
+    shelf = PrefixFolder(tmp_path, MODEL, limit=10**6, note=notes.append)
+    shelf.save(filled(), TOKENS)
+    file, _ = shelf.longest(TOKENS)
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    save_file({**load_file(file), "tokens": tokens.contiguous()}, file, metadata=header)
+    shelf = PrefixFolder(tmp_path, MODEL, limit=10**6, note=notes.append)
+    for _ in range(2):
+        assert shelf.longest(TOKENS) == (None, 0)
+    (note,) = notes
+    assert f"{file} is damaged: expected its tokens as int32 [t], got" in note
+
+
 def test_a_folder_that_cannot_be_used(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(MLAError, match="expected a folder to keep latents in"):

@@ -162,6 +162,9 @@ def _identity(path: Path) -> tuple[int, int]:
 def _tokens(path: Path) -> Tensor:
     with _opened(path) as file:
         tokens: Tensor = file.get_tensor("tokens")
+        if tokens.dtype != torch.int32 or tokens.ndim != 1:
+            got = f"{tokens.dtype} {tuple(tokens.shape)}"
+            raise MLAError(f"{path} is damaged: expected its tokens as int32 [t], got {got}")
         return tokens.clone()
 
 
