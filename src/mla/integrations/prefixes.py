@@ -100,32 +100,33 @@ class Prefixes:
             MLAError: they do not fit into the budget, or into the memory that is free now.
         """
         self._make_room(self._bytes(wanted), wanted)
-        text = self._model.config.get_text_config(decoder=True)
-        return LatentCache(text, capacity=min(wanted, capacity or wanted), format=self.cache_format)
+        return self._empty(wanted, capacity)
 
     def take(self, tokens: list[int], wanted: int, capacity: int | None = None) -> LatentCache:
         """A cache that holds as long a beginning of ``tokens`` as is known, but never the last token: it must
         run to give the logits of the next. Arguments and errors as for :meth:`new`."""
         known = tokens[:-1]
-        kept, common = self._longest_kept(known)
         if self._folder is not None:
             file, stored = self._folder.longest(known)
-            if file is not None and stored >= common + _WORTH_READING:
+            if file is not None and stored >= self._longest_kept(known)[1] + _WORTH_READING:
                 cache = self.new(wanted, capacity)
                 try:
                     self._folder.load(file, cache, stored, self._model.device)
                     return cache
                 except MLAError as error:
                     self._note(f"{error}; the prefix is computed again")
-                kept, common = self._longest_kept(known)  # what made room for the file may be gone
+        kept, common = self._longest_kept(known)
         if kept is None:
             return self.new(wanted, capacity)
         self._kept.remove(kept)
         lost = len(kept.tokens) - common
         if self.budget is not None and lost > _WORTH_KEEPING and is_storable(kept.cache):
             self._kept.append(kept)
-            cache = self.new(wanted, capacity)  # which may have had to drop what is copied here
+            # Copied first, then held by the list alone: it may have to make room, which must be free then.
+            cache = self._empty(wanted, capacity)
             copy_prefix(kept.cache, cache, common)
+            del kept
+            self._make_room(self._bytes(wanted), wanted, held=self._bytes(common))
             return cache
         self._make_room(max(self._bytes(wanted), kept.cache.nbytes), wanted, held=kept.cache.nbytes)
         kept.cache.crop(common - kept.cache.get_seq_length())
@@ -169,6 +170,10 @@ class Prefixes:
 
     def _bytes(self, tokens: int) -> int:
         return self.config.cache_bytes(tokens, self.cache_format)
+
+    def _empty(self, wanted: int, capacity: int | None) -> LatentCache:
+        text = self._model.config.get_text_config(decoder=True)
+        return LatentCache(text, capacity=min(wanted, capacity or wanted), format=self.cache_format)
 
     def _longest_kept(self, tokens: list[int]) -> tuple[_Conversation | None, int]:
         best: tuple[_Conversation | None, int] = (None, 0)

@@ -1,7 +1,9 @@
 """Requests that are odd, tokenizers that are, and memory and files that give way: an answer or a refusal."""
 
 import asyncio
+import gc
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.cli.serving import chat_completion
 
 from mla.cache.folder import PrefixFolder
+from mla.errors import MLAError
 from mla.integrations.prefixes import Prefixes, fingerprint
 from mla.integrations.serving.answers import ChatEndpoint
 from mla.integrations.serving.requests import ApiError, read_chat, read_completion, read_messages
@@ -101,6 +104,51 @@ def test_a_conversation_that_goes_on_makes_room_for_all_of_itself():
     cache = prefixes.take(longer, 98)
     assert cache.get_seq_length() == 45
     assert prefixes.nbytes + config.cache_bytes(98, "fp32") <= budget  # the other one has gone
+
+
+def read(prefixes, tokens, wanted):
+    """Take a cache for ``tokens``, read them, and keep it."""
+    cache = prefixes.take(tokens, wanted)
+    with torch.no_grad():
+        prefixes._model(torch.tensor([tokens[cache.get_seq_length() :]]), past_key_values=cache)
+    prefixes.keep(tokens, cache)
+    return cache
+
+
+def test_what_has_to_go_is_free_before_memory_is_asked_for(monkeypatch):
+    """Else a request would need the memory of the conversation that makes room for it besides its own."""
+    model, config = (engine := make_engine()).model, engine.prefixes.config
+    prefixes = Prefixes(model, config, "fp32", budget=config.cache_bytes(100, "fp32"))
+    one, other = list(range(1, 81)), [*range(1, 31), *range(101, 151)]
+    old = weakref.ref(read(prefixes, one, 80))
+    asked = []
+    monkeypatch.setattr(
+        "mla.integrations.prefixes.require_memory", lambda needed, purpose: asked.append((needed, old()))
+    )
+    cache = prefixes.take(other, 80)
+    assert asked == [(config.cache_bytes(50, "fp32"), None)]  # 30 of its tokens are copied by then
+    with torch.no_grad():
+        rest = model(torch.tensor([other[cache.get_seq_length() :]]), past_key_values=cache).logits[0, -1]
+        assert torch.allclose(rest, model(torch.tensor([other])).logits[0, -1], atol=1e-5)
+
+
+def test_a_failed_request_leaves_no_memory_behind():
+    engine = make_engine()
+    caches = []
+
+    def broken(*args, past_key_values, **kwargs):
+        caches.append(weakref.ref(past_key_values))
+        raise MLAError("no memory")  # which no log keeps
+
+    engine.model.generate = broken
+    gc.disable()
+    try:
+        with pytest.raises(ApiError, match="no memory"):
+            complete(engine, "Hello")
+        engine.thread.submit(lambda: None).result(timeout=60)
+        assert [cache() for cache in caches] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_file_that_breaks_after_room_was_made_for_it(tmp_path):

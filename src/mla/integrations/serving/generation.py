@@ -230,6 +230,8 @@ class Stream:
         if self.error is not None:
             if not isinstance(self.error, MLAError):
                 _log.error("a request failed", exc_info=self.error)
+            # Its frames hold this stream and the cache, so that only the garbage collector would free them.
+            self.error.__traceback__ = None
             # The handlers put it between quotes as it is.
             self._send(_StreamError(json.dumps(str(self.error))[1:-1]))
 
