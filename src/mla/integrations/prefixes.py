@@ -93,23 +93,23 @@ class Prefixes:
         """Bytes of the caches that are kept."""
         return sum(kept.cache.nbytes for kept in self._kept)
 
-    def new(self, wanted: int, capacity: int | None = None) -> LatentCache:
-        """An empty cache that may grow to ``wanted`` tokens, allocated for ``capacity`` (by default all).
+    def new(self, capacity: int) -> LatentCache:
+        """An empty cache with room for ``capacity`` tokens; :meth:`grow` makes room for more.
 
         Raises:
             MLAError: they do not fit into the budget, or into the memory that is free now.
         """
-        self._make_room(self._bytes(wanted), wanted)
-        return self._empty(wanted, capacity)
+        self._make_room(capacity)
+        return self._empty(capacity)
 
-    def take(self, tokens: list[int], wanted: int, capacity: int | None = None) -> LatentCache:
+    def take(self, tokens: list[int], capacity: int) -> LatentCache:
         """A cache that holds as long a beginning of ``tokens`` as is known, but never the last token: it must
         run to give the logits of the next. Arguments and errors as for :meth:`new`."""
         known = tokens[:-1]
         if self._folder is not None:
             file, stored = self._folder.longest(known)
             if file is not None and stored >= self._longest_kept(known)[1] + _WORTH_READING:
-                cache = self.new(wanted, capacity)
+                cache = self.new(capacity)
                 try:
                     self._folder.load(file, cache, stored, self._model.device)
                     return cache
@@ -117,20 +117,24 @@ class Prefixes:
                     self._note(f"{error}; the prefix is computed again")
         kept, common = self._longest_kept(known)
         if kept is None:
-            return self.new(wanted, capacity)
+            return self.new(capacity)
         self._kept.remove(kept)
         lost = len(kept.tokens) - common
         if self.budget is not None and lost > _WORTH_KEEPING and is_storable(kept.cache):
             self._kept.append(kept)
             # Copied first, then held by the list alone: it may have to make room, which must be free then.
-            cache = self._empty(wanted, capacity)
+            cache = self._empty(capacity)
             copy_prefix(kept.cache, cache, common)
             del kept
-            self._make_room(self._bytes(wanted), wanted, held=self._bytes(common))
+            self._make_room(capacity, held=self._bytes(common))
             return cache
-        self._make_room(max(self._bytes(wanted), kept.cache.nbytes), wanted, held=kept.cache.nbytes)
+        self._make_room(capacity, held=kept.cache.nbytes)
         kept.cache.crop(common - kept.cache.get_seq_length())
         return kept.cache
+
+    def grow(self, cache: LatentCache, capacity: int) -> None:
+        """Make room for ``capacity`` tokens in a cache that is in use; errors as for :meth:`new`."""
+        self._make_room(capacity, held=cache.nbytes)
 
     def keep(self, tokens: list[int], cache: LatentCache) -> None:
         """Remember a cache and the tokens it was given; the newest of them may not have been read yet."""
@@ -171,9 +175,9 @@ class Prefixes:
     def _bytes(self, tokens: int) -> int:
         return self.config.cache_bytes(tokens, self.cache_format)
 
-    def _empty(self, wanted: int, capacity: int | None) -> LatentCache:
+    def _empty(self, capacity: int) -> LatentCache:
         text = self._model.config.get_text_config(decoder=True)
-        return LatentCache(text, capacity=min(wanted, capacity or wanted), format=self.cache_format)
+        return LatentCache(text, capacity=capacity, format=self.cache_format)
 
     def _longest_kept(self, tokens: list[int]) -> tuple[_Conversation | None, int]:
         best: tuple[_Conversation | None, int] = (None, 0)
@@ -183,12 +187,14 @@ class Prefixes:
                 best = (kept, common)
         return best
 
-    def _make_room(self, needed: int, tokens: int, held: int = 0) -> None:
-        """Forget conversations until ``needed`` bytes, ``held`` of them there already, fit beside others."""
+    def _make_room(self, tokens: int, held: int = 0) -> None:
+        """Forget conversations until a cache of ``tokens``, ``held`` bytes of it there already, fits beside
+        the others."""
+        needed = self._bytes(tokens)
         if self.budget is None:
             self._kept.clear()
         else:
-            while self._kept and self.nbytes + needed > self.budget:
+            while self._kept and self.nbytes + max(needed, held) > self.budget:
                 del self._kept[0]
             if needed > self.budget:
                 raise MLAError(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mla.config import MLAConfig
+from mla.errors import MLAError
 from mla.integrations.prefixes import Prefixes
 from mla.integrations.serving import app as application
 from mla.integrations.serving.answers import ChatEndpoint, CompletionEndpoint
@@ -149,6 +150,44 @@ def test_memory_stays_within_the_budget():
     for number in range(8):
         complete(engine, chr(97 + number) * (50 + 40 * number), max_tokens=30)
         assert engine.prefixes.nbytes <= engine.prefixes.budget
+
+
+def kept(engine) -> int:
+    """How many conversations are kept once nothing runs: an answer is complete before its cache is kept."""
+    engine.thread.submit(lambda: None).result(timeout=60)
+    return len(engine.prefixes._kept)
+
+
+def test_an_answer_makes_room_as_it_grows():
+    """Most end long before their limit: they need not push out what they never come to need."""
+    engine = make_engine(budget=480 * 500)
+    held = []
+
+    def watch(module, args, kwargs):
+        held.append(kwargs["past_key_values"].nbytes + engine.prefixes.nbytes)
+
+    engine.model.register_forward_pre_hook(watch, with_kwargs=True)
+    complete(engine, "a" * 150, max_tokens=10)
+    first = complete(engine, "b" * 20, max_tokens=1)["choices"][0]["text"]
+    complete(engine, "b" * 20, max_tokens=400, stop=first)
+    assert kept(engine) == 2
+    complete(engine, "b" * 20, max_tokens=400)
+    assert kept(engine) == 1  # 420 and 160 tokens are too many
+    assert max(held) <= engine.prefixes.budget
+
+
+def test_memory_that_is_gone_when_an_answer_grows(monkeypatch):
+    engine = make_engine()
+
+    def full(needed, purpose):
+        if "400" in purpose:
+            raise MLAError(f"{purpose}: no memory")
+
+    monkeypatch.setattr("mla.integrations.prefixes.require_memory", full)
+    assert complete(engine, "x" * 20, max_tokens=256)["usage"]["completion_tokens"] == 256
+    with pytest.raises(ApiError, match="a cache of 400 tokens: no memory") as error:
+        complete(engine, "x" * 20, max_tokens=380)
+    assert error.value.status == 503
 
 
 def test_models_with_other_layers_are_served_without_reuse():

@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 #: Tokens read in one step: between steps a request whose client has gone ends. Scores of the prompt take a
 #: number per word of the vocabulary, so steps are shorter then.
 _STEP, _SCORED_STEP = 1024, 128
-#: Tokens of the answer that a cache has room for before it grows: most answers end long before their limit.
+#: Tokens of the answer for which room is made at a time: most answers end long before their limit.
 _ANSWER_ROOM = 256
 #: Below this temperature the most likely token is the only one; the logits over it would be infinite.
 _COLDEST = 1e-5
@@ -342,11 +342,10 @@ def _run(engine: Engine, tokens: list[int], request: Request, config: Any, strea
     """On the engine's thread: answer one request."""
     if stream.is_gone:
         return
-    most = len(tokens) + config.max_new_tokens
     room = len(tokens) + min(config.max_new_tokens, _ANSWER_ROOM)
     # The scores of a prompt need all of it to be read anew.
     anew = request.echo and request.logprobs is not None
-    cache = engine.prefixes.new(most, room) if anew else engine.prefixes.take(tokens, most, room)
+    cache = engine.prefixes.new(room) if anew else engine.prefixes.take(tokens, room)
     stream.reused = cache.get_seq_length()
     with contextlib.suppress(_Gone):
         _read(engine, tokens, request, stream, cache)
@@ -394,8 +393,23 @@ def _write(
             past_key_values=cache,
             generation_config=config,
             streamer=stream,
-            stopping_criteria=[stream.is_stopped],
+            stopping_criteria=[stream.is_stopped, _growth(engine, cache, len(tokens), config.max_new_tokens)],
         )
+
+
+def _growth(engine: Engine, cache: LatentCache, prompt: int, most: int) -> Callable[..., Tensor]:
+    """A stopping criterion, since ``generate`` asks them before every step. It stops nothing, but makes room
+    for more of an answer of up to ``most`` tokens once it has filled what there is."""
+    room = prompt + min(most, _ANSWER_ROOM)
+
+    def grow(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        nonlocal room
+        if ids.shape[1] > room:
+            room = min(room + _ANSWER_ROOM, prompt + most)
+            engine.prefixes.grow(cache, room)
+        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+
+    return grow
 
 
 @contextlib.contextmanager
