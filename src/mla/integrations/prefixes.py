@@ -118,16 +118,16 @@ class Prefixes:
         kept, common = self._longest_kept(known)
         if kept is None:
             return self.new(capacity)
-        self._kept.remove(kept)
         lost = len(kept.tokens) - common
         if self.budget is not None and lost > _WORTH_KEEPING and is_storable(kept.cache):
-            self._kept.append(kept)
-            # Copied first, then held by the list alone: it may have to make room, which must be free then.
+            # It keeps its age: the few words that all chats begin with are no use of it. Copied first, then
+            # held by the list alone: it may have to make room, which must be free then.
             cache = self._empty(capacity)
             copy_prefix(kept.cache, cache, common)
             del kept
             self._make_room(capacity, held=self._bytes(common))
             return cache
+        self._kept.remove(kept)
         self._make_room(capacity, held=kept.cache.nbytes)
         kept.cache.crop(common - kept.cache.get_seq_length())
         return kept.cache
@@ -180,10 +180,11 @@ class Prefixes:
         return LatentCache(text, capacity=capacity, format=self.cache_format)
 
     def _longest_kept(self, tokens: list[int]) -> tuple[_Conversation | None, int]:
+        """The one with the longest beginning in common, the newest of several, and how long that is."""
         best: tuple[_Conversation | None, int] = (None, 0)
         for kept in self._kept:
             common = _common(kept.tokens, tokens)
-            if common > best[1]:
+            if common and common >= best[1]:
                 best = (kept, common)
         return best
 

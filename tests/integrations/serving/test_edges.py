@@ -132,6 +132,21 @@ def test_what_has_to_go_is_free_before_memory_is_asked_for(monkeypatch):
         assert torch.allclose(rest, model(torch.tensor([other])).logits[0, -1], atol=1e-5)
 
 
+def test_what_is_only_copied_from_keeps_its_age():
+    """All chats begin with the same few tokens: to begin like another one is no use of that one."""
+    model, config = (engine := make_engine()).model, engine.prefixes.config
+    prefixes = Prefixes(model, config, "fp32", budget=config.cache_bytes(150, "fp32"))
+    one, two, three = ([1, 2, 3, *range(first, first + 45)] for first in (10, 60, 110))
+    for tokens in (one, two, three):
+        read(prefixes, tokens, 48)
+    assert [kept.tokens for kept in prefixes._kept] == [one, two, three]
+    # Of three that begin alike the newest is taken, and the oldest makes room.
+    assert prefixes._longest_kept([1, 2, 3, 4])[0].tokens == three
+    four = [1, 2, 3, *range(160, 205)]
+    read(prefixes, four, 48)
+    assert [kept.tokens for kept in prefixes._kept] == [two, three, four]
+
+
 def test_a_failed_request_leaves_no_memory_behind():
     engine = make_engine()
     caches = []
