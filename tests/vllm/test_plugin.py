@@ -1,6 +1,7 @@
 """What the plugin does when vLLM loads it: nothing where it does not fit."""
 
 import logging
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +39,26 @@ def test_a_missing_seam_leaves_vllm_as_it_is(monkeypatch, log, state):
     assert state() == before
     (line,) = log.messages
     assert "lacks vllm.platforms.cpu.CpuPlatform.gone: vLLM keeps its own MLA backend" in line
+
+
+def test_a_backend_that_does_not_load_leaves_vllm_as_it_is(monkeypatch, log, state):
+    """Where a seam is not in the table, or has another meaning."""
+    before = state()
+    seam = next(name for name in plugin._SEAMS if name.endswith(":split_kv_b_proj"))
+    monkeypatch.delitem(plugin._SEAMS, seam)
+    monkeypatch.delattr(seam.replace(":", "."))
+    monkeypatch.delitem(sys.modules, "mla.integrations.vllm.backend", raising=False)
+    plugin.register()
+    assert state() == before
+    (line,) = log.messages
+    assert line.startswith("mla does not fit vLLM")
+    assert "cannot import name 'split_kv_b_proj'" in line
+    assert line.endswith("vLLM keeps its own MLA backend")
+
+
+def test_what_has_no_signature_is_missing():
+    seams = {"math:pi": "x y", "builtins:type": "x", "math:tau": ""}
+    assert plugin.missing_seams(seams) == ["x, y of math.pi", "x of builtins.type"]
 
 
 def test_without_kernels_vllm_keeps_its_own(monkeypatch, log):

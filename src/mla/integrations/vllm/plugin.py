@@ -25,11 +25,14 @@ _V1 = "vllm.v1.attention.backend"
 
 # What is used of vLLM: an object, and the parameters or fields that it must have.
 _SEAMS = {
+    "vllm.config:get_current_vllm_config": "",
     "vllm.platforms.cpu:CpuPlatform.check_and_update_config": "vllm_config",
     "vllm.v1.attention.backends.registry:register_backend": "backend class_path",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum.CPU_MLA": "",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum.AMX_MLA": "",
+    "vllm.v1.attention.backends.registry:AttentionBackendEnum.get_path": "",
     "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding.forward_cpu": "positions query key",
+    "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding.forward_native": "positions query key",
     "vllm.model_executor.models:ModelRegistry.register_model": "model_arch model_cls",
     "vllm.model_executor.models.transformers:TransformersForCausalLM": "",
     "vllm.v1.kv_cache_interface:MLAAttentionSpec": "head_size dtype cache_dtype_str state_content_bytes",
@@ -37,10 +40,15 @@ _SEAMS = {
         "query_start_loc query_start_loc_cpu seq_lens num_reqs num_actual_tokens max_query_len max_seq_len "
         "block_table_tensor slot_mapping causal"
     ),
+    f"{_V1}:AttentionMetadataBuilder": "kv_cache_spec layer_names vllm_config device",
     f"{_V1}:AttentionMetadataBuilder.build": "common_prefix_len common_attn_metadata fast_build",
     f"{_V1}:AttentionMetadataBuilder._init_reorder_batch_threshold": "reorder_batch_threshold",
     f"{_V1}:MultipleOf": "base",
-    f"{_MLA}:MLACommonMetadata": "num_decodes num_decode_tokens num_prefills",
+    f"{_MLA}:MLACommonBackend": "",
+    f"{_MLA}:MLACommonMetadata": (
+        "num_reqs max_query_len max_seq_len num_actual_tokens query_start_loc slot_mapping num_decodes "
+        "num_decode_tokens num_prefills"
+    ),
     f"{_MLA}:MLACommonImpl": "num_heads head_size scale kv_cache_dtype kv_lora_rank kv_b_proj",
     f"{_MLA}:MLACommonImpl.forward_mha": (
         "q kv_c_normed k_pe kv_c_and_k_pe_cache attn_metadata k_scale output output_scale"
@@ -64,7 +72,11 @@ def missing_seams(seams: dict[str, str]) -> list[str]:
         except (ImportError, AttributeError):
             missing.append(f"{module}.{path}")
             continue
-        lost = set(names.split()) - set(inspect.signature(found).parameters) if names else set()
+        try:
+            known = set(inspect.signature(found).parameters) if names else set()
+        except (TypeError, ValueError):  # not callable any more, or written in C
+            known = set()
+        lost = set(names.split()) - known
         if lost:
             missing.append(f"{', '.join(sorted(lost))} of {module}.{path}")
     return missing
@@ -88,12 +100,16 @@ def register() -> None:
     if native.best() is None:
         _stand_aside("mla was installed without its C++ kernels")
         return
+    unfit = f"mla does not fit vLLM {vllm.__version__} (tested with {', '.join(TESTED)})"
     missing = missing_seams(_SEAMS)
     if missing:
-        _stand_aside(
-            f"mla does not fit vLLM {vllm.__version__} (tested with {', '.join(TESTED)}), "
-            f"which lacks {'; '.join(missing)}"
-        )
+        _stand_aside(f"{unfit}, which lacks {'; '.join(missing)}")
+        return
+    try:
+        # Classes built on vLLM's. MLA_CACHE_FORMAT is read here, too: a wrong one ends the start.
+        importlib.import_module("mla.integrations.vllm.backend")
+    except (ImportError, AttributeError, TypeError) as error:
+        _stand_aside(f"{unfit}: {error}")
         return
     if vllm.__version__ not in TESTED:
         _log.warning(
@@ -117,7 +133,6 @@ def _install() -> None:
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    # Read here: a wrong MLA_CACHE_FORMAT ends the start, not a worker half an hour later.
     from mla.integrations.vllm import backend, settings
 
     if AttentionBackendEnum.CPU_MLA.get_path() == _BACKEND:
