@@ -164,7 +164,7 @@ class CompletionEndpoint:
 
 
 class _Answer:
-    """What both handlers lack: OpenAI's end of a stream, and usage in it only where it was asked for."""
+    """What both handlers lack: OpenAI's end of a stream or its error, and usage only where asked for."""
 
     engine: Engine
     request: Request
@@ -176,7 +176,10 @@ class _Answer:
         self.generation = Generation(engine, request)
 
     async def give(self, request_id: str, tokens: list[int], most: int, **more: Any) -> Response:
-        """Generate and answer, as a stream or whole."""
+        """Generate and answer, as a stream or whole; raises ApiError.
+
+        A stream is answered with its first token: until then what fails has a status of its own.
+        """
         engine = self.engine
         handler: Any = self
         answer = handler._streaming if self.request.stream else handler._non_streaming
@@ -193,8 +196,16 @@ class _Answer:
             gen_manager=self.generation,
             **more,
         )
-        finished: Response = response if self.request.stream else await response
-        return finished
+        if not self.request.stream:
+            whole: Response = await response
+            return whole
+        stream = self.generation.stream
+        assert stream is not None
+        await stream.begun.wait()
+        if stream.failure is not None:
+            raise stream.failure
+        streamed: Response = response
+        return streamed
 
     def _usage(self, plain: CompletionUsage) -> CompletionUsage:
         """Usage with the tokens that were cached, which Transformers' handlers do not know."""
@@ -203,8 +214,11 @@ class _Answer:
 
     def _build_chunk_sse(self, *args: Any, usage: Any = None, **kwargs: Any) -> str:
         event: str = super()._build_chunk_sse(*args, **kwargs)  # type: ignore[misc]
-        if usage is None:
+        if usage is None:  # not the last one
             return event
+        assert self.generation.stream is not None
+        if self.generation.stream.failure is not None:
+            return f"data: {json.dumps(self.generation.stream.failure.body)}\n\n"
         if self.request.include_usage:
             chunk = json.loads(event.removeprefix("data: "))
             chunk.update(choices=[], usage=self._usage(usage).model_dump(exclude_none=True))

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import copy
-import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,6 @@ from torch import Tensor
 from transformers.cli.serving.utils import (
     BaseGenerateManager,
     InferenceThread,
-    _StreamError,
     response_events_to_chunks,
 )
 
@@ -123,8 +121,9 @@ class _Gone(Exception):  # noqa: N818 - not an error
 class Stream:
     """Text of an answer as it is written: a streamer for ``generate``, a queue for the handler.
 
-    The queue carries what Transformers' handlers expect: text, reasoning, tool calls, ``_StreamError``, and
-    None at the end. Text after a stop string is never sent, nor what may yet become one.
+    The queue carries what Transformers' handlers expect: text, reasoning, tool calls, and None at the end,
+    whether the answer is complete or ``failure`` says why not. Text after a stop string is never sent, nor
+    what may yet become one. ``begun`` is set with the first token or the failure.
     """
 
     def __init__(self, engine: Engine, request: Request, config: Any, parser: Any) -> None:
@@ -132,7 +131,8 @@ class Stream:
         self.reused = 0  # tokens of the prompt whose latents were there already
         self.prompt_scores: list[Scored] = []
         self.scores: list[Scored] = []
-        self.error: BaseException | None = None
+        self.failure: ApiError | None = None
+        self.begun = asyncio.Event()
         self.queue: asyncio.Queue[Any] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._engine = engine
@@ -196,6 +196,8 @@ class Stream:
                 self._context = value.flatten().tolist()[-_CONTEXT:]
                 self._shown = len(self._context)
             return
+        if not self.begun.is_set():
+            self._loop.call_soon_threadsafe(self.begun.set)
         for token in value.tolist():
             self.written.append(token)
             if self._logits is not None:
@@ -226,14 +228,17 @@ class Stream:
 
     def finish(self, job: Future[None]) -> None:
         """The job that wrote this is over: what went wrong is the client's to know."""
-        self.error = job.exception()
-        if self.error is not None:
-            if not isinstance(self.error, MLAError):
-                _log.error("a request failed", exc_info=self.error)
-            # Its frames hold this stream and the cache, so that only the garbage collector would free them.
-            self.error.__traceback__ = None
-            # The handlers put it between quotes as it is.
-            self._send(_StreamError(json.dumps(str(self.error))[1:-1]))
+        error = job.exception()
+        if error is None:
+            return
+        if not isinstance(error, MLAError):
+            _log.error("a request failed", exc_info=error)
+        # Its frames hold the cache, which must not wait for whoever holds the exception.
+        error.__traceback__ = None
+        if not self.is_complete and not self.is_gone:
+            self.failure = ApiError(str(error), status=503 if isinstance(error, MLAError) else 500)
+            self._send(None)
+            self._loop.call_soon_threadsafe(self.begun.set)
 
     def _new_text(self, last: bool = False) -> str:
         """Text that the newest tokens add. A token may be a part of a letter: then it waits for the rest."""
@@ -332,9 +337,9 @@ async def read_all(queue: asyncio.Queue[Any], stream: Stream) -> str:
     """The whole text of an answer; raises ApiError where generation failed."""
     text = ""
     while (item := await queue.get()) is not None:
-        if isinstance(item, _StreamError):
-            raise ApiError(str(stream.error), status=503 if isinstance(stream.error, MLAError) else 500)
         text += item
+    if stream.failure is not None:
+        raise stream.failure
     return text
 
 

@@ -1,0 +1,85 @@
+"""The application behind a real port: what the openai package makes of errors, wherever they come from."""
+
+import threading
+import time
+
+import openai
+import pytest
+import torch
+import uvicorn
+
+from mla.errors import MLAError
+from mla.integrations.serving.app import build_app
+from tests.integrations.serving.test_generation import make_engine
+
+NAME = "/models/of mine/tiny"
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = make_engine()
+    engine.name = NAME
+    return engine
+
+
+@pytest.fixture(scope="module")
+def client(engine):
+    server = uvicorn.Server(uvicorn.Config(build_app(engine), port=0, log_level="critical"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+    server.should_exit = True
+    thread.join(timeout=30)
+
+
+def chat(client, **options):
+    messages = [{"role": "user", "content": "Hi"}]
+    return client.chat.completions.create(model=NAME, messages=messages, max_tokens=4, **options)
+
+
+def complete(client, **options):
+    return client.completions.create(model=NAME, prompt="Hi", max_tokens=4, **options)
+
+
+@pytest.fixture(params=[chat, complete])
+def ask(request, client):
+    return lambda **options: request.param(client, **options)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("error", "status"), [(MLAError('no "room"'), 503), (RuntimeError('no "room"'), 500)]
+)
+def test_what_fails_before_the_first_token_has_a_status(ask, engine, monkeypatch, stream, error, status):
+    def broken(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(engine.model, "generate", broken)
+    with pytest.raises(openai.InternalServerError) as told:
+        ask(stream=stream)
+    assert told.value.status_code == status
+    assert told.value.body == {"message": 'no "room"', "type": "server_error", "param": None, "code": None}
+
+
+def test_what_fails_later_is_raised_from_the_stream(ask, engine, monkeypatch):
+    read = threading.Event()
+
+    def breaks(ids, streamer, **kwargs):
+        streamer.put(ids)
+        streamer.put(torch.tensor([65]))
+        assert read.wait(timeout=60)
+        raise MLAError('no "room" any more')
+
+    monkeypatch.setattr(engine.model, "generate", breaks)
+    stream = iter(ask(stream=True))
+    choices = [next(stream).choices[0]]
+    if hasattr(choices[0], "delta"):  # of chats the first chunk says only who speaks
+        choices.append(next(stream).choices[0])
+    read.set()
+    with pytest.raises(openai.APIError, match='no "room" any more') as told:
+        list(stream)
+    assert told.value.body["type"] == "server_error"
