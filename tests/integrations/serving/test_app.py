@@ -83,3 +83,19 @@ def test_what_fails_later_is_raised_from_the_stream(ask, engine, monkeypatch):
     with pytest.raises(openai.APIError, match='no "room" any more') as told:
         list(stream)
     assert told.value.body["type"] == "server_error"
+
+
+def test_a_fault_outside_generation_is_told_too(ask, engine, monkeypatch):
+    monkeypatch.setattr(engine, "check_length", lambda *_: 1 // 0)
+    with pytest.raises(openai.InternalServerError, match="ZeroDivisionError") as told:
+        ask()
+    assert told.value.body["type"] == "server_error"
+
+
+def test_a_model_by_its_name(client):
+    model = client.models.retrieve(NAME)
+    assert (model.id, model.object, model.max_model_len) == (NAME, "model", 512)
+    assert model == client.models.list().data[0]
+    with pytest.raises(openai.NotFoundError, match="The model `other/one` does not exist") as told:
+        client.models.retrieve("other/one")
+    assert told.value.body["code"] == "model_not_found"

@@ -18,7 +18,7 @@ from transformers.cli.serving.utils import GenerationState
 from mla.errors import MLAError
 from mla.integrations.serving.answers import ChatEndpoint, CompletionEndpoint
 from mla.integrations.serving.generation import Engine
-from mla.integrations.serving.requests import ApiError
+from mla.integrations.serving.requests import ApiError, check_model
 
 _ROUTES = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"}
 _NEEDED = {"model_manager", "chat_handler", "completion_handler", "generation_state"}
@@ -28,7 +28,7 @@ class _OneModel:
     """What the application asks its model manager for: the list of models, and to go."""
 
     def __init__(self, engine: Engine) -> None:
-        self._entry = {
+        self._entry: dict[str, Any] = {
             "id": engine.name,
             "object": "model",
             "created": int(time.time()),
@@ -38,6 +38,11 @@ class _OneModel:
 
     def get_gen_models(self) -> list[dict[str, Any]]:
         return [self._entry]
+
+    def retrieve(self, name: str) -> dict[str, Any]:
+        """The model by its name, which may be a path; raises ApiError."""
+        check_model(name, self._entry["id"])
+        return self._entry
 
     def shutdown(self) -> None:
         """The model goes with the process."""
@@ -61,8 +66,9 @@ def build_app(engine: Engine, api_key: str | None = None) -> ASGIApp:
         )
     # Handlers of routes that are taken away below.
     unused = {name: None for name in parameters - _NEEDED if name.endswith("_handler")}
+    models = _OneModel(engine)
     app: FastAPI = build_server(
-        model_manager=_OneModel(engine),
+        model_manager=models,
         chat_handler=ChatEndpoint(engine),
         completion_handler=CompletionEndpoint(engine),
         generation_state=GenerationState(),
@@ -70,9 +76,11 @@ def build_app(engine: Engine, api_key: str | None = None) -> ASGIApp:
     )
     # Among the others are two that load and unload models for anybody who asks.
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in _ROUTES]
+    app.add_api_route("/v1/models/{name:path}", models.retrieve)
     app.add_exception_handler(ApiError, _refuse)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse)
+    app.add_exception_handler(Exception, _fail)
     return _Gate(app, api_key)
 
 
@@ -83,6 +91,13 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
     elif not isinstance(error, ApiError):
         error = ApiError("the body of the request: expected a JSON object")
     return JSONResponse(error.body, status_code=error.status)
+
+
+async def _fail(request: Request, error: Exception) -> JSONResponse:
+    """A fault of the server in OpenAI's form; the log has the traceback."""
+    fault = ApiError(f"{request.method} {request.url.path}: {type(error).__name__}: {error}", status=500)
+    # The error goes on to uvicorn, which logs it and ends the connection: the client must not use it again.
+    return JSONResponse(fault.body, status_code=500, headers={"Connection": "close"})
 
 
 class _Gate:

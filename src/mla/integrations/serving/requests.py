@@ -131,12 +131,8 @@ def check_tokens(name: str, tokens: Iterable[int], vocabulary: int) -> None:
             raise _wrong(name, f"token ids from 0 to {vocabulary - 1}", token)
 
 
-def _check_fields(
-    body: Mapping[str, Any], known: set[str], neutral: Mapping[str, tuple[object, ...]], model: str
-) -> dict[str, Any]:
-    """The fields that have a value and a meaning."""
-    given = {name: value for name, value in body.items() if value is not None and name not in _IGNORED}
-    asked = given.get("model", model)
+def check_model(asked: object, model: str) -> None:
+    """Refuse every model but ``model``; raises ApiError."""
     if asked != model:
         raise ApiError(
             f"The model `{asked}` does not exist; this server has `{model}`",
@@ -144,6 +140,14 @@ def _check_fields(
             param="model",
             code="model_not_found",
         )
+
+
+def _check_fields(
+    body: Mapping[str, Any], known: set[str], neutral: Mapping[str, tuple[object, ...]], model: str
+) -> dict[str, Any]:
+    """The fields that have a value and a meaning."""
+    given = {name: value for name, value in body.items() if value is not None and name not in _IGNORED}
+    check_model(given.get("model", model), model)
     for name, value in given.items():
         accepted = {**_NEUTRAL, **neutral}.get(name)
         if accepted is not None and value not in accepted:
