@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mla.errors import MLAError
 from tests.cli.serving import Server
 
 KEY = "secret"
@@ -354,7 +355,7 @@ def test_prefixes_survive_the_server(mla_folder, tmp_path):
     assert notes.count("computed again") == 1
 
 
-def test_mistakes_on_the_command_line(mla, mla_folder, llama_folder, tmp_path):
+def test_mistakes_on_the_command_line(mla, mla_folder, llama_folder):
     def says(run, *parts):
         assert run.status == 2
         (line,) = run.err.strip().splitlines()
@@ -369,10 +370,23 @@ def test_mistakes_on_the_command_line(mla, mla_folder, llama_folder, tmp_path):
     says(mla("serve", mla_folder, "--port", 0, "--max-model-len", 9999), "--max-model-len: expected 1 to 512")
     says(mla("serve", mla_folder, "--port", 0, "--cache-format", "int3"), "cache format: expected one of")
     says(mla("serve", mla_folder, "--host", "no.such.host.invalid"), "cannot listen on no.such.host.invalid")
-    (tmp_path / "file").touch()
+    for host in ("a..b", "a" * 64 + ".org"):
+        says(
+            mla("serve", mla_folder, "--host", host),
+            f"--host: expected an address or a host's name, got {host}",
+        )
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         says(mla("serve", mla_folder, "--port", port), f"cannot listen on 127.0.0.1 port {port}", "in use")
+
+
+def test_of_two_servers_on_a_port_the_second_is_refused_before_it_loads():
+    from mla.cli import serve
+
+    with serve._listen("127.0.0.1", 0) as first:  # which is loading its model now
+        port = first.getsockname()[1]
+        with pytest.raises(MLAError, match=f"cannot listen on 127.0.0.1 port {port}: Address already in use"):
+            serve._listen("127.0.0.1", port)
 
 
 def test_the_vllm_engine_is_vllms_own_server(mla, mla_folder, monkeypatch):

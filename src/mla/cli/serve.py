@@ -110,14 +110,17 @@ def _load(
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """The listening socket, before minutes go into loading a model."""
+    """The listening socket, before minutes go into loading a model: who asks meanwhile waits."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(1024)  # two servers may bind, only one of them may listen
     except OSError as error:
         raise MLAError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+    except UnicodeError as error:  # of names with empty or endless parts
+        raise MLAError(f"--host: expected an address or a host's name, got {host}") from error
     return listener
 
 
@@ -128,7 +131,6 @@ def _run(app: Any, listener: socket.socket, model: str, host: str, api_key: str 
         _say(f"anybody who reaches {host} can use this server: --api-key asks for a key")
     place = f"[{host}]" if ":" in host else host
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
-    listener.listen(1024)
     _say(f"serving {model} at http://{place}:{listener.getsockname()[1]}/v1")
     uvicorn.Server(config).run(sockets=[listener])
 
