@@ -408,7 +408,11 @@ def test_the_vllm_engine_is_vllms_own_server(mla, mla_folder, monkeypatch):
     assert environment["MLA_CACHE_FORMAT"] == "int8"
     assert "VLLM_CPU_KVCACHE_SPACE" not in environment  # vLLM would heed it rather than the option
     assert environment["VLLM_API_KEY"] == KEY
-    mla("serve", mla_folder)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    warning = "anybody who reaches 0.0.0.0 can use this server: --api-key asks for a key"
+    assert warning in mla("serve", mla_folder, "--host", "0.0.0.0").err
+    assert warning not in mla("serve", mla_folder, "--host", "0.0.0.0", "--api-key", KEY).err
+    assert warning not in mla("serve", mla_folder).err
     assert became[-1][2]["VLLM_CPU_KVCACHE_SPACE"] == "7"
     assert "--kv-cache-memory-bytes" not in became[-1][1]
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")

