@@ -413,6 +413,7 @@ def test_the_vllm_engine_is_vllms_own_server(mla, mla_folder, monkeypatch):
     assert warning in mla("serve", mla_folder, "--host", "0.0.0.0").err
     assert warning not in mla("serve", mla_folder, "--host", "0.0.0.0", "--api-key", KEY).err
     assert warning not in mla("serve", mla_folder).err
+    assert " ".join(became[-1][1][-2:]) == "--max-model-len auto"
     assert became[-1][2]["VLLM_CPU_KVCACHE_SPACE"] == "7"
     assert "--kv-cache-memory-bytes" not in became[-1][1]
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")

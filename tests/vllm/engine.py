@@ -86,8 +86,12 @@ def _answer(job: Job) -> Answer:
                 for each in found
             ]
         )
-    cache = llm.llm_engine.vllm_config.cache_config
-    return {"rounds": rounds, "cache_tokens": cache.num_gpu_blocks * cache.block_size}
+    config = llm.llm_engine.vllm_config
+    return {
+        "rounds": rounds,
+        "cache_tokens": config.cache_config.num_gpu_blocks * config.cache_config.block_size,
+        "limit": config.model_config.max_model_len,
+    }
 
 
 def main() -> None:

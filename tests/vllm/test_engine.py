@@ -164,6 +164,19 @@ def test_answers_alone_are_those_given_together(paths, texts):
     assert [tokens(alone, which)[0] for which in range(len(PROMPTS))] == texts["odd"]
 
 
+def test_a_model_longer_than_the_memory_starts_with_what_fits(paths, texts):
+    """By the option of ``mla serve``; one of the pages is vLLM's own."""
+    for block_size, limit in ((64, 256), (7, 28 * 7)):
+        options = {
+            "max_model_len": -1,
+            "block_size": block_size,
+            "num_gpu_blocks_override": limit // block_size + 1,
+        }
+        (answer,) = engine.run([job(paths["deepseek-v3"], **options)])
+        assert answer["limit"] == limit
+        assert tokens(answer) == texts["deepseek-v3"]
+
+
 def test_fp16_is_computed_in_fp32(with_settings, references):
     assert deviation(references["deepseek-v3"], with_settings["fp16"]) < 0.05
 

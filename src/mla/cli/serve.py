@@ -157,8 +157,8 @@ def _become_vllm(
         if usual_format != "auto":
             environment.setdefault("MLA_CACHE_FORMAT", usual_format)
     options = ["--host", host, "--port", str(port), "--dtype", dtype]
-    if max_model_len is not None:
-        options += ["--max-model-len", str(max_model_len)]
+    # Without "auto" vLLM ends where the model's full length does not fit, instead of taking what does.
+    options += ["--max-model-len", "auto" if max_model_len is None else str(max_model_len)]
     if cache_format != "auto":
         environment["MLA_CACHE_FORMAT"] = cache_format
     if budget is not None or "VLLM_CPU_KVCACHE_SPACE" not in environment:
