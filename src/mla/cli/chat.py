@@ -10,7 +10,7 @@ from mla.cli import console
 
 
 def chat(
-    model: console.Model,
+    model: console.MLAModel,
     system: Annotated[str | None, typer.Option(help="System message at the start.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of an answer at most.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token every time.")] = 0.7,

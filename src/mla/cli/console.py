@@ -19,6 +19,8 @@ people = Console(stderr=True, highlight=False)
 answers = Console(highlight=False)
 
 Model = Annotated[str, typer.Argument(help="A model folder, a .gguf file, or a Hub id (namespace/name).")]
+# Transformers reads no GGUF file of an MLA family.
+MLAModel = Annotated[str, typer.Argument(help="An MLA model: its folder, or a Hub id (namespace/name).")]
 Dtype = Annotated[
     str,
     typer.Option(

@@ -9,7 +9,7 @@ from mla.cli import console
 
 
 def doctor(
-    model: console.Model,
+    model: console.MLAModel,
     tokens: Annotated[int, typer.Option(help="Length of the text that is compared, 8 or more.")] = 64,
     dtype: Annotated[
         str, typer.Option(help="float32 shows defects clearly; half precision adds its own rounding.")

@@ -11,7 +11,7 @@ from mla.errors import MLAError
 
 
 def generate(
-    model: console.Model,
+    model: console.MLAModel,
     prompt: Annotated[str, typer.Argument(help='The prompt; "-" reads it from standard input.')],
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token every time.")] = 0.0,

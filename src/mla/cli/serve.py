@@ -18,7 +18,7 @@ _VLLM_FORMATS = ("auto", "fp32", "bf16", "int8")
 
 
 def serve(
-    model: console.Model,
+    model: console.MLAModel,
     engine: Annotated[
         str,
         typer.Option(help="transformers or vllm. auto takes vLLM where it is installed, else Transformers."),

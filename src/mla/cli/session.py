@@ -59,7 +59,7 @@ class Session:
     """A model, its tokenizer and one conversation's cache.
 
     Args:
-        source: folder, .gguf file or Hub id of an MLA model.
+        source: folder or Hub id of an MLA model.
         dtype, device: as for ``load_model``.
         max_model_len: limit on prompt plus answer; None takes the model's own.
         cache_format: as for ``choose_cache_format``.
