@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.cli.serving import chat_completion
 
 from mla.cache.folder import PrefixFolder
@@ -70,6 +70,23 @@ def test_biases_are_numbers_that_count(bias):
 def test_the_coldest_temperature_is_greedy(engine):
     want = complete(engine, "Hello", max_tokens=6)["choices"]
     assert complete(engine, "Hello", max_tokens=6, temperature=1e-40, seed=3)["choices"] == want
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "drawn"),
+    [
+        ({"do_sample": True, "temperature": 0.6}, {"top_p": 0.5}, (True, 0.6, 0.5)),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {}, (True, 0.6, 0.9)),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"temperature": 1}, (True, 1.0, 0.9)),
+        ({"do_sample": True, "temperature": 0.6}, {"temperature": 0, "top_p": 0.5}, (False, None, None)),
+        ({"do_sample": False}, {"top_p": 0.5}, (False, None, None)),
+        ({"do_sample": False}, {"temperature": 0.8, "top_p": 0}, (True, 0.8, 1e-9)),
+    ],
+)
+def test_what_is_not_asked_for_is_the_models_own(engine, monkeypatch, own, asked, drawn):
+    monkeypatch.setattr(engine.model, "generation_config", GenerationConfig(**own))
+    config = engine.generation_config(read_completion({"prompt": "a", **asked}, "tiny"), 5)
+    assert (config.do_sample, config.temperature, config.top_p) == drawn
 
 
 def test_half_of_a_surrogate_pair(engine):

@@ -88,11 +88,11 @@ class Engine:
             config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
         if request.temperature is not None and request.temperature < _COLDEST:
             config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
-        elif request.temperature is not None or request.top_p is not None:
-            config.do_sample = True
-            config.temperature = 1.0 if request.temperature is None else request.temperature
-            # OpenAI's nucleus of 0 is the most likely token alone.
-            config.top_p = max(request.top_p, 1e-9) if request.top_p is not None else config.top_p
+        elif request.temperature is not None:
+            config.do_sample, config.temperature = True, request.temperature
+        # The most likely token, which greedy models take, is in every nucleus; that of 0 is it alone.
+        if config.do_sample and request.top_p is not None:
+            config.top_p = max(request.top_p, 1e-9)
         if config.do_sample and config.top_k is None:
             config.top_k = 0  # Transformers' default of 50 is not OpenAI's
         if request.logit_bias:
