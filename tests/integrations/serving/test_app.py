@@ -92,6 +92,55 @@ def test_a_fault_outside_generation_is_told_too(ask, engine, monkeypatch):
     assert told.value.body["type"] == "server_error"
 
 
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in "fg"]
+TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "assistant: ",
+    "fields": {
+        "tool_calls": {
+            "open": "<tool_call>",
+            "close": "</tool_call>",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"close": "<end>", "content": "text"},
+    },
+}
+
+
+def test_tools_are_refused_where_no_call_could_be_read(client):
+    for options in ({}, {"parallel_tool_calls": False}):
+        with pytest.raises(openai.BadRequestError, match="a response_template that reads tool calls") as told:
+            chat(client, tools=TOOLS, **options)
+        assert told.value.body["param"] == "tools"
+    assert chat(client, tools=TOOLS, tool_choice="none").choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("options", "names"), [({}, "fg"), ({"parallel_tool_calls": False}, "f")])
+def test_tool_calls(client, engine, monkeypatch, stream, options, names):
+    text = "".join(f'<tool_call>{{"name": "{name}", "arguments": {{"x": 1}}}}</tool_call>' for name in "fg")
+
+    def calls(ids, streamer, stopping_criteria, **kwargs):
+        streamer.put(ids)
+        for token in engine.tokenizer(text)["input_ids"]:
+            streamer.put(torch.tensor([token]))
+            if stopping_criteria[0](ids, None):
+                break
+        streamer.end()
+
+    monkeypatch.setattr(engine.model, "generate", calls)
+    monkeypatch.setattr(engine.tokenizer, "response_template", TEMPLATE, raising=False)
+    answer = chat(client, tools=TOOLS, stream=stream, **options)
+    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    parts = [choice.delta if stream else choice.message for choice in choices]
+    found = [call.function for part in parts for call in part.tool_calls or []]
+    assert [(call.name, call.arguments) for call in found] == [(name, '{"x": 1}') for name in names]
+    assert choices[-1].finish_reason == "tool_calls"
+    assert not any(part.content for part in parts)
+
+
 def test_a_model_by_its_name(client):
     model = client.models.retrieve(NAME)
     assert (model.id, model.object, model.max_model_len) == (NAME, "model", 512)

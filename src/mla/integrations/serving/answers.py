@@ -14,7 +14,7 @@ from openai.types.completion_usage import PromptTokensDetails
 from transformers import PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
-from transformers.cli.serving.utils import BaseHandler, Modality
+from transformers.cli.serving.utils import BaseHandler, Modality, get_response_template
 
 from mla.integrations.serving.generation import UNREADABLE, Engine, Generation, Scored, cut_at, read_all
 from mla.integrations.serving.requests import (
@@ -42,12 +42,24 @@ class ChatEndpoint:
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Response:
         """The answer; raises ApiError."""
         request = read_chat(body, self.engine.name)
-        tokens = self._encode(body, read_messages(body.get("messages")))
+        tools = self._tools(body)
+        tokens = self._encode(body, read_messages(body.get("messages")), tools)
         most = self.engine.check_length(len(tokens), request)
-        answer = _ChatAnswer(self.engine, request)
-        return await answer.give(request_id, tokens, most, tools=answer.tools(body))
+        return await _ChatAnswer(self.engine, request).give(request_id, tokens, most, tools=tools)
 
-    def _encode(self, body: dict[str, Any], messages: list[dict[str, Any]]) -> list[int]:
+    def _tools(self, body: dict[str, Any]) -> Any:
+        """The tools that the model is told of."""
+        tools = None if body.get("tool_choice") == "none" else body.get("tools")
+        template = get_response_template(self.engine.tokenizer, self.engine.model)
+        if tools and "tool_calls" not in (template or {}).get("fields", {}):
+            raise ApiError(
+                "tools: expected a tokenizer with a response_template that reads tool calls, got none: "
+                "this model's calls would come back as text; ask it without tools",
+                param="tools",
+            )
+        return tools
+
+    def _encode(self, body: dict[str, Any], messages: list[dict[str, Any]], tools: Any) -> list[int]:
         tokenizer = self.engine.tokenizer
         if tokenizer.chat_template is None:
             raise ApiError("this model has no chat template: use /v1/completions", param="messages")
@@ -60,7 +72,7 @@ class ChatEndpoint:
             tokens: list[int] = tokenizer.apply_chat_template(
                 BaseHandler.get_processor_inputs_from_messages(messages, Modality.LLM),
                 add_generation_prompt=True,
-                tools=_ChatAnswer.tools(body),
+                tools=tools,
                 return_dict=True,
                 **more,
             )["input_ids"]
@@ -241,15 +253,12 @@ class _ChatAnswer(_Answer, ChatCompletionHandler):  # type: ignore[misc]
             self._build_completion(request_id, text, self.engine.name, finish_reason=reason, usage=usage)
         )
 
-    @staticmethod
-    def tools(body: dict[str, Any]) -> Any:
-        """The tools that the model is told of."""
-        return None if body.get("tool_choice") == "none" else body.get("tools")
-
     def _build_completion(self, request_id: str, content: str, *args: Any, usage: Any, **kwargs: Any) -> Any:
         # A model's response template reads the tokens, which go on to the end of a stop string.
         found = cut_at(content, self.request.stop)
         text = content if found is None else found
+        if self.request.one_call and kwargs.get("tool_calls"):
+            kwargs["tool_calls"] = kwargs["tool_calls"][:1]
         return super()._build_completion(request_id, text, *args, usage=self._usage(usage), **kwargs)
 
 

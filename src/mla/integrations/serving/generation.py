@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cli.serving.utils import (
     BaseGenerateManager,
     InferenceThread,
+    ToolCall,
     response_events_to_chunks,
 )
 
@@ -271,6 +272,7 @@ class Stream:
             if type(item) is not str:  # tool calls, and reasoning, a subclass of str
                 self._send_held()
                 self._send(item)
+                self._stopped = self._request.one_call and isinstance(item, ToolCall)
                 continue
             self._held += item
             found = cut_at(self._held, self._request.stop)

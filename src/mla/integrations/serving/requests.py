@@ -65,7 +65,8 @@ class Request:
 
     ``max_tokens`` None is as much as fits. ``temperature`` and ``top_p`` None are the model's own.
     ``logprobs`` is how many of the most likely tokens to report beside each one; None reports nothing.
-    ``continues``: the answer goes on with the prompt's own text, as completions do.
+    ``continues``: the answer goes on with the prompt's own text, as completions do. ``one_call``: the answer
+    ends with its first tool call.
     """
 
     stream: bool
@@ -79,6 +80,7 @@ class Request:
     echo: bool = False
     logprobs: int | None = None
     continues: bool = False
+    one_call: bool = False
 
 
 def read_chat(body: Mapping[str, Any], model: str) -> Request:
@@ -89,7 +91,8 @@ def read_chat(body: Mapping[str, Any], model: str) -> Request:
     if not isinstance(given.get("chat_template_kwargs", {}), dict):
         raise _wrong("chat_template_kwargs", "an object", given["chat_template_kwargs"])
     name = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
-    return _read_shared(given, _integer(given, name, 1))
+    request = _read_shared(given, _integer(given, name, 1))
+    return replace(request, one_call=given.get("parallel_tool_calls") is False)
 
 
 def read_completion(body: Mapping[str, Any], model: str) -> Request:
