@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.cli.serving import chat_completion
 
@@ -251,6 +251,25 @@ def test_echoed_tokens_make_up_the_text_they_score(engine, monkeypatch):
             scores["tokens"], scores["token_logprobs"], scores["top_logprobs"], strict=True
         ):
             assert top is None or top[word] == own
+
+
+def test_offsets_are_places_in_the_text_where_a_tokenizer_adds_special_tokens(engine, monkeypatch):
+    tokenizer = sentences()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    monkeypatch.setattr(engine, "tokenizer", tokenizer)
+    bias = {str(token): 100 for token in range(3, 9)}
+    options = {"max_tokens": 5, "logprobs": 3, "logit_bias": bias}
+    choice = complete(engine, "Once upon", echo=True, **options)["choices"][0]
+    scores = choice["logprobs"]
+    assert (scores["tokens"][:3], scores["text_offset"][:3]) == (["<s>", "Once", " upon"], [0, 0, 4])
+    assert choice["text"].startswith("Once upon ")
+    for word, offset in list(zip(scores["tokens"], scores["text_offset"], strict=True))[1:]:
+        assert choice["text"][offset:].startswith(word)
+    plain = complete(engine, "Once upon", **options)["choices"][0]
+    assert "".join(plain["logprobs"]["tokens"]) == plain["text"]
+    assert scores["tokens"][-5:] == plain["logprobs"]["tokens"]
 
 
 def test_a_tool_call_that_is_none_stays_text(engine, monkeypatch):

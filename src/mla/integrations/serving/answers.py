@@ -138,12 +138,21 @@ class CompletionEndpoint:
         return JSONResponse(result.model_dump(exclude_none=False))
 
     def _logprobs(self, scores: list[Scored], prompt: list[int]) -> Logprobs:
-        # What stands before each token: the prompt's last one, or nothing where the prompt is echoed.
+        # Special tokens have a score and a name, but no place in the text.
+        special = {
+            token for token, added in self.engine.tokenizer.added_tokens_decoder.items() if added.special
+        }
+        # What stands in the text before each token: the prompt's last one, or nothing where that is echoed.
         echoed = bool(scores) and scores[0].logprob is None
-        before = [None if echoed else prompt[-1], *(scored.token for scored in scores[:-1])]
-        texts = [self._word(scored.token, last) for scored, last in zip(scores, before, strict=False)]
+        shown = [] if echoed else [token for token in prompt if token not in special]
+        before = []
+        for scored in scores:
+            before.append(shown[-1] if shown else None)
+            if scored.token not in special:
+                shown.append(scored.token)
+        texts = [self._word(scored.token, last) for scored, last in zip(scores, before, strict=True)]
         tops: list[Any] = []
-        for scored, last in zip(scores, before, strict=False):
+        for scored, last in zip(scores, before, strict=True):
             if scored.logprob is None:
                 tops.append(None)
                 continue
@@ -154,8 +163,8 @@ class CompletionEndpoint:
                 top[word] = max(logprob, top.get(word, logprob))
             tops.append(top)
         offsets = [0]
-        for text in texts[:-1]:
-            offsets.append(offsets[-1] + len(text))
+        for scored, text in zip(scores[:-1], texts, strict=False):
+            offsets.append(offsets[-1] + (0 if scored.token in special else len(text)))
         return Logprobs.model_construct(
             tokens=texts,
             token_logprobs=[scored.logprob for scored in scores],
