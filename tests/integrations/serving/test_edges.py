@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import threading
 import weakref
 from types import SimpleNamespace
 
@@ -15,8 +16,10 @@ from transformers.cli.serving import chat_completion
 from mla.cache.folder import PrefixFolder
 from mla.errors import MLAError
 from mla.integrations.prefixes import Prefixes, fingerprint
-from mla.integrations.serving.answers import ChatEndpoint
+from mla.integrations.serving.answers import ChatEndpoint, CompletionEndpoint
+from mla.integrations.serving.generation import Engine
 from mla.integrations.serving.requests import ApiError, read_chat, read_completion, read_messages
+from tests.cli.conftest import make_tokenizer
 from tests.integrations.serving.test_generation import complete, make_engine, written
 
 HELLO = [{"role": "user", "content": "Hi"}]
@@ -270,6 +273,36 @@ def test_offsets_are_places_in_the_text_where_a_tokenizer_adds_special_tokens(en
     plain = complete(engine, "Once upon", **options)["choices"][0]
     assert "".join(plain["logprobs"]["tokens"]) == plain["text"]
     assert scores["tokens"][-5:] == plain["logprobs"]["tokens"]
+
+
+def test_the_loop_does_no_work_that_grows_with_texts(engine, monkeypatch):
+    threads = {}
+
+    def watch(owner, name):
+        original = getattr(owner, name)
+
+        def watched(*args):
+            threads[owner, name] = threading.get_ident()
+            return original(*args)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(ChatEndpoint, "_encode")
+    watch(CompletionEndpoint, "_encode")
+    watch(CompletionEndpoint, "_logprobs")
+    chat(engine, HELLO)
+    complete(engine, "Hello", logprobs=1)
+    assert len(threads) == 3
+    assert threading.get_ident() not in threads.values()
+
+
+def test_threads_find_a_tokenizer_that_they_need_not_change(engine):
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding()
+    Engine(engine.model, tokenizer, "tiny", engine.prefixes, limit=512)
+    assert tokenizer.backend_tokenizer.truncation is None
+    assert tokenizer.backend_tokenizer.padding is None
 
 
 def test_a_tool_call_that_is_none_stays_text(engine, monkeypatch):

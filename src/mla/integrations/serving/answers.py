@@ -1,5 +1,9 @@
-"""Chat completions and completions: Transformers' handlers, with what OpenAI's clients rely on besides."""
+"""Chat completions and completions: Transformers' handlers, with what OpenAI's clients rely on besides.
 
+What takes as long as texts are long runs on threads: the loop goes on to send the streams of others.
+"""
+
+import asyncio
 import inspect
 import json
 import time
@@ -43,7 +47,8 @@ class ChatEndpoint:
         """The answer; raises ApiError."""
         request = read_chat(body, self.engine.name)
         tools = self._tools(body)
-        tokens = self._encode(body, read_messages(body.get("messages")), tools)
+        messages = read_messages(body.get("messages"))
+        tokens = await asyncio.to_thread(self._encode, body, messages, tools)
         most = self.engine.check_length(len(tokens), request)
         return await _ChatAnswer(self.engine, request).give(request_id, tokens, most, tools=tools)
 
@@ -92,10 +97,7 @@ class CompletionEndpoint:
         engine = self.engine
         request = read_completion(body, engine.name)
         prompts = read_prompts(body.get("prompt"), engine.vocabulary)
-        try:
-            tokens = [p if isinstance(p, list) else engine.tokenizer(p)["input_ids"] for p in prompts]
-        except TypeError as error:  # half of a surrogate pair
-            raise ApiError(f"prompt: the tokenizer does not read it: {error}", param="prompt") from error
+        tokens = await asyncio.to_thread(self._encode, prompts)
         most = [engine.check_length(len(ids), request) for ids in tokens]
         if not request.stream:
             return await self._whole(request, request_id, tokens, most)
@@ -103,6 +105,13 @@ class CompletionEndpoint:
             raise ApiError("several prompts are not available with stream", param="stream")
         answer = _CompletionAnswer(engine, request)
         return await answer.give(request_id, tokens[0], most[0])
+
+    def _encode(self, prompts: list[str] | list[list[int]]) -> list[list[int]]:
+        tokenizer = self.engine.tokenizer
+        try:
+            return [p if isinstance(p, list) else tokenizer(p)["input_ids"] for p in prompts]
+        except TypeError as error:  # half of a surrogate pair
+            raise ApiError(f"prompt: the tokenizer does not read it: {error}", param="prompt") from error
 
     async def _whole(
         self, request: Request, request_id: str, prompts: list[list[int]], most: list[int]
@@ -118,13 +127,16 @@ class CompletionEndpoint:
             usages.append(stream.usage(len(tokens)))
             if request.echo:
                 text = self.engine.tokenizer.decode(tokens, skip_special_tokens=True) + text
-            scores = None if request.logprobs is None else stream.prompt_scores + stream.scores
+            logprobs = None
+            if request.logprobs is not None:
+                scores = stream.prompt_scores + stream.scores
+                logprobs = await asyncio.to_thread(self._logprobs, scores, tokens)
             choices.append(
                 CompletionChoice(
                     index=index,
                     text=text,
                     finish_reason=stream.finish_reason,
-                    logprobs=None if scores is None else self._logprobs(scores, tokens),
+                    logprobs=logprobs,
                 )
             )
         result = Completion(

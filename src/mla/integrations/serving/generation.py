@@ -55,6 +55,8 @@ class Engine:
         self.prefixes = prefixes
         self.limit = limit
         self.thread = InferenceThread()
+        # The first call may set truncation and padding, which no thread must do while another one encodes.
+        tokenizer("")
         ends = model.generation_config.eos_token_id
         self.end_tokens = set(ends if isinstance(ends, list) else [ends]) - {None}
 
