@@ -1,6 +1,7 @@
 """Open a model and its tokenizer from a folder, a GGUF file or a Hub id; refuse early, in one line."""
 
 import platform
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mla.errors import MLAError
 from mla.formats import cache_format
+from mla.integrations.gguf_rope import restore_scaling
 from mla.ops.latent import FORMAT_DTYPES
 from mla.reading import local_path
 
@@ -31,25 +33,29 @@ def load_model(source: str, *, dtype: DtypeName = "auto", device: str = "cpu") -
 
     Raises:
         MLAError: nothing there, not a model, damaged weights, a family this Transformers does not know, no
-            such device here, or less memory than the weights need.
+            such device here, less memory than the weights need, or a GGUF file whose RoPE scaling would be
+            lost.
     """
     _check_device(device)
     path, options = _locate(source)
-    config = _load(AutoConfig, path, options)
+    config = load_config(source)
     size = _weight_bytes(source)
     chosen = _choose_dtype(dtype, config, device, size)
     if device == "cpu" and size is not None:
         count, stored = size
         needed = count * (stored if chosen == "auto" else chosen.itemsize)
         require_memory(needed, f"the weights of {source}")
-    model = _load(AutoModelForCausalLM, path, {**options, "dtype": chosen})
+    model = _load(AutoModelForCausalLM, path, {**options, "config": config, "dtype": chosen})
     return model.to(device).eval()
 
 
 def load_config(source: str) -> Any:
     """The Transformers configuration of ``source``; arguments and errors as for :func:`load_model`."""
     path, options = _locate(source)
-    return _load(AutoConfig, path, options)
+    config = _load(AutoConfig, path, options)
+    if "gguf_file" in options:
+        restore_scaling(Path(path, options["gguf_file"]), config)
+    return config
 
 
 def settle_auto(source: str) -> tuple[DtypeName, str]:
