@@ -18,6 +18,9 @@ from mla.errors import MLAError
 people = Console(stderr=True, highlight=False)
 answers = Console(highlight=False)
 
+# Seconds in which steps tell the speed: it takes two, and a layer of a large model takes minutes.
+_SPEED_PERIOD = 3600.0
+
 Model = Annotated[str, typer.Argument(help="A model folder, a .gguf file, or a Hub id (namespace/name).")]
 # Transformers reads no GGUF file of an MLA family.
 MLAModel = Annotated[str, typer.Argument(help="An MLA model: its folder, or a Hub id (namespace/name).")]
@@ -67,11 +70,15 @@ def teller(advance: Any) -> Callable[[str, float, float], None]:
 def progress(label: str) -> Iterator[Any]:
     """A bar on standard error; yields ``advance(done, total)`` and ``advance(done, total, label)``."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=people, transient=True) as bar:
-        task = bar.add_task(label, total=None)
+    with Progress(*columns, console=people, transient=True, speed_estimate_period=_SPEED_PERIOD) as bar:
+        bar.add_task(label, total=None)
+        (task,) = bar.tasks
 
-        def advance(done: int, total: int, label: str | None = None) -> None:
-            bar.update(task, completed=done, total=total, description=label)
+        def advance(done: float, total: float, label: str | None = None) -> None:
+            if done < task.completed:  # something else is counted now, at another speed
+                bar.reset(task.id)
+            task.total, task.finished_time = total, None  # an update with a new total would forget the speed
+            bar.update(task.id, completed=done, description=label)
 
         yield advance
 
