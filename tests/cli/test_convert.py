@@ -150,6 +150,29 @@ def test_a_page_that_exists_is_kept(mla, llama_folder, tmp_path):
     assert page.read_text() == "mine"
 
 
+def test_the_original_is_safe(mla, llama_folder, tmp_path):
+    """OUT that is the model, holds it or lies in it: refused before anything is read or removed."""
+    model = shutil.copytree(llama_folder, tmp_path / "models" / "llama")
+    files = sorted(tmp_path.rglob("*"))
+    (tmp_path / "link").symlink_to(model)
+    for out in (model, tmp_path / "models", model / "out", tmp_path / "link" / "out"):
+        for explore in ((), ("--explore",)):
+            run = mla("convert", model, out, "--overwrite", *explore, *SMALL)
+            assert run.status == 2
+            assert "lie one in the other" in " ".join(run.err.split())
+    (tmp_path / "link").unlink()
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+@pytest.mark.parametrize("options", [(), ("--explore",)])
+def test_a_file_on_the_way_to_out(mla, llama_folder, tmp_path, options, monkeypatch):
+    monkeypatch.setattr("mla.integrations.loading.load_model", lambda *_, **__: pytest.fail("work was done"))
+    (tmp_path / "file").write_text("mine")
+    run = mla("convert", llama_folder, tmp_path / "file" / "out", *options, *SMALL)
+    assert run.status == 2
+    assert "cannot be written" in " ".join(run.err.split())
+
+
 def test_what_cannot_be_converted(mla, mla_folder, llama_folder, tmp_path):
     run = mla("convert", mla_folder, tmp_path / "out")
     assert run.status == 2

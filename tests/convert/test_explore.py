@@ -211,6 +211,9 @@ def test_the_command_writes_the_page_and_prints(
     assert "what every layer needs" in shown.err
     chosen = choose_command(TEACHER, CALIBRATION, HELD_OUT, max_kl=100.0, max_ppl_increase=None, state=state)
     assert f"rank {chosen.rank}" in capsys.readouterr().err
-    for wrong in (tmp_path, tmp_path / "missing" / "x.html"):
-        with pytest.raises(MLAError, match="--explore"):
-            check_page(wrong, overwrite=True)
+    explore_command(TEACHER, CALIBRATION, HELD_OUT, **(told | {"out": tmp_path / "new" / "x.html"}))
+    assert (tmp_path / "new" / "x.html").is_file()
+    with pytest.raises(MLAError, match="--explore: expected a file"):
+        check_page(tmp_path, overwrite=True)
+    with pytest.raises(MLAError, match="cannot be written"):
+        check_page(out / "x.html", overwrite=True)

@@ -73,6 +73,20 @@ def test_a_full_folder_is_refused_unless_asked(student: DeepseekV3ForCausalLM, t
         save(student, None, tmp_path / "file", report=FACTS, overwrite=True)
 
 
+def test_a_place_that_cannot_be_written_is_refused(
+    student: DeepseekV3ForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "out", tmp_path / "file" / "deep" / "out"):
+        with pytest.raises(MLAError, match=f"cannot be written: {tmp_path / 'file'} is no folder"):
+            save(student, None, out, report=FACTS)
+    (tmp_path / "file").unlink()
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)  # root may write anywhere
+    with pytest.raises(MLAError, match=f"cannot be written: {tmp_path} is no folder"):
+        save(student, None, tmp_path / "deep" / "out", report=FACTS)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_exception_leaves_nothing(
     student: DeepseekV3ForCausalLM,

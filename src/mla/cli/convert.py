@@ -114,9 +114,9 @@ def convert(
     with console.quiet_libraries():
         # Everything that the configuration alone can refuse comes before the weights are read.
         if explore:
-            check_page(out, overwrite=overwrite)
+            check_page(out, overwrite=overwrite, source=model)
         else:
-            check_output(out, dtype=getattr(torch, dtype), overwrite=overwrite)
+            check_output(out, dtype=getattr(torch, dtype), overwrite=overwrite, source=model)
         if promised:
             check_promise(max_kl, max_ppl_increase)
         config = load_config(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +15,13 @@ if TYPE_CHECKING:
     from mla.convert.explore import Exploration, Point
 
 
-def check_page(path: Path, *, overwrite: bool) -> None:
-    """Refuse, before hours of work, a page that cannot be written."""
-    folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise MLAError(f"--explore: expected a file to write in a folder that can be written, got {path}")
+def check_page(path: Path, *, overwrite: bool, source: str | None = None) -> None:
+    """Refuse, before hours of work, a page that cannot be written, or in the place of the original."""
+    from mla.convert.saving import check_place
+
+    check_place(path, source)
+    if path.is_dir():
+        raise MLAError(f"--explore: expected a file to write, got the folder {path}")
     if path.exists() and not overwrite:
         raise MLAError(f"--explore: {path} exists; choose another file or use --overwrite")
 
@@ -52,7 +53,7 @@ def explore_command(
     from mla.convert.explore import explore
     from mla.convert.explore_page import page
 
-    check_page(out, overwrite=overwrite)
+    check_page(out, overwrite=overwrite, source=source)
     with console.progress("exploring") as advance:
         found = explore(
             teacher,
@@ -62,6 +63,7 @@ def explore_command(
             on_progress=console.teller(advance),
         )
     try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(f".{out.name}.partial")
         partial.write_text(page(found, source), encoding="utf-8")
         partial.replace(out)

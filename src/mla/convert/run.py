@@ -50,7 +50,7 @@ def run(
     Raises:
         MLAError: the model, the request or the folder cannot be used.
     """
-    check_output(out, dtype=getattr(torch, request.dtype), overwrite=overwrite)
+    check_output(out, dtype=getattr(torch, request.dtype), overwrite=overwrite, source=source)
     check_convertible(teacher.config)
     budget_for(teacher.config, cache=request.cache, rank=request.rank, rope=request.rope)
     with workspace(

@@ -19,6 +19,7 @@ from transformers import DeepseekV3ForCausalLM, PreTrainedTokenizerBase
 from mla import __version__
 from mla.convert.report import card, page
 from mla.errors import MLAError
+from mla.reading import local_path
 
 FORMAT = 2  # of report.json
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -54,7 +55,7 @@ def save(
         The folder.
 
     Raises:
-        MLAError: the dtype cannot hold the model, or the folder is in use.
+        MLAError: the dtype cannot hold the model, or the folder is in use or cannot be written.
     """
     out = Path(out_dir).absolute()
     check_output(out, dtype=dtype, overwrite=overwrite)
@@ -95,11 +96,16 @@ def save(
     return out
 
 
-def check_output(out_dir: str | os.PathLike[str], *, dtype: torch.dtype, overwrite: bool) -> None:
-    """Refuse, before any work, a folder that :func:`save` would refuse.
+def check_output(
+    out_dir: str | os.PathLike[str], *, dtype: torch.dtype, overwrite: bool, source: str | None = None
+) -> None:
+    """Refuse, before any work, a folder that :func:`save` would refuse, or that is the original's.
+
+    Args:
+        source: name of the original, where it is known. Others: as for :func:`save`.
 
     Raises:
-        MLAError: see :func:`save`.
+        MLAError: see :func:`save` and :func:`check_place`.
     """
     if dtype == torch.float16:
         raise MLAError(
@@ -109,10 +115,35 @@ def check_output(out_dir: str | os.PathLike[str], *, dtype: torch.dtype, overwri
     if dtype not in _DTYPES:
         raise MLAError(f"dtype must be float32 or bfloat16, got {str(dtype).removeprefix('torch.')}")
     out = Path(out_dir)
+    check_place(out, source)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise MLAError(f"{out} exists and is not a folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise MLAError(f"{out} is not empty: choose another folder or ask to overwrite it")
+
+
+def check_place(out: Path, source: str | None) -> None:
+    """Refuse, before any work, a path that cannot be written, or where it would harm the original.
+
+    Args:
+        out: file or folder; folders on the way to it need not exist.
+        source: name of the original: a folder, a file or anything else.
+
+    Raises:
+        MLAError: names what stands in the way.
+    """
+    folder = out.absolute().parent
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise MLAError(f"{out} cannot be written: {folder} is no folder that you may write to")
+    original, target = None if source is None else local_path(source), Path(os.path.realpath(out))
+    if original is not None:
+        original = Path(os.path.realpath(original))
+        if target == original or target in original.parents or original in target.parents:
+            raise MLAError(
+                f"{out} and the original {source} lie one in the other: choose another place for OUT"
+            )
 
 
 def _umask() -> int:
