@@ -93,6 +93,13 @@ def test_convert_writes_bfloat16(mla, llama_folder, tmp_path):
     assert str(model.dtype) == "torch.bfloat16"
 
 
+def test_the_largest_seed(mla, llama_folder, tmp_path):
+    options = ("--seed", 2**32 - 1, "--heal", 0.05)
+    run = mla("convert", llama_folder, tmp_path / "out", *SMALL, *options, "--json")
+    assert run.status == 0, run.err
+    assert json.loads(run.out)["heal"]["tokens"] > 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -112,6 +119,8 @@ def test_convert_writes_bfloat16(mla, llama_folder, tmp_path):
         (("--device", "mps"), "--device mps: the conversion needs float64"),
         (("--device", "vulcan"), "--device vulcan: this torch cannot use it here"),
         (("--heal", -1), "heal takes minutes, 0 or more, got -1"),
+        (("--seed", 2**43, "--heal", 1), "seed takes an integer from 0 to 4294967295, got 8796093022208"),
+        (("--seed", -1), "seed takes an integer"),
         (("--explore", "--cache", 0.5), "choose the cache: leave out --cache"),
         (("--explore", "--heal", 1), "--explore compares untrained conversions"),
         (("--max-kl", 0), "the largest KL must be above 0"),

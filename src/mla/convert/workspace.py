@@ -81,10 +81,12 @@ def check_request(request: Request) -> list[str | None]:
         The calibration texts, None where the model writes one.
 
     Raises:
-        MLAError: minutes, windows or texts that make no sense, a file that cannot be read.
+        MLAError: minutes, seeds, windows or texts that make no sense, a file that cannot be read.
     """
     if not 0 <= request.heal < math.inf:
         raise MLAError(f"heal takes minutes, 0 or more, got {request.heal}")
+    if not 0 <= request.seed < 2**32:
+        raise MLAError(f"seed takes an integer from 0 to {2**32 - 1}, got {request.seed}")
     check_windows(request.windows, request.window)
     if not 1 <= len(request.calibration) <= request.windows:
         raise MLAError(
