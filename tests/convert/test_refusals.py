@@ -36,6 +36,7 @@ _YARN = {
         (GPT2Config(), "gpt2"),
         (DeepseekV3Config(), "already"),
         (LlamaConfig(mlp_bias=True), "mlp_bias"),
+        (LlamaConfig(quantization_config={"quant_method": "awq", "bits": 4}), "quantised.*made from"),
         (LlamaConfig(rope_parameters=_YARN), "yarn.*original_max_position_embeddings"),
         (LlamaConfig(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}), "linear"),
         (

@@ -41,6 +41,12 @@ def check_convertible(config: Any) -> None:
     if kind not in _LLAMA_LIKE:
         known = ", ".join(sorted(_LLAMA_LIKE))
         raise MLAError(f"cannot convert a model of type {kind!r}: expected Llama-type attention ({known})")
+    if getattr(config, "quantization_config", None) is not None:
+        raise MLAError(
+            "cannot convert: the weights are quantised (quantization_config), and the conversion multiplies "
+            "with plain ones; convert the model that they were made from, or save it dequantised "
+            "(model.dequantize() in Transformers)"
+        )
     if getattr(config, "mlp_bias", False):
         raise MLAError(
             "cannot convert: mlp_bias is true, and the target checkpoint has no MLP biases; a model trained "
