@@ -109,6 +109,7 @@ def test_the_largest_seed(mla, llama_folder, tmp_path):
         (("--rope", 3), "rope must be even"),
         (("--calibration", "none.txt"), "none.txt: no such text file"),
         (("--calibration", "{short}"), "calibration text is too short"),
+        (("--window", 513), "window: expected 2 to 512 tokens, which is what the model takes, got 513"),
         (("--windows", 0), "at least 1 window"),
         (
             ("--windows", 1, "--calibration", "self", "--calibration", "{short}"),

@@ -129,7 +129,10 @@ def test_what_is_given_of_the_calibration_stays() -> None:
     config = LlamaConfig(max_position_embeddings=100)
     assert calibration_size(config) == (246, 100)  # no window is longer than the model reads
     assert calibration_size(config, windows=7) == (7, 100)
-    assert calibration_size(config, window=4096) == (6, 4096)
+    assert calibration_size(config, window=50) == (492, 50)
+    for window in (101, 1, 0):
+        with pytest.raises(MLAError, match=f"window: expected 2 to 100 tokens, .* got {window}"):
+            calibration_size(config, window=window)
 
 
 @pytest.mark.parametrize("asked", [{"rank": 64}, {"rope": 32}])

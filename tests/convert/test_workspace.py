@@ -80,6 +80,13 @@ def test_what_is_wrong_with_a_file_is_known_before_the_model_writes(
     assert list(tmp_path.iterdir()) == [short]
 
 
+def test_windows_longer_than_the_model_reads_are_refused(tmp_path: Path) -> None:
+    request = Request(cache=0.5, windows=2, window=257)
+    with pytest.raises(MLAError, match="window: expected 2 to 256"):
+        run("tiny", teacher(), Letters(), tmp_path / "out", request)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_windows_of_a_search_are_those_of_its_conversion(tmp_path: Path) -> None:
     model, out = teacher(), tmp_path / "out"
     search, request = (Request(windows=3, window=16, heal=minutes) for minutes in (0.0, 1.0))

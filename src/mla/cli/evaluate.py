@@ -29,23 +29,20 @@ def evaluate(
     content = console.read_text(text)
     from mla.convert.evaluation import cut_windows
     from mla.convert.evaluation import evaluate as measure
+    from mla.convert.text import check_window
     from mla.errors import MLAError
-    from mla.integrations.loading import load_model, load_tokenizer
+    from mla.integrations.loading import load_config, load_model, load_tokenizer
     from mla.integrations.transformers import absorb, latent_attentions
 
-    if window < 2:
-        raise MLAError(f"--window: expected at least 2 tokens, got {window}")
     checked = console.check_dtype(dtype)
     with console.quiet_libraries():
+        check_window(load_config(model), window)
         windows = cut_windows(load_tokenizer(model), content, length=window, limit=max_tokens)
         opened = load_model(model, dtype=checked, device=device)
         if latent_attentions(opened) and not stock:
             absorb(opened)
         elif cache_format is not None:
             raise MLAError("--cache-format: expected an MLA model without --stock; nothing else reads it")
-        limit = opened.config.get_text_config(decoder=True).max_position_embeddings
-        if window > limit:
-            raise MLAError(f"--window: the model takes {limit} tokens, got {window}")
         reference = None if against is None else load_model(against, dtype=checked, device=device)
         with console.progress("measuring") as advance:
             result = measure(

@@ -37,6 +37,7 @@ from mla.convert.rope_split import (
     split_rope,
 )
 from mla.convert.statistics import AttentionWeights, LayerStatistics, collect, teacher_block
+from mla.convert.text import check_window
 from mla.errors import MLAError
 
 # Share of the plain covariance in each head's own: attention's weights are heavy-tailed, a few thousand
@@ -174,13 +175,17 @@ def calibration_size(
     24,576 tokens; for a ``budget`` below a third of the original cache 65,536, below a quarter 131,072: the
     factors of a small cache fit a few thousand tokens too well (docs/conversion-experiments.md). 1,024 tokens
     a window, or as many as the model takes.
+
+    Raises:
+        MLAError: a window that the model does not take.
     """
     if window is None:
         window = min(_WINDOW, config.max_position_embeddings)
+    check_window(config, window)
     if windows is None:
         share = 1.0 if budget is None else (budget.rank + budget.rope) / cached_numbers(config)
         tokens = 24_576 if share >= 1 / 3 else 65_536 if share >= 1 / 4 else 131_072
-        windows = -(-tokens // max(1, window))
+        windows = -(-tokens // window)
     return windows, window
 
 

@@ -214,3 +214,14 @@ def check_windows(windows: int, length: int) -> None:
     """Raises: MLAError: fewer than one window of two tokens."""
     if windows < 1 or length < 2:
         raise MLAError(f"need at least 1 window of 2 tokens, got {windows} of {length}")
+
+
+def check_window(config: Any, length: int) -> None:
+    """Refuse windows that a model with this ``config`` does not read whole.
+
+    Raises:
+        MLAError: fewer than two tokens, or more than the model has positions.
+    """
+    most = config.get_text_config(decoder=True).max_position_embeddings
+    if not 2 <= length <= most:
+        raise MLAError(f"window: expected 2 to {most} tokens, which is what the model takes, got {length}")

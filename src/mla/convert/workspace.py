@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from mla import __version__
 from mla.convert.pipeline import check_split_query
-from mla.convert.text import check_windows, cut_text, tokenize_windows, write_windows
+from mla.convert.text import check_window, check_windows, cut_text, tokenize_windows, write_windows
 from mla.digest import canonical, digest, digest_of_weights
 from mla.errors import MLAError
 from mla.textfile import read_text
@@ -119,6 +119,7 @@ def workspace(
         MLAError: the model or the request cannot be used; then nothing is left behind.
     """
     check_split_query(teacher, request.split_query)
+    check_window(teacher.config, request.window)
     texts = check_request(request)
     place = _place(out, purpose, _identity(teacher, request, texts))
     if search is not None and not (place / _WINDOWS).exists():
