@@ -9,6 +9,8 @@ import sys
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
 SMALL = ("--windows", 2, "--window", 32)
@@ -196,15 +198,16 @@ def test_what_cannot_be_converted(mla, mla_folder, llama_folder, tmp_path):
 
 
 def test_killed_at_any_moment(llama_folder, tmp_path):
-    """Whole, or not there: a folder with a config.json opens; no run leaves half of one under its name."""
+    """Whole, or not there; and the same command then writes what a run without a kill writes."""
     command = [sys.executable, "-m", "mla", "convert", str(llama_folder)]
-    options = [str(option) for option in SMALL]
+    options = [str(option) for option in (*SMALL, "--seed", 3)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
     subprocess.run([*command, str(tmp_path / "whole"), *options], check=True, env=environment)
     duration = time.monotonic() - started
-    for share in (0.6, 0.8, 0.9, 0.95):
-        out = tmp_path / "out"  # what an earlier kill has finished is found again
+    wanted = load_file(tmp_path / "whole" / "model.safetensors")
+    out = tmp_path / "out"
+    for share in (0.6, 0.8, 0.95):
         process = subprocess.Popen([*command, str(out), *options], env=environment, stderr=subprocess.DEVNULL)
         time.sleep(duration * share)
         process.send_signal(signal.SIGKILL)
@@ -212,3 +215,10 @@ def test_killed_at_any_moment(llama_folder, tmp_path):
         if out.exists():
             AutoModelForCausalLM.from_pretrained(out)
             shutil.rmtree(out)
+        subprocess.run([*command, str(out), *options], check=True, env=environment)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+        found = load_file(out / "model.safetensors")
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert torch.equal(found[name], value), name
+        shutil.rmtree(out)

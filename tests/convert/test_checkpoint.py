@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
 from mla.convert import convert, save
@@ -80,19 +82,56 @@ def test_every_weight_is_written_and_expected(folder: Path, student: DeepseekV3F
         assert torch.equal(value, student.state_dict()[name]), name
 
 
-def test_a_fresh_process_loads_it_without_a_warning(folder: Path) -> None:
-    code = (
-        "import sys, torch\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "print(type(model).__name__, bool(model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()))\n"
-    )
+FRESH = """
+import sys
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, DynamicCache
+from mla import absorb
+
+folder, dtype, file = sys.argv[1:]
+ids = torch.arange(3, 3 + 80).view(2, 40)
+
+def logits(model):
+    cache = DynamicCache(config=model.config)
+    parts = [model(ids[:, :32], past_key_values=cache).logits]
+    parts += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(32, 40)]
+    return torch.cat(parts, dim=1)
+
+with torch.no_grad():
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    found = {"stock": logits(model), "absorbed": logits(absorb(model))}
+save_file(found, file)
+print(type(model).__name__, model.dtype)
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "apart", "lost"), [(torch.float32, 2e-5, 1e-7), (torch.bfloat16, 0.25, 1e-3)]
+)
+def test_a_fresh_process_loads_it_and_absorbs_it(
+    student: DeepseekV3ForCausalLM, dtype: torch.dtype, apart: float, lost: float, tmp_path: Path
+) -> None:
+    """Stock Transformers without a warning, and absorbed: a prompt and tokens after it, the same logits."""
+    folder, file = tmp_path / "out", tmp_path / "logits.safetensors"
+    save(student, None, folder, report={"source": "tiny"}, dtype=dtype)
+    name = str(dtype).removeprefix("torch.")
     done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", FRESH, str(folder), name, str(file)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
-    assert done.stdout.split() == ["DeepseekV3ForCausalLM", "True"]
+    assert done.stdout.split() == ["DeepseekV3ForCausalLM", str(dtype)]
     for word in ("newly initialized", "not used", "MISSING", "UNEXPECTED", "Warning"):
         assert word not in done.stderr, done.stderr
+    found = {name: logits.float() for name, logits in load_file(file).items()}
+    with torch.no_grad():
+        here = student(torch.arange(3, 3 + 80).view(2, 40)).logits
+    for first, second in itertools.combinations([here, *found.values()], 2):
+        torch.testing.assert_close(first, second, atol=apart, rtol=0)
+        assert divergence(first, second) < lost
 
 
 def test_the_latent_norm_is_the_identity(student: DeepseekV3ForCausalLM) -> None:
