@@ -170,10 +170,9 @@ def test_windows_are_spread_and_seeded() -> None:
     assert [int(row[0] - 1000) // 1000 for row in windows] == [0, 1, 2, 3]
     assert torch.equal(windows, tokenize_windows(text, _Letters(), 4, 10))
     assert not torch.equal(windows, tokenize_windows(text, _Letters(), 4, 10, seed=1))
-    with pytest.raises(MLAError, match="too short"):
-        tokenize_windows("short", _Letters(), 2, 10)
-    with pytest.raises(MLAError, match="too short"):
-        tokenize_windows("short", _Letters(), 1, 10)
+    for windows in (1, 2):
+        with pytest.raises(MLAError, match=f"5 characters hold 0 of {windows} windows of 10 tokens"):
+            tokenize_windows("short", _Letters(), windows, 10)
     with pytest.raises(MLAError, match="at least 1 window"):
         tokenize_windows(text, _Letters(), 0, 10)
 
@@ -187,8 +186,26 @@ def test_windows_of_a_short_text_overlap_but_differ() -> None:
     windows = tokenize_windows(text, Pairs(), 6, 10)
     starts = [int(row[0]) for row in windows]
     assert starts == [1001, 1013, 1025, 1037, 1049, 1061]
-    with pytest.raises(MLAError, match="too short: 129 characters for 6 windows of 10"):
-        tokenize_windows(text[:129], Pairs(), 6, 10)
+    with pytest.raises(
+        MLAError, match=r"notes is too short: 129 characters hold 5 of 6 windows of 10 tokens"
+    ):
+        tokenize_windows(text[:129], Pairs(), 6, 10, name="notes")
+    assert tokenize_windows(text[:129], Pairs(), 5, 10).shape == (5, 10)
+
+
+@pytest.mark.parametrize("windows", [1, 3, 20])
+def test_tokens_of_many_characters(windows: int) -> None:
+    """Long words, or runs of spaces that are one token: the text is not short for them."""
+
+    class Words:
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [len(word) for word in text.split()]}
+
+    text = ("pneumonoultramicroscopic" + " ") * 1000
+    found = tokenize_windows(text, Words(), windows, 10)
+    assert found.shape == (windows, 10)
+    with pytest.raises(MLAError, match="75 characters hold 0 of 1 windows of 10 tokens"):
+        tokenize_windows(text[:75], Words(), 1, 10)
 
 
 class _Talker:

@@ -150,7 +150,9 @@ class _Reserved(DynamicLayer):  # type: ignore[misc]  # Transformers' caches are
         return self.keys, self.values
 
 
-def tokenize_windows(text: str, tokenizer: Any, windows: int, length: int, *, seed: int = 0) -> Tensor:
+def tokenize_windows(
+    text: str, tokenizer: Any, windows: int, length: int, *, seed: int = 0, name: str = "the text"
+) -> Tensor:
     """Cut ``windows`` windows of ``length`` tokens out of ``text``, spread over all of it.
 
     Args:
@@ -162,33 +164,46 @@ def tokenize_windows(text: str, tokenizer: Any, windows: int, length: int, *, se
         windows: number of windows.
         length: tokens per window.
         seed: place of the window inside its part.
+        name: of the text, for the error.
 
     Returns:
         int64 token ids [windows, length].
 
     Raises:
-        MLAError: the text is too short.
+        MLAError: the text is too short; says how many windows fit.
     """
     check_windows(windows, length)
-    chance = random.Random(seed)
-    # 8 characters per token is more than any tokenizer of a European language needs.
+    # 8 characters per token is more than most text needs; where it is not enough, all is read anew in longer
+    # pieces.
     reach = 8 * length
+    while True:
+        # Not even one character per token from one window to the next: they would be nearly the same.
+        fitting = max(0, len(text) - reach) // length + 1
+        pieces = _pieces(text, windows, reach, seed) if windows <= fitting else []
+        rows = [tokenizer(piece)["input_ids"][:length] for piece in pieces]
+        if rows and min(map(len, rows)) == length:
+            return torch.tensor(rows, dtype=torch.int64)
+        if windows > fitting or reach >= len(text):
+            if len(tokenizer(text[-reach:])["input_ids"]) < length:
+                fitting = 0
+            raise MLAError(
+                f"{name} is too short: {len(text)} characters hold {fitting} of {windows} windows of "
+                f"{length} tokens; give a longer text, fewer windows or shorter ones"
+            )
+        reach *= 2
+
+
+def _pieces(text: str, windows: int, reach: int, seed: int) -> list[str]:
+    """``windows`` pieces of ``reach`` characters, one of each part of the text."""
+    chance = random.Random(seed)
     part = len(text) // windows
     room = part - reach  # below 0 in a short text: there windows lie closer together, the last at its end
     last = max(0, len(text) - reach)
-    # Not even one character per token from one window to the next: they would be nearly the same.
-    crowded = room < 0 and last < (windows - 1) * length
-    rows = []
-    for index in range(windows):
-        start = index * part + chance.randint(0, room) if room >= 0 else index * last // max(1, windows - 1)
-        ids = tokenizer(text[start : start + reach])["input_ids"]
-        if crowded or len(ids) < length:
-            raise MLAError(
-                f"the calibration text is too short: {len(text)} characters for {windows} windows of "
-                f"{length} tokens; give a longer text, fewer windows or shorter ones"
-            )
-        rows.append(torch.tensor(ids[:length], dtype=torch.int64))
-    return torch.stack(rows)
+    starts = [
+        index * part + chance.randint(0, room) if room >= 0 else index * last // max(1, windows - 1)
+        for index in range(windows)
+    ]
+    return [text[start : start + reach] for start in starts]
 
 
 def cut_text(text: str, tokenizer: Any, length: int) -> Tensor:

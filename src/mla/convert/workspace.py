@@ -159,18 +159,15 @@ class _Texts:
 
     def _fitting(self) -> dict[str, Tensor]:
         """Every text's windows to calibrate on and to measure on."""
-        size, seed = self.request.window, self.request.seed
         found: dict[str, Tensor] = {}
         # Files first: what is wrong with them is known before the model has written anything.
         for index in sorted(range(len(self.texts)), key=lambda index: self.texts[index] is None):
             text, (calibrating, measuring) = self.texts[index], self._shares(index)
             if text is None:
-                ids = self._write(calibrating + measuring, seed)
+                ids = self._write(calibrating + measuring, self.request.seed)
                 calibration, held_out = ids[measuring:], ids[:measuring]
             else:
-                learnt, rest = self._parts(index, text)
-                calibration = tokenize_windows(learnt, self.tokenizer, calibrating, size, seed=seed)
-                held_out = tokenize_windows(rest, self.tokenizer, measuring, size, seed=seed)
+                calibration, held_out = self._cut(index, text)
             found |= {f"calibration {index}": calibration, f"held_out {index}": held_out}
         return found
 
@@ -200,6 +197,22 @@ class _Texts:
         calibrating, measuring = self._shares(index)
         border = int(len(text) * calibrating / (calibrating + measuring))
         return text[:border], text[border:]
+
+    def _cut(self, index: int, text: str) -> list[Tensor]:
+        """Windows of a file's text to calibrate on and to measure on."""
+        name, size, seed = self.request.calibration[index], self.request.window, self.request.seed
+        uses = zip(("calibrating", "measuring"), self._parts(index, text), self._shares(index), strict=True)
+        return [
+            tokenize_windows(
+                part,
+                self.tokenizer,
+                windows,
+                size,
+                seed=seed,
+                name=f"{name} ({len(text)} characters), its {use} part,",
+            )
+            for use, part, windows in uses
+        ]
 
     def _write(self, windows: int, seed: int) -> Tensor:
         return write_windows(
