@@ -115,6 +115,10 @@ def test_the_largest_seed(mla, llama_folder, tmp_path):
             "(10 characters), its calibrating part, is too short: 3 characters hold 0 of 2 windows of 32",
         ),
         (("--window", 513), "window: expected 2 to 512 tokens, which is what the model takes, got 513"),
+        (
+            ("--calibration", os.devnull),
+            "is no regular file, and will be read again: write the text to a file",
+        ),
         (("--windows", 0), "at least 1 window"),
         (
             ("--windows", 1, "--calibration", "self", "--calibration", "{short}"),

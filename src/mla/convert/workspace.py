@@ -95,7 +95,7 @@ def check_request(request: Request) -> list[str | None]:
         )
     if len(set(request.calibration)) < len(request.calibration):
         raise MLAError("a calibration text is given twice: ask for more windows of it instead")
-    return [None if name == "self" else read_text(name) for name in request.calibration]
+    return [None if name == "self" else read_text(name, again=True) for name in request.calibration]
 
 
 @contextlib.contextmanager
