@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 
 import mla
-from mla.convert import convert, save, saving
+from mla.convert import check_output, convert, save, saving
 from mla.errors import MLAError
 
 from .tiny import VOCABULARY, teacher, tokens
@@ -116,7 +116,7 @@ def test_a_failed_rename_brings_the_old_folder_back(
     rename = os.rename
 
     def fail(source: Path, target: Path) -> None:
-        if ".partial-" in str(source):
+        if source.name == ".out.partial":
             raise OSError("disk")
         rename(source, target)
 
@@ -128,33 +128,71 @@ def test_a_failed_rename_brings_the_old_folder_back(
     assert json.loads((out / "report.json").read_text())["seed"] == 1
 
 
+def _killed(
+    student: DeepseekV3ForCausalLM,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: object,
+    point: str,
+    *,
+    at: Path | None = None,
+) -> None:
+    """Another process replaces ``out`` and dies where it calls this function, for a path if one is given."""
+    reader, writer = os.pipe()
+    real = getattr(owner, point)
+
+    def stop(*given: object, **options: object) -> object:
+        if at is not None and given[0] != at:
+            return real(*given, **options)
+        os.write(writer, b"here")
+        time.sleep(60)
+        return None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, point, stop)
+        child = os.fork()
+        if child == 0:
+            try:
+                save(student, None, out, report={**FACTS, "seed": 2}, overwrite=True)
+            finally:
+                os._exit(1)
+    assert os.read(reader, 4) == b"here"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 @pytest.mark.parametrize("point", ["save_torch_state_dict", "_flush", "_put_in_place"])
 def test_a_killed_process_leaves_nothing_that_looks_whole(
     student: DeepseekV3ForCausalLM, point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    reader, writer = os.pipe()
-
-    def stop(*_: object, **__: object) -> None:
-        os.write(writer, b"here")
-        time.sleep(60)
-
-    monkeypatch.setattr(saving, point, stop)
-    child = os.fork()
-    if child == 0:
-        try:
-            save(student, None, out, report=FACTS)
-        finally:
-            os._exit(1)
-    assert os.read(reader, 4) == b"here"
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    assert not out.exists()
-    left = list(tmp_path.iterdir())
-    assert all(path.name.startswith(".out.partial-") for path in left)
+    _killed(student, out, monkeypatch, saving, point)
+    (left,) = tmp_path.iterdir()
+    assert left.name == ".out.partial"
     if point != "_put_in_place":  # the last step but the rename: all is flushed by then
-        for path in left:
-            assert not (path / "config.json").exists()
-            with pytest.raises((OSError, ValueError)):
-                AutoModelForCausalLM.from_pretrained(path)
+        assert not (left / "config.json").exists()
+        with pytest.raises((OSError, ValueError)):
+            AutoModelForCausalLM.from_pretrained(left)
+    check_output(out, dtype=torch.float32, overwrite=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_process_killed_while_it_replaces_loses_no_folder(
+    student: DeepseekV3ForCausalLM, in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    save(student, None, out, report={**FACTS, "seed": 1})
+    if in_place:
+        _killed(student, out, monkeypatch, saving, "_flush", at=tmp_path)
+    else:
+        _killed(student, out, monkeypatch, saving.os, "rename", at=tmp_path / ".out.partial")
+    assert out.exists() == in_place
+    # Whoever looks whether the name is free finds the folder that was there, or the new one.
+    with pytest.raises(MLAError, match="not empty"):
+        check_output(out, dtype=torch.float32, overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert json.loads((out / "report.json").read_text())["seed"] == 1 + in_place
+    AutoModelForCausalLM.from_pretrained(out)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +37,7 @@ def save(
 
     Everything goes into a hidden sibling folder first, ``config.json`` last, is flushed to the disk and then
     renamed: a process killed at any moment leaves no folder that looks whole, and an exception (an interrupt
-    included) removes the sibling.
+    included) removes the sibling. What a killed one has left is undone at the start.
 
     Args:
         student: from :func:`convert`; not changed.
@@ -67,9 +65,9 @@ def save(
         "report.json": json.dumps(facts, indent=2) + "\n",
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    partial = _partial(out)
+    partial.mkdir()
     try:
-        partial.chmod(0o777 & ~_umask())
         weights = {
             name: value.detach().to("cpu", dtype).contiguous() for name, value in student.state_dict().items()
         }
@@ -101,6 +99,9 @@ def check_output(
 ) -> None:
     """Refuse, before any work, a folder that :func:`save` would refuse, or that is the original's.
 
+    An earlier call of :func:`save` that was killed is undone first: it may have left no folder at all where
+    one was to be replaced.
+
     Args:
         source: name of the original, where it is known. Others: as for :func:`save`.
 
@@ -114,8 +115,9 @@ def check_output(
         )
     if dtype not in _DTYPES:
         raise MLAError(f"dtype must be float32 or bfloat16, got {str(dtype).removeprefix('torch.')}")
-    out = Path(out_dir)
+    out = Path(out_dir).absolute()
     check_place(out, source)
+    _undo_killed(out)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise MLAError(f"{out} exists and is not a folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
@@ -164,24 +166,42 @@ def _flush(path: Path) -> None:
 
 def _put_in_place(partial: Path, out: Path) -> None:
     """Rename; an old folder steps aside first and comes back if the rename fails."""
-    old: Path | None = None
+    replaced = _replaced(out)
     if out.is_dir():
         if any(out.iterdir()):
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-            os.rename(out, old / out.name)
+            os.rename(out, replaced)
         else:
             out.rmdir()
     try:
         os.rename(partial, out)
     except BaseException:
-        if old is not None:
-            os.rename(old / out.name, out)
-            old.rmdir()
+        if replaced.is_dir():
+            os.rename(replaced, out)
         raise
     _flush(out.parent)
-    if old is not None:
-        with contextlib.suppress(OSError):  # the new folder is whole: a leftover is untidy, not wrong
-            shutil.rmtree(old)
+    shutil.rmtree(replaced, ignore_errors=True)  # the new folder is whole: a leftover is untidy, not wrong
+
+
+def _undo_killed(out: Path) -> None:
+    """A folder being written goes; one that stepped aside comes back unless another is in its place."""
+    partial, replaced = _partial(out), _replaced(out)
+    if partial.is_dir():
+        shutil.rmtree(partial)
+    if replaced.is_dir():
+        if out.is_dir() and any(out.iterdir()):
+            shutil.rmtree(replaced)
+        else:
+            if out.is_dir():
+                out.rmdir()
+            os.rename(replaced, out)
+
+
+def _partial(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"
+
+
+def _replaced(out: Path) -> Path:
+    return out.parent / f".{out.name}.replaced"
 
 
 def _facts(student: DeepseekV3ForCausalLM, report: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
