@@ -87,6 +87,9 @@ def test_accepted(config: PreTrainedConfig) -> None:
         ({"rope": 130}, "128"),
         ({"cache": 0.5, "rank": 191}, "leaves 1"),
         ({"cache": 0.1, "rope": 64}, "at least"),
+        ({"rank": 4096, "rope": 48}, "4144 numbers per token and layer, more than the original's 384"),
+        ({"rank": 353, "rope": 32}, "385 numbers"),
+        ({"rank": 384}, "more than the original's 384"),
     ],
 )
 def test_budgets_that_make_no_sense(asked: dict[str, float], reason: str) -> None:
@@ -104,6 +107,7 @@ def test_budgets_that_make_no_sense(asked: dict[str, float], reason: str) -> Non
         ({"cache": 0.02}, 8),
         ({"cache": 1.0}, 384),
         ({"rank": 160, "rope": 32}, 192),
+        ({"rank": 352, "rope": 32}, 384),
         ({"cache": 0.5, "rope": 32}, 192),
         ({"cache": 0.5, "rank": 150}, 192),
     ],

@@ -45,7 +45,7 @@ def choose_budget(
         The budget.
 
     Raises:
-        MLAError: a combination that makes no sense.
+        MLAError: a combination that makes no sense, or a cache larger than the original's.
     """
     full = 2 * groups * head_dim
     if cache is None and rank is None and rope is None:
@@ -81,6 +81,11 @@ def choose_budget(
         raise MLAError(
             f"cache {cache} is {total} numbers per token, which leaves no latent beside rope {rope}; "
             f"expected a fraction of at least {(rope + 1) / full:.3f}"
+        )
+    if total is None and rank + rope > full:
+        raise MLAError(
+            f"rank {rank} and rope {rope} are {rank + rope} numbers per token and layer, more than the "
+            f"original's {full}: expected a smaller cache"
         )
     if rank > most and total is not None and not rope_given:
         # A latent as wide as what it encodes loses nothing: the rest of the budget goes to the rotation.
