@@ -80,6 +80,20 @@ def test_what_is_wrong_with_a_file_is_known_before_the_model_writes(
     assert list(tmp_path.iterdir()) == [short]
 
 
+@pytest.mark.parametrize(("start", "end", "heal"), [(700, 2000, 0.0), (240, 320, 1.0)])
+def test_tokens_that_the_model_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int, end: int, heal: float
+) -> None:
+    """In the part that only measures, or that only healing reads: known before the conversion begins."""
+    monkeypatch.setattr(RUN, "convert", lambda *_, **__: pytest.fail("the conversion began"))
+    text = tmp_path / "text.txt"
+    text.write_text("a" * start + "Y" * (end - start) + "a" * (2000 - end))  # tokens 10 and 92
+    request = Request(cache=0.5, calibration=(str(text),), windows=2, window=16, heal=heal, seed=1)
+    with pytest.raises(MLAError, match=r"token ids from 1 to 92, outside the model's vocabulary of 90"):
+        run("tiny", teacher(vocab_size=90), Letters(), tmp_path / "out", request)
+    assert list(tmp_path.iterdir()) == [text]
+
+
 def test_windows_longer_than_the_model_reads_are_refused(tmp_path: Path) -> None:
     request = Request(cache=0.5, windows=2, window=257)
     with pytest.raises(MLAError, match="window: expected 2 to 256"):

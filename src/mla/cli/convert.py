@@ -109,6 +109,8 @@ def convert(
         raise MLAError(
             "--explore compares untrained conversions: leave out --max-kl, --max-ppl-increase, --heal"
         )
+    if explore and (split_query or dtype != "float32"):
+        raise MLAError("--explore writes no model: leave out --dtype, --split-query")
     if not (sized or explore or promised):
         cache, sized = 0.5, True
     with console.quiet_libraries():

@@ -37,7 +37,7 @@ from mla.convert.rope_split import (
     split_rope,
 )
 from mla.convert.statistics import AttentionWeights, LayerStatistics, collect, teacher_block
-from mla.convert.text import check_window
+from mla.convert.text import check_vocabulary, check_window
 from mla.errors import MLAError
 
 # Share of the plain covariance in each head's own: attention's weights are heavy-tailed, a few thousand
@@ -279,7 +279,4 @@ def _check_calibration(calibration: Tensor, vocabulary: int) -> None:
         )
     if calibration.numel() == 0:
         raise MLAError("calibration is empty: at least one window of 2 tokens is needed")
-    if int(calibration.min()) < 0 or int(calibration.max()) >= vocabulary:
-        raise MLAError(
-            f"calibration holds token ids outside the vocabulary of {vocabulary}: wrong tokenizer?"
-        )
+    check_vocabulary(calibration, vocabulary)

@@ -240,3 +240,13 @@ def check_window(config: Any, length: int) -> None:
     most = config.get_text_config(decoder=True).max_position_embeddings
     if not 2 <= length <= most:
         raise MLAError(f"window: expected 2 to {most} tokens, which is what the model takes, got {length}")
+
+
+def check_vocabulary(ids: Tensor, vocabulary: int) -> None:
+    """Raises: MLAError: token ids that a model of ``vocabulary`` tokens does not know."""
+    least, most = int(ids.min()), int(ids.max())
+    if least < 0 or most >= vocabulary:
+        raise MLAError(
+            f"calibration text holds token ids from {least} to {most}, outside the model's "
+            f"vocabulary of {vocabulary}: another model's tokenizer?"
+        )

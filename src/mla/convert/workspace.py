@@ -23,7 +23,14 @@ from transformers import PreTrainedModel
 
 from mla import __version__
 from mla.convert.pipeline import check_split_query
-from mla.convert.text import check_window, check_windows, cut_text, tokenize_windows, write_windows
+from mla.convert.text import (
+    check_vocabulary,
+    check_window,
+    check_windows,
+    cut_text,
+    tokenize_windows,
+    write_windows,
+)
 from mla.digest import canonical, digest, digest_of_weights
 from mla.errors import MLAError
 from mla.textfile import read_text
@@ -88,6 +95,11 @@ def check_request(request: Request) -> list[str | None]:
     if not 0 <= request.seed < 2**32:
         raise MLAError(f"seed takes an integer from 0 to {2**32 - 1}, got {request.seed}")
     check_windows(request.windows, request.window)
+    if request.windows < 2:
+        raise MLAError(
+            "windows takes 2 or more, got 1: a layer's fit is kept where it helps on a window that it did "
+            "not see"
+        )
     if not 1 <= len(request.calibration) <= request.windows:
         raise MLAError(
             f"{request.windows} windows cannot be shared by {len(request.calibration)} texts: ask for as "
@@ -127,6 +139,8 @@ def workspace(
         (place / "copied").replace(place / _WINDOWS)
     try:
         windows = _Texts(teacher, tokenizer, request, texts, on_progress).windows(place)
+        for ids in windows:
+            check_vocabulary(ids, teacher.config.vocab_size)
     except MLAError:
         shutil.rmtree(place, ignore_errors=True)
         raise
