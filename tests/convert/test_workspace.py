@@ -45,11 +45,11 @@ class Letters:
 @pytest.mark.parametrize(("bos", "fresh"), [(None, 8), (1, 7)])
 def test_all_of_a_text_in_windows_that_begin_as_in_use(bos: int | None, fresh: int) -> None:
     text = "abcdefghijklmnopqrstuvwxyz"
-    windows = cut_text(text, Letters(bos), 8)
+    windows = cut_text(text, Letters(bos), 8, limit=100)
     assert windows.shape == (26 // fresh, 8)
     assert windows.dtype == torch.int64
     assert windows[:, -fresh:].flatten().tolist() == [3 + ord(letter) % 90 for letter in text][: 3 * fresh]
-    assert cut_text("abc", Letters(bos), 8).shape == (0, 8)
+    assert cut_text("abc", Letters(bos), 8, limit=100).shape == (0, 8)
     if bos is not None:
         assert (windows[:, 0] == bos).all()
         assert (tokenize_windows(text * 40, Letters(bos), 3, 8)[:, 0] == bos).all()
@@ -63,6 +63,35 @@ def test_training_windows_begin_as_in_use(tmp_path: Path) -> None:
         assert len(work.training) > len(work.calibration) == 2
         for ids in (work.calibration, work.training, work.held_out):
             assert (ids[:, 0] == 1).all()
+
+
+def test_healing_reads_no_more_of_a_file_than_it_has_time_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = []
+
+    class Counting(Letters):
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            longest.append(len(text))
+            return super().__call__(text, **options)
+
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 2000)
+
+    def training() -> torch.Tensor:
+        longest.clear()
+        request = Request(calibration=(str(text),), windows=2, window=32, heal=0.5)
+        with workspace(teacher(), Counting(), tmp_path / "out", request, "converting") as work:
+            return work.training
+
+    everything = training()
+    assert max(longest) == 30_000  # two of six parts
+    monkeypatch.setattr(WORKSPACE, "_READ", 400)
+    monkeypatch.setattr(WORKSPACE, "_READ_PER_MINUTE", 1200)
+    some = training()
+    assert max(longest) == 16 * 1000
+    assert len(some) == 1000 // 31
+    assert {tuple(row) for row in some.tolist()} <= {tuple(row) for row in everything.tolist()}
 
 
 def test_what_is_wrong_with_a_file_is_known_before_the_model_writes(

@@ -206,21 +206,24 @@ def _pieces(text: str, windows: int, reach: int, seed: int) -> list[str]:
     return [text[start : start + reach] for start in starts]
 
 
-def cut_text(text: str, tokenizer: Any, length: int) -> Tensor:
-    """All of ``text`` in windows that follow one another; what does not fill one is left out.
+def cut_text(text: str, tokenizer: Any, length: int, *, limit: int) -> Tensor:
+    """The beginning of ``text`` in windows that follow one another; what does not fill one is left out.
 
     Args:
         text: any text, even one shorter than a window.
         tokenizer: a Transformers tokenizer. Its beginning-of-sequence token, where it adds one by itself,
             starts every window, as it does in use.
         length: tokens per window.
+        limit: of the text at most so many tokens, and sixteen times as many characters: a large file is not
+            tokenised whole.
 
     Returns:
         int64 token ids [windows, length]; there may be no window.
     """
     start = _beginning(tokenizer)
-    ids, fresh = tokenizer(text, verbose=False)["input_ids"][len(start) :], length - len(start)
-    count = len(ids) // fresh
+    ids = tokenizer(text[: 16 * limit], verbose=False)["input_ids"][len(start) :]
+    fresh = length - len(start)
+    count = min(len(ids), limit) // fresh
     rows = torch.tensor(ids[: count * fresh], dtype=torch.int64).view(count, fresh)
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, -1), rows], dim=1)
 

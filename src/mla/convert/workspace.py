@@ -44,6 +44,8 @@ _CALIBRATING_PER_MEASURING = 6
 _MEASURING = 8
 # Self-written tokens more per minute of healing: each is read a few times until the time is over.
 _TOKENS_PER_MINUTE = 1536
+# Tokens of a file that healing may read: so many, and so many more per minute, ten times what was measured.
+_READ, _READ_PER_MINUTE = 2**20, 2**17
 
 
 @dataclass(frozen=True)
@@ -186,13 +188,17 @@ class _Texts:
         return found
 
     def _healing(self, fitting: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Every text's windows to heal on: all of a file; what calibrated and more where the model writes."""
+        """Every text's windows to heal on: of a file all that the time allows to read, of what the model
+        writes those that calibrated and more.
+        """
+        most = _READ + int(self.request.heal * _READ_PER_MINUTE)
         more = int(self.request.heal * _TOKENS_PER_MINUTE) // self.request.window
         found = {}
         for index, text in enumerate(self.texts):
             calibration = fitting[f"calibration {index}"]
             if text is not None:
-                ids = cut_text(self._parts(index, text)[0], self.tokenizer, self.request.window)
+                learnt = self._parts(index, text)[0]
+                ids = cut_text(learnt, self.tokenizer, self.request.window, limit=most)
             elif count := (more + index) // len(self.texts):
                 ids = torch.cat([calibration, self._write(count, self.request.seed + 1)])
             else:
