@@ -163,6 +163,15 @@ def test_a_broken_promise_keeps_what_was_measured(mla, llama_folder, tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_earlier_work_of_another_request_is_named(mla, llama_folder, tmp_path):
+    out = tmp_path / "out"
+    assert mla("convert", llama_folder, out, "--max-kl", 1e-9, *SMALL).status == 2
+    run = mla("convert", llama_folder, out, "--max-kl", 100, *SMALL, "--windows", 3)
+    assert run.status == 0, run.err
+    told = "these parts begin anew: text, search. They were made with another windows"
+    assert told in " ".join(run.err.split())
+
+
 def test_a_page_that_exists_is_kept(mla, llama_folder, tmp_path):
     page = tmp_path / "notes.txt"
     page.write_text("mine")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -178,6 +180,89 @@ def test_a_failure_at_the_very_end_costs_no_healing(tmp_path: Path, monkeypatch:
     assert facts["heal"]["tokens"] > 0
     assert facts["quality"]["kl"] == pytest.approx(lost[0]["quality"]["kl"], rel=1e-5)
     assert list(tmp_path.iterdir()) == [out]
+
+
+class StoppedError(Exception):
+    """The end of a run, when all but the result is finished."""
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``stopped(request)``: a run up to its result; the parts that it made, and the notices it gave."""
+    ticks = itertools.count(0.0, 0.05)
+    monkeypatch.setattr("mla.convert.healing.time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    model, made, notices = teacher(), set(), []
+    pipeline = importlib.import_module("mla.convert.pipeline")
+
+    def told(owner: Any, name: str, part: str) -> None:
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **more: made.add(part) or real(*args, **more))
+
+    told(WORKSPACE, "tokenize_windows", "text")
+    told(WORKSPACE, "cut_text", "text to heal on")
+    told(pipeline, "factor_layer", "layers")
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise StoppedError
+
+    monkeypatch.setattr(RUN, "save", fails)
+
+    def stopped(request: Request) -> tuple[set[str], list[str]]:
+        made.clear()
+        notices.clear()
+        with pytest.raises(StoppedError):
+            run(
+                "tiny",
+                model,
+                Letters(),
+                tmp_path / "out",
+                request,
+                on_progress=lambda stage, *_: made.add(stage) if stage == "healing" else None,
+                on_notice=notices.append,
+            )
+        return set(made), list(notices)
+
+    return stopped
+
+
+def test_what_does_not_depend_on_the_change_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: Any
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    first = Request(cache=0.5, calibration=(str(text),), windows=2, window=16, heal=0.1)
+    assert stopped(first) == ({"text", "text to heal on", "layers", "healing"}, [])
+    assert stopped(first) == (set(), [])
+    monkeypatch.chdir(tmp_path)
+    assert stopped(replace(first, dtype="bfloat16", calibration=("./text.txt",))) == (set(), [])
+
+    place = tmp_path / ".out.converting"
+    made, (notice,) = stopped(replace(first, split_query=True))
+    assert made == {"healing"}
+    assert notice == (
+        f"of the earlier work in {place} these parts begin anew: healing. "
+        "They were made with another split_query"
+    )
+    made, (notice,) = stopped(replace(first, heal=0.2))
+    assert made == {"text to heal on", "healing"}
+    assert "text to heal on, healing. They were made with another heal, split_query" in notice
+    made, (notice,) = stopped(replace(first, heal=0.2, cache=0.4))
+    assert made == {"layers", "healing"}
+    assert "layers, healing. They were made with another cache" in notice
+    text.write_text(text.read_text() + "!")
+    made, (notice,) = stopped(replace(first, heal=0.2, cache=0.4))
+    assert made == {"text", "text to heal on", "layers", "healing"}
+    assert "text, text to heal on, layers, healing. They were made with another calibration" in notice
+
+
+def test_a_request_that_is_refused_removes_nothing(tmp_path: Path, stopped: Any) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    first = Request(cache=0.5, calibration=(str(text),), windows=2, window=16)
+    stopped(first)
+    with pytest.raises(MLAError, match="too short"):
+        stopped(replace(first, windows=9999))
+    assert stopped(first) == (set(), [])
 
 
 def test_finished_layers_are_only_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,13 @@ def convert(
                 with console.progress("writing calibration text") as advance:
                     work = stack.enter_context(
                         workspace(
-                            teacher, tokenizer, out, search, "exploring", on_progress=console.teller(advance)
+                            teacher,
+                            tokenizer,
+                            out,
+                            search,
+                            "exploring",
+                            on_progress=console.teller(advance),
+                            on_notice=console.people.print,
                         )
                     )
                 texts, state = (work.calibration, work.held_out), work.place / "points"
@@ -179,6 +185,7 @@ def convert(
                     overwrite=overwrite,
                     search=work,
                     on_progress=console.teller(advance),
+                    on_notice=console.people.print,
                 )
     if as_json:
         console.print_json(facts)

@@ -18,7 +18,7 @@ from mla.convert.evaluation import evaluate, layer_errors
 from mla.convert.healing import heal
 from mla.convert.pipeline import budget_for, convert
 from mla.convert.saving import check_output, save
-from mla.convert.workspace import Progress, Request, Workspace, workspace
+from mla.convert.workspace import Notice, Progress, Request, Workspace, workspace
 
 
 def run(
@@ -31,6 +31,7 @@ def run(
     overwrite: bool = False,
     search: Workspace | None = None,
     on_progress: Progress | None = None,
+    on_notice: Notice | None = None,
 ) -> dict[str, Any]:
     """Convert ``teacher``, heal it where asked for, measure the result, write it to ``out``.
 
@@ -43,6 +44,7 @@ def run(
         overwrite: replace ``out`` if it exists.
         search: the workspace in which this request's budget was found: its windows are taken.
         on_progress: called as (stage, done, total).
+        on_notice: called with a sentence where parts of an earlier request cannot be used.
 
     Returns:
         The facts that report.json holds.
@@ -54,7 +56,14 @@ def run(
     check_convertible(teacher.config)
     budget_for(teacher.config, cache=request.cache, rank=request.rank, rope=request.rope)
     with workspace(
-        teacher, tokenizer, out, request, "converting", search=search, on_progress=on_progress
+        teacher,
+        tokenizer,
+        out,
+        request,
+        "converting",
+        search=search,
+        on_progress=on_progress,
+        on_notice=on_notice,
     ) as work:
         return _finish(source, teacher, tokenizer, out, work, request, overwrite, on_progress)
 

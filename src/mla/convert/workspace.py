@@ -1,8 +1,9 @@
 """What a conversion reads, and the hidden folder in which its finished parts survive a kill.
 
 In the folder, beside the result, lie the windows of text, the factors of every layer and the state of the
-healing. The same request finds it again and goes on; another request starts anew. It goes when the result is
-in place.
+healing. The same request finds it again and goes on; another one takes the parts that do not depend on what
+is other, and removes the rest once it is clear that it can be done. The folder goes when the result is in
+place.
 """
 
 from __future__ import annotations
@@ -36,8 +37,20 @@ from mla.errors import MLAError
 from mla.textfile import read_text
 
 Progress = Callable[[str, float, float], None]
+Notice = Callable[[str], None]
 
 _WINDOWS = "windows.safetensors"  # what to calibrate on and what to measure on
+_TRAINING = "training.safetensors"  # what to heal on
+# The parts of the folder, their files, and what of :func:`_identity` they depend on. On "dtype" none does.
+_OF_TEXT = {"mla", "torch", "model", "calibration", "windows", "window", "seed"}
+_OF_LAYERS = _OF_TEXT | {"cache", "rank", "rope"}
+_PARTS = (
+    ("text", _WINDOWS, _OF_TEXT),
+    ("search", "points", _OF_TEXT),
+    ("text to heal on", _TRAINING, _OF_TEXT | {"heal"}),
+    ("layers", "layer-*.safetensors", _OF_LAYERS),
+    ("healing", "healing.pt", _OF_LAYERS | {"heal", "split_query"}),
+)
 # Windows that only measure, beside every so many that calibrate, and how many are enough: what they take of a
 # text is lost to learning.
 _CALIBRATING_PER_MEASURING = 6
@@ -122,31 +135,46 @@ def workspace(
     *,
     search: Workspace | None = None,
     on_progress: Progress | None = None,
+    on_notice: Notice | None = None,
 ) -> Iterator[Workspace]:
     """The folder ``.OUT.PURPOSE`` beside ``out`` while inside: found again after failure, gone after success.
 
     Args:
         search: another workspace of the same request but for its budget and ``heal``: its windows are taken.
+        on_notice: called with a sentence where parts of an earlier request cannot be used.
         Others: as for :func:`run`.
 
     Raises:
-        MLAError: the model or the request cannot be used; then nothing is left behind.
+        MLAError: the model or the request cannot be used; then what was there is still there, and no more.
     """
     check_split_query(teacher, request.split_query)
     check_window(teacher.config, request.window)
-    texts = check_request(request)
-    place = _place(out, purpose, _identity(teacher, request, texts))
-    if search is not None and not (place / _WINDOWS).exists():
-        shutil.copyfile(search.place / _WINDOWS, place / "copied")
-        (place / "copied").replace(place / _WINDOWS)
+    texts = _Texts(teacher, tokenizer, request, check_request(request), on_progress)
+    out = out.absolute()
+    place = out.parent / f".{out.name}.{purpose}"
+    identity = _identity(teacher, request, texts.texts)
+    useless, notice = _useless(place, identity)
+    new = not place.exists()
     try:
-        windows = _Texts(teacher, tokenizer, request, texts, on_progress).windows(place)
-        for ids in windows:
-            check_vocabulary(ids, teacher.config.vocab_size)
+        if place / _WINDOWS in useless or not (place / _WINDOWS).exists():
+            fitting = texts.fitting() if search is None else load_file(search.place / _WINDOWS)
+        else:
+            fitting = load_file(place / _WINDOWS)
+        # Nothing more can be wrong with the request: what it cannot go on with goes only now.
+        if useless and on_notice is not None:
+            on_notice(notice)
+        _enter(place, identity, useless)
+        _keep(place / _WINDOWS, lambda: fitting)
+        calibration, held_out = (texts.mixed(fitting, name) for name in ("calibration", "held_out"))
+        training = calibration
+        if request.heal:
+            healing = _keep(place / _TRAINING, lambda: texts.healing(fitting))
+            training = texts.mixed(_evened(healing), "training")
     except MLAError:
-        shutil.rmtree(place, ignore_errors=True)
+        if new:
+            shutil.rmtree(place, ignore_errors=True)
         raise
-    yield Workspace(place, *windows)
+    yield Workspace(place, calibration, training, held_out)
     shutil.rmtree(place, ignore_errors=True)
 
 
@@ -160,20 +188,7 @@ class _Texts:
     texts: list[str | None]
     on_progress: Progress | None
 
-    def windows(self, place: Path) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids [w, t] to calibrate, to heal and to measure on; the last are in neither of the two."""
-        fitting = _kept(place / _WINDOWS, self._fitting)
-        calibration, held_out = (self._mixed(fitting, name) for name in ("calibration", "held_out"))
-        training = calibration
-        if self.request.heal:
-            healing = _kept(place / "training.safetensors", lambda: self._healing(fitting))
-            most = max(len(ids) for ids in healing.values())
-            # As much of each text: shorter ones are repeated.
-            evened = {name: ids[torch.arange(most) % len(ids)] for name, ids in healing.items()}
-            training = self._mixed(evened, "training")
-        return calibration, training, held_out
-
-    def _fitting(self) -> dict[str, Tensor]:
+    def fitting(self) -> dict[str, Tensor]:
         """Every text's windows to calibrate on and to measure on."""
         found: dict[str, Tensor] = {}
         # Files first: what is wrong with them is known before the model has written anything.
@@ -185,25 +200,30 @@ class _Texts:
             else:
                 calibration, held_out = self._cut(index, text)
             found |= {f"calibration {index}": calibration, f"held_out {index}": held_out}
-        return found
+        return self._checked(found)
 
-    def _healing(self, fitting: dict[str, Tensor]) -> dict[str, Tensor]:
+    def healing(self, fitting: dict[str, Tensor]) -> dict[str, Tensor]:
         """Every text's windows to heal on: of a file all that the time allows to read, of what the model
         writes those that calibrated and more.
         """
-        most = _READ + int(self.request.heal * _READ_PER_MINUTE)
+        limit = _READ + int(self.request.heal * _READ_PER_MINUTE)
         more = int(self.request.heal * _TOKENS_PER_MINUTE) // self.request.window
         found = {}
         for index, text in enumerate(self.texts):
             calibration = fitting[f"calibration {index}"]
             if text is not None:
                 learnt = self._parts(index, text)[0]
-                ids = cut_text(learnt, self.tokenizer, self.request.window, limit=most)
+                ids = cut_text(learnt, self.tokenizer, self.request.window, limit=limit)
             elif count := (more + index) // len(self.texts):
                 ids = torch.cat([calibration, self._write(count, self.request.seed + 1)])
             else:
                 ids = calibration
             found[f"training {index}"] = ids if len(ids) > len(calibration) else calibration
+        return self._checked(found)
+
+    def _checked(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        for ids in found.values():
+            check_vocabulary(ids, self.teacher.config.vocab_size)
         return found
 
     def _shares(self, index: int) -> tuple[int, int]:
@@ -244,14 +264,20 @@ class _Texts:
             on_progress=self.on_progress,
         )
 
-    def _mixed(self, found: dict[str, Tensor], name: str) -> Tensor:
+    def mixed(self, found: dict[str, Tensor], name: str) -> Tensor:
         """The windows of all texts in an order that the seed fixes."""
         windows = torch.cat([found[f"{name} {index}"] for index in range(len(self.texts))])
         order = torch.Generator().manual_seed(self.request.seed)
         return windows[torch.randperm(len(windows), generator=order)]
 
 
-def _kept(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def _evened(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As much of each text: shorter ones are repeated."""
+    most = max(len(ids) for ids in found.values())
+    return {name: ids[torch.arange(most) % len(ids)] for name, ids in found.items()}
+
+
+def _keep(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """What lies in the file, made where it does not lie there yet."""
     if not path.exists():
         save_file({name: ids.contiguous() for name, ids in make().items()}, path.with_suffix(".partial"))
@@ -261,25 +287,38 @@ def _kept(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor
 
 
 def _identity(teacher: PreTrainedModel, request: Request, texts: list[str | None]) -> dict[str, Any]:
-    """Everything that the finished parts depend on."""
+    """Everything that the finished parts depend on: of texts what they say, not where they lie."""
     return {
-        "version": __version__,
-        "config": digest(canonical(teacher.config.to_dict())),
-        "weights": digest_of_weights(teacher),
-        "texts": [None if text is None else digest(text.encode()) for text in texts],
-        "request": asdict(request),
+        **asdict(request),
+        "mla": __version__,
         "torch": torch.__version__,
+        "model": digest(canonical(teacher.config.to_dict()), digest_of_weights(teacher).encode()),
+        "calibration": [None if text is None else digest(text.encode()) for text in texts],
     }
 
 
-def _place(out: Path, purpose: str, identity: dict[str, Any]) -> Path:
-    """The folder for finished parts of this very request: found again, or new and empty."""
-    place = out.absolute().parent / f".{out.name}.{purpose}"
+def _useless(place: Path, identity: dict[str, Any]) -> tuple[list[Path], str]:
+    """Finished parts in the folder that are not of this request, and a sentence that says why."""
     described = place / "request.json"
-    content = json.dumps(identity, sort_keys=True)
-    if place.is_dir() and described.exists() and described.read_text(encoding="utf-8") == content:
-        return place
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    described.write_text(content, encoding="utf-8")
-    return place
+    stored = json.loads(described.read_text(encoding="utf-8")) if described.exists() else {}
+    differs = {name for name, value in identity.items() if stored.get(name) != value}
+    useless, words, reasons = [], [], set()
+    for word, pattern, needs in _PARTS:
+        if needs & differs and (paths := sorted(place.glob(pattern))):
+            useless += paths
+            words.append(word)
+            reasons |= needs & differs
+    return useless, (
+        f"of the earlier work in {place} these parts begin anew: {', '.join(words)}. "
+        f"They were made with another {', '.join(sorted(reasons))}"
+    )
+
+
+def _enter(place: Path, identity: dict[str, Any], useless: list[Path]) -> None:
+    """The folder as this request's own."""
+    for path in useless:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    place.mkdir(parents=True, exist_ok=True)
+    partial = place / "request.partial"
+    partial.write_text(json.dumps(identity, sort_keys=True), encoding="utf-8")
+    partial.replace(place / "request.json")
