@@ -317,7 +317,10 @@ def _useless(place: Path, identity: dict[str, Any]) -> tuple[list[Path], str]:
 def _enter(place: Path, identity: dict[str, Any], useless: list[Path]) -> None:
     """The folder as this request's own."""
     for path in useless:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     place.mkdir(parents=True, exist_ok=True)
     partial = place / "request.partial"
     partial.write_text(json.dumps(identity, sort_keys=True), encoding="utf-8")
