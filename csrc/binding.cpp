@@ -19,7 +19,7 @@ using namespace mla;
 namespace {
 
 using RowsTuple = std::tuple<int64_t, int64_t, int64_t>;
-// c_kv, k_rope, scale, type, table, table_stride, table_width, pages, page_size, r, p
+// c_kv, k_rope, scale, type, table, table_stride, table_width (1 without a table), pages, page_size, r, p
 using CacheTuple =
     std::tuple<RowsTuple, RowsTuple, RowsTuple, int, int64_t, int64_t, int64_t, int64_t, int64_t, int, int>;
 // b, s, h, lengths, key_mask, key_mask_stride, sinks, lse
@@ -43,7 +43,7 @@ Weight weight(const WeightTuple& t) {
 // Lengths and pages are data: the only arguments that could lead a kernel out of the buffers.
 void check(const Attention& call, int64_t table_width, int64_t pages) {
   const Cache& cache = call.cache;
-  const int64_t most = (cache.table ? table_width : 1) * cache.page_size;
+  const int64_t most = table_width * cache.page_size;
   for (int i = 0; i < call.b; ++i) {
     const int64_t length = call.lengths[i];
     if (length < 0 || length > most)
@@ -77,6 +77,7 @@ Attention attention(const CacheTuple& c, const SizesTuple& t, float scale, bool 
                 std::get<9>(c),
                 std::get<10>(c)};
   check(call, std::get<6>(c), std::get<7>(c));
+  call.cache.page_size = std::max<int64_t>(call.cache.page_size, 1); // a divisor, of empty sequences too
   return call;
 }
 

@@ -138,6 +138,36 @@ def test_lengths_beyond_the_table(operator):
 
 
 @by_operator
+@pytest.mark.parametrize(
+    ("options", "name", "shape"),
+    [
+        (CONTIGUOUS, "c_kv", (2, 0, 24)),  # and the other parts of the cache with it
+        (PAGED, "c_kv", (8, 0, 24)),
+        (PAGED, "page_table", (2, 0)),
+        (Options(), "c_kv", (2, 0, 24)),
+        (Options(page=8), "page_table", (2, 0)),
+    ],
+    ids=["no keys", "pages of no keys", "no pages", "no keys, no mask", "no pages, no mask"],
+)
+@pytest.mark.parametrize("cache", ["bf16", "int8"])
+@pytest.mark.parametrize("cut", [False, True], ids=["new", "cut"])
+def test_lengths_of_a_cache_without_room(operator, cache, options, name, shape, cut):
+    """Empty tensors have addresses that may not be read, or none, which stands for an argument left out."""
+    arguments = make_call(CASE, cache, options).arguments(operator)
+    names = ("c_kv", "k_rope", "latent_scale") if name == "c_kv" else (name,)
+    for each in (*names, "key_mask"):
+        if arguments[each] is not None:
+            empty = arguments[each][:, :0]
+            arguments[each] = empty if cut else empty.clone()
+    assert arguments[name].shape == shape
+    with pytest.raises(ValueError, match=r"lengths\[1\]: expected 0 to 0 .* got 1"):
+        getattr(native, operator)(**arguments | {"lengths": torch.tensor([0, 1]).int()})
+    out, lse = getattr(native, operator)(**arguments | {"lengths": torch.zeros(2).int()})
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+
+
+@by_operator
 @pytest.mark.parametrize("page", [8, -2, 2147480000, -(2**31)])
 def test_pages_that_do_not_exist(operator, page):
     def change(table):

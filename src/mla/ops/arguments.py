@@ -124,9 +124,9 @@ def cache_and_sizes(
         _TYPES[c_kv.dtype],
         0 if page_table is None else page_table.data_ptr(),
         0 if page_table is None else page_table.stride(0),
-        0 if page_table is None else page_table.shape[1],
+        1 if page_table is None else page_table.shape[1],
         pages,
-        max(size, 1),
+        size,
         r,
         k_rope.shape[2],
     )
