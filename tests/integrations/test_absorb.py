@@ -1,6 +1,10 @@
 """What absorb() does to a model besides its answers: refusals, reversibility, training, masks, copies."""
 
 import copy
+import io
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -125,18 +129,52 @@ def test_generate_respects_the_cache_it_is_given(model):
     assert type(model.generate(ids, **options).past_key_values) is DynamicCache
 
 
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, saved_and_loaded, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["copy", "file", "pickle"],
+)
 @torch.no_grad()
-def test_copies_and_pickles_are_independent(model, tmp_path):
+def test_copies_and_pickles_are_independent(model, copied):
     absorb(model)
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     restore(model)
     assert is_absorbed(twin)
     ids = token_ids()
     torch.testing.assert_close(twin(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
     made = twin.generate(ids, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
     assert isinstance(made.past_key_values, LatentCache)
+    for parameter in model.parameters():
+        parameter.mul_(0.5)
+    kept = twin(ids[:1, :4]).logits  # few rows: linear layers by the kernel
+    for parameter in model.parameters():
+        parameter.mul_(2)
+    torch.testing.assert_close(kept, model(ids[:1, :4]).logits, atol=1e-4, rtol=1e-4)
     restore(twin)
     assert torch.equal(twin(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_another_process_may_be_given_an_absorbed_model(model, tmp_path):
+    """One that has not imported anything of ours before."""
+    ids = token_ids(1, 4)
+    torch.save((absorb(model), ids), tmp_path / "model.pt")
+    code = (
+        "import sys, torch\n"
+        "model, ids = torch.load(sys.argv[1], weights_only=False)\n"
+        "with torch.no_grad():\n"
+        "    torch.save(model(ids).logits, sys.argv[2])\n"
+    )
+    made = tmp_path / "logits.pt"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt", made], check=True)
+    torch.testing.assert_close(torch.load(made), model(ids).logits)
 
 
 @torch.no_grad()

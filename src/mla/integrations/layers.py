@@ -5,7 +5,7 @@ module gets a forward pass of its own, which hands on to its class, or to torch,
 """
 
 from collections.abc import Iterable
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def take_over(model: nn.Module) -> tuple[nn.Module, ...]:
     for module in model.modules():
         forward = _forward_for(module)
         if forward is not None and "forward" not in vars(module):
-            module.forward = MethodType(forward, module)
+            module.forward = partial(forward, module)  # a bound method of no class could not be pickled
             changed.append(module)
     return tuple(changed)
 

@@ -8,7 +8,7 @@ RoPE, gates, sinks, sparse indexers, masks.
 """
 
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -96,7 +96,7 @@ def absorb(model: Model, *, path: Path | Literal["auto"] = "auto") -> Model:
     for config, _ in record.implementations:
         config._attn_implementation = IMPLEMENTATION
     if hasattr(model, "_prepare_cache_for_generation"):
-        model._prepare_cache_for_generation = MethodType(_prepare_latent_cache, model)
+        model._prepare_cache_for_generation = partial(_prepare_latent_cache, model)
     model._mla_absorbed = record
     return model
 
