@@ -17,9 +17,9 @@ struct Bf16 {
   }
   static MLA_INLINE F value(Sum sum) { return sum; }
   // Rounded to the nearest; half-way cases away from zero.
-  static MLA_INLINE Unit join(F even, F odd) {
-    return ((V::as<Unit>(even) + 0x8000u) >> 16) | ((V::as<Unit>(odd) + 0x8000u) & 0xffff0000u);
-  }
+  static MLA_INLINE Unit join(F even, F odd) { return (rounded(even) >> 16) | (rounded(odd) & 0xffff0000u); }
+  // In the upper halves. NaN is apart: what is added would carry through all its bits and make zero of some.
+  static MLA_INLINE Unit rounded(F x) { return x == x ? V::as<Unit>(x) + 0x8000u : Unit{} + 0x7fc00000u; }
 
   static constexpr bool stored(Type type) { return type == Type::bf16; }
   template <Type type> static MLA_INLINE void pack(const char* row, int count, float factor, uint32_t* units) {

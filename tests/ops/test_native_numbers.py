@@ -270,17 +270,20 @@ def test_nan_in_a_key_that_is_seen(isa, operator, cache, rope):
 @pytest.mark.parametrize("queries", ["fp32", "bf16"])
 @pytest.mark.parametrize("rope", [True, False], ids=["q_rope", "q"])
 def test_nan_in_a_query(isa, operator, cache, queries, rope):
-    """NaN in its own row, the same bits as ever in all others."""
+    """NaN, of any sign and payload, in its own row; the same bits as ever in all others."""
     call = make_call(Case(b=2, s=4, t=140, h=9), cache, Options(queries=queries))
     clean, clean_lse = call.run(operator, isa)
     name = "q_rope" if rope else "q_latent" if operator == "decode" else "q_nope"
-    call.queries[operator][name][1, 2, 5, 3] = torch.nan
-    out, lse = call.run(operator, isa)
-    assert out[1, 2, 5].isnan().all()
-    assert lse[1, 2, 5].isnan()
-    out[1, 2, 5], lse[1, 2, 5] = clean[1, 2, 5], clean_lse[1, 2, 5]
-    assert torch.equal(out, clean)
-    assert torch.equal(lse, clean_lse)
+    for bits in (0x7FC00000, 0x7FFFFFFF, 0x7FFF8000, 0x7F810000):
+        for nan in (bits, bits - 2**31):
+            given = torch.tensor(nan, dtype=torch.int32).view(torch.float32)
+            call.queries[operator][name][1, 2, 5, 3] = given
+            out, lse = call.run(operator, isa)
+            assert out[1, 2, 5].isnan().all()
+            assert lse[1, 2, 5].isnan()
+            out[1, 2, 5], lse[1, 2, 5] = clean[1, 2, 5], clean_lse[1, 2, 5]
+            assert torch.equal(out, clean)
+            assert torch.equal(lse, clean_lse)
 
 
 @by_isa
