@@ -161,24 +161,31 @@ private:
     });
   }
 
-  // The rows of all cut items, four at a time, dealt out to `mergers` threads in turn.
+  // The rows of all cut items, four at a time, dealt out to `mergers` threads in turn. Allocates nothing: an exception
+  // could not leave a thread of OpenMP.
   void merge(int thread, int mergers) {
     int turn = 0;
     for (int i = 0; i < static_cast<int>(items_.size()); ++i) {
-      std::vector<State*> parts;
-      for (Scratch& scratch : scratch_)
-        for (Piece& piece : scratch.pieces)
-          if (piece.item == i) parts.push_back(&piece.state);
-      if (parts.empty()) continue;
+      State* sum = nullptr;
+      each_part(i, [&](State& part) { sum = sum ? sum : &part; });
+      if (!sum) continue;
       const Item& item = items_[static_cast<size_t>(i)];
       for (int row = 0; row < item.rows; row += 4) {
         if (turn++ % mergers != thread) continue;
         const int end = static_cast<int>(least(row + 4, item.rows));
-        for (size_t part = 1; part < parts.size(); ++part)
-          for (int each = row; each < end; ++each) add(*parts[part], *parts[0], each);
-        write(item, *parts[0], row, end);
+        each_part(i, [&](State& part) {
+          for (int each = row; each < end && &part != sum; ++each) add(part, *sum, each);
+        });
+        write(item, *sum, row, end);
       }
     }
+  }
+
+  // The partial sums of an item, in the order of the keys.
+  template <class Take> void each_part(int item, Take&& take) {
+    for (Scratch& scratch : scratch_)
+      for (Piece& piece : scratch.pieces)
+        if (piece.item == item) take(piece.state);
   }
 
   static void add(const State& from, State& to, int row) {

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <dlfcn.h>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -40,7 +41,12 @@ void run_team(int count, void (*work)(void*, int), void* context) {
     return;
   }
   std::vector<std::thread> others;
-  for (int i = 1; i < count; ++i) others.emplace_back(member, &job);
+  others.reserve(static_cast<size_t>(count) - 1);
+  try {
+    for (int i = 1; i < count; ++i) others.emplace_back(member, &job);
+  } catch (const std::exception&) {
+    // The system gives no more threads, or has no memory for them: those that run take all the work.
+  }
   member(&job);
   for (std::thread& other : others) other.join();
 }

@@ -128,6 +128,30 @@ def test_memory_does_not_grow_with_the_context():
     assert float(done.stdout) < 64
 
 
+FEW_THREADS = """
+import array, resource, sys
+from mla import _kernels  # without torch there is no OpenMP: every call starts its own threads
+rows, n, k, threads = 2, 4096, 64, 64
+x, weight = array.array("f", [1.0] * (rows * k)), array.array("f", [0.5] * (n * k))
+out = array.array("f", [0.0] * (rows * n))
+addresses = [each.buffer_info()[0] for each in (x, weight, out)]
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, resource.RLIM_INFINITY))  # their stacks take more
+_kernels.linear(sys.argv[1], addresses[0], k * 4, addresses[1], k * 4, addresses[2], 0, rows, n, k, threads)
+assert set(out) == {0.5 * k}
+assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+@pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="the sanitizer needs the address space")
+@by_isa
+def test_a_system_that_gives_no_more_threads(isa):
+    done = run_python(FEW_THREADS, isa)
+    assert done.returncode == 0, done.stderr
+
+
 @needs_kernels
 @by_operator
 @pytest.mark.parametrize(
