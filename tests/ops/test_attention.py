@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mla.ops import attention, portable, reference
+from mla.ops import attention, native, portable, reference
 from tests.ops.cases import CASES, Case, record_paths
 
 PATHS = {"absorbed": portable.absorbed, "expanded": portable.expanded}
@@ -267,6 +267,27 @@ def test_every_size_runs_without_gradients(name, path, causal):
     half = {key: x.half() for key, x in inputs.items()}
     out, _ = attention.decode(**half, **options, lengths=[case.t] * case.b)
     assert out.shape == want.shape
+
+
+@pytest.mark.skipif(not native.instruction_sets(), reason="built without kernels")
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("written", ["once", "for every query", "with the causal limit"])
+@torch.no_grad()
+def test_masks_of_keys_go_to_the_kernels(monkeypatch, causal, written):
+    """However they are written."""
+    case = Case(b=2, s=5, t=9)
+    inputs = case.inputs()
+    mask = torch.rand(2, 1, 1, 9, generator=torch.Generator().manual_seed(0)) > 0.4
+    if written == "for every query":
+        mask = mask.expand(-1, -1, 5, -1).clone()
+    elif written == "with the causal limit":
+        mask = mask & torch.ones(5, 9, dtype=torch.bool).tril(4)
+    want, want_lse = reference.expanded(**inputs, scale=case.scale, causal=causal, mask=mask)
+    calls = record_paths(monkeypatch)
+    out, lse = attention.prefill(**inputs, scale=case.scale, causal=causal, mask=mask)
+    assert [engine for engine, _ in calls] == ["kernels"]
+    torch.testing.assert_close(out, want, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(lse, want_lse, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -289,8 +289,8 @@ def _simple_mask(mask: Tensor | None, causal: bool, s: int, t: int) -> tuple[Ten
     keys = mask[:, :, -1:]
     if torch.equal(mask, keys & torch.ones(s, t, dtype=torch.bool).tril(t - s)):
         return keys[:, 0, 0], True
-    if not causal and torch.equal(mask, keys.expand_as(mask)):
-        return keys[:, 0, 0], False
+    if torch.equal(mask, keys.expand_as(mask)):  # a mask of keys, written out for every query
+        return keys[:, 0, 0], causal
     return None
 
 
