@@ -85,3 +85,23 @@ def test_attention_on_int8_equals_the_numbers_it_stands_for(path, requires_grad)
     for name, change in {"none": {"latent_scale": None}, "short": {"latent_scale": scale[:, 1:]}}.items():
         with pytest.raises(ValueError, match="latent_scale"):
             attention.prefill(**{**stored, **change}, scale=case.scale), name
+
+
+@pytest.mark.parametrize("operator", ["prefill", "decode"])
+def test_factors_have_gradients(operator):
+    case = Case(b=1, s=2, t=7)
+    inputs = case.inputs()
+    packed, scale = latent.quantise(inputs["c_kv"])
+    stored = inputs | {"c_kv": packed, "k_rope": inputs["k_rope"].bfloat16()}
+    options = {"lengths": [7]} if operator == "decode" else {}
+
+    def total(scale):
+        out, _ = getattr(attention, operator)(**stored, latent_scale=scale, scale=case.scale, **options)
+        return out.sum()
+
+    total(scale.requires_grad_()).backward()
+    step = torch.zeros_like(scale)
+    step[0, 3] = 1e-2 * scale[0, 3].item()
+    with torch.no_grad():
+        slope = (total(scale + step) - total(scale - step)) / 2e-2
+    torch.testing.assert_close(scale.grad[0, 3] * scale[0, 3], slope, atol=1e-3, rtol=2e-2)

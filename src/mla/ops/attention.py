@@ -127,7 +127,7 @@ def prefill(
     _check(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, mask, sinks, latent_scale)
     if plan is None:
         plan = plan_for(q_nope, c_kv, k_rope, w_uv, causal=causal)
-    if _kernels_take(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, sinks, dropout):
+    if _kernels_take(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, sinks, latent_scale, dropout):
         simple = _simple_mask(mask, causal, q_nope.shape[1], c_kv.shape[1])
         if simple is not None:
             b, t = c_kv.shape[:2]
@@ -187,7 +187,7 @@ def decode(
         raise ValueError(f"lengths: expected {b} whole numbers from 0 to {t}, got {given}")
     sizes = [int(length) for length in given]
     # A mask with a row per query counts them from the end of each sequence: it stays with its sequence.
-    if _kernels_take(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, sinks, 0.0) and (
+    if _kernels_take(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, sinks, latent_scale, 0.0) and (
         mask is None or (mask.dtype == torch.bool and mask.shape[1:3] == (1, 1))
     ):
         if plan is None:
@@ -256,10 +256,12 @@ def _kernels_take(
     w_uk: Tensor,
     w_uv: Tensor,
     sinks: Tensor | None,
+    latent_scale: Tensor | None,
     dropout: float,
 ) -> bool:
     """Whether the C++ kernels can run a call, its mask aside."""
-    tensors = (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, *(() if sinks is None else (sinks,)))
+    given = (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, sinks, latent_scale)
+    tensors = [x for x in given if x is not None]
     computed = {q_nope.dtype, q_rope.dtype, w_uk.dtype, w_uv.dtype}
     return (
         native.best() is not None
