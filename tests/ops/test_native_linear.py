@@ -214,6 +214,8 @@ def test_what_the_kernel_does_not_compute_is_left_to_torch(calls):
             assert linear(x, weight).dtype == torch.bfloat16
         assert linear(x.to("meta"), weight.to("meta")).device.type == "meta"
         torch.testing.assert_close(linear(x, weight.mT.contiguous().mT), want)
+        torch.testing.assert_close(linear(x, weight.relu().to_sparse()), x @ weight.relu().mT)
+        torch.testing.assert_close(linear(x.relu().to_sparse(), weight), x.relu() @ weight.mT)
         with pytest.raises(RuntimeError, match="dtype"):
             linear(x, weight.bfloat16())
         with pytest.raises(RuntimeError, match="dtype"):

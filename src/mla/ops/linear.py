@@ -31,9 +31,10 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         USED
         and x.dtype in FEW_ROWS
         and x.numel() <= FEW_ROWS[x.dtype] * x.shape[-1]
-        and x.device.type == "cpu"
+        and x.is_cpu
         and _goes_with(x, weight)
         and (bias is None or _goes_with(x, bias))
+        and x.layout is weight.layout is torch.strided
         and arguments.has_rows(weight)
         and not (torch.is_grad_enabled() and x.requires_grad)
         and not torch.is_autocast_enabled("cpu")
@@ -44,6 +45,6 @@ def _goes_with(x: Tensor, parameter: Tensor) -> bool:
     return (
         type(parameter) in (Parameter, Tensor)
         and parameter.dtype == x.dtype
-        and parameter.device.type == "cpu"
+        and parameter.is_cpu
         and not (torch.is_grad_enabled() and parameter.requires_grad)
     )
