@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from mla.ops import attention, native, portable, reference
 from tests.ops.cases import CASES, Case, record_paths
@@ -225,6 +226,49 @@ def test_wrong_lengths_are_named(lengths):
 def test_unknown_path_is_named():
     with pytest.raises(ValueError, match='expected path "auto", "absorbed" or "expanded", got \'fast\''):
         attention.make_plan(s=1, t=1, h=1, n=1, r=1, p=2, v=1, path="fast")
+
+
+@pytest.mark.parametrize("operator", ["prefill", "decode"])
+@pytest.mark.parametrize("name", ["q_nope", "c_kv", "w_uk"])
+def test_forward_derivatives(operator, name):
+    """Of functions that jvp is given, and of dual numbers; neither requires a gradient."""
+    case = Case(s=2, t=9)
+    inputs = case.inputs()
+    point, direction = (
+        inputs[name],
+        torch.randn(inputs[name].shape, generator=torch.Generator().manual_seed(3)),
+    )
+    options = {"lengths": [9]} if operator == "decode" else {}
+
+    def attend(x):
+        out, _ = getattr(attention, operator)(**(inputs | {name: x}), scale=case.scale, **options)
+        return out
+
+    _, want = torch.autograd.functional.jvp(attend, point, direction)
+    with torch.no_grad():
+        _, got = torch.func.jvp(attend, (point,), (direction,))
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(attend(forward_ad.make_dual(point, direction))).tangent
+    assert want.norm() > 0.1
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dual, want, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_vmap_over_queries_and_masks():
+    case = Case(b=2, s=3, t=9)
+    inputs = case.inputs()
+    queries = torch.stack([inputs["q_nope"], -inputs["q_nope"]])
+    keep = torch.rand(2, 2, 1, 3, 9, generator=torch.Generator().manual_seed(0)) > 0.4
+    for masks in (keep, keep[..., :1, :]):
+
+        def attend(q, mask):
+            return attention.prefill(**(inputs | {"q_nope": q}), scale=case.scale, mask=mask)
+
+        got = torch.vmap(attend)(queries, masks)
+        for i in range(2):
+            for each, want in zip(got, attend(queries[i], masks[i]), strict=True):
+                torch.testing.assert_close(each[i], want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

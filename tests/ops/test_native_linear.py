@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.functional import linear as torch_linear
 
 from mla.nn.layers import Linear
@@ -220,6 +221,16 @@ def test_what_the_kernel_does_not_compute_is_left_to_torch(calls):
             linear(x, weight.bfloat16())
         with pytest.raises(RuntimeError, match="dtype"):
             linear(x, weight, bias.bfloat16())
+    assert calls == []
+
+
+def test_forward_derivatives_are_left_to_torch(calls):
+    x, weight, bias = torch.randn(2, 8), torch.randn(3, 8), torch.randn(3)
+    _, got = torch.func.jvp(linear, (x, weight, bias), (x, weight, bias))
+    torch.testing.assert_close(got, 2 * x @ weight.mT + bias)
+    with torch.no_grad(), forward_ad.dual_level():
+        made = linear(x, forward_ad.make_dual(weight, weight))
+        torch.testing.assert_close(forward_ad.unpack_dual(made).tangent, x @ weight.mT)
     assert calls == []
 
 

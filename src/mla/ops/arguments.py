@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # The numbers of csrc/attention.h.
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -29,6 +30,11 @@ def check_scale(scale: float, name: str = "scale") -> None:
 def has_rows(x: Tensor) -> bool:
     """Whether the numbers of the last dimension lie side by side, as the kernels read them."""
     return x.stride(-1) == 1 or x.shape[-1] <= 1
+
+
+def forward_mode() -> bool:
+    """Whether tensors may carry tangents (torch.func.jvp, dual numbers), which the kernels would drop."""
+    return forward_ad._current_level >= 0
 
 
 def check_queries(q: Tensor, q_rope: Tensor, c_kv: Tensor, name: str, *, absorbed: bool) -> None:

@@ -244,8 +244,9 @@ def plan_for(
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd follows any of them."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    """Whether autograd follows any of them, backward or (it may be) forward."""
+    followed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return followed or arguments.forward_mode()
 
 
 def _kernels_take(
@@ -285,6 +286,8 @@ def _simple_mask(mask: Tensor | None, causal: bool, s: int, t: int) -> tuple[Ten
         return None
     if mask.shape[2] == 1:
         return mask[:, 0, 0], causal
+    if torch._C._functorch.is_functorch_wrapped_tensor(mask):  # many masks in one, by vmap: no one answer
+        return None
     # Transformers writes padding and the causal limit into one mask, whose last query sees every key that is
     # not padding. Comparing costs one byte per score, next to nothing beside the score.
     mask = mask.expand(-1, -1, -1, t)

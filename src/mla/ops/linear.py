@@ -26,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether the kernel computes this: few rows on a CPU, nothing that wants a gradient or another dtype."""
+    """Whether the kernel computes this: few rows on a CPU, no derivatives wanted, no other dtype."""
     return (
         USED
         and x.dtype in FEW_ROWS
@@ -37,6 +37,7 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and x.layout is weight.layout is torch.strided
         and arguments.has_rows(weight)
         and not (torch.is_grad_enabled() and x.requires_grad)
+        and not arguments.forward_mode()
         and not torch.is_autocast_enabled("cpu")
     )
 
