@@ -14,6 +14,7 @@ from mla.cache import LatentCache
 from mla.errors import MLAError
 from mla.integrations import transformers as integration
 from mla.integrations.transformers import absorb, is_absorbed, latent_attentions, restore
+from mla.ops import portable
 from tests.families import build, token_ids
 
 
@@ -186,6 +187,21 @@ def test_half_precision(model):
     absorbed = absorb(copy.deepcopy(stock))
     stock_error = (stock(ids).logits.float() - exact).abs().mean()
     assert (absorbed(ids).logits.float() - exact).abs().mean() < 1.5 * stock_error
+
+
+def test_autocast_does_not_reach_the_scores(model, monkeypatch):
+    """Half precision in the linear layers, as the stock model has it, but none in the attention."""
+    states = []
+    real = portable.absorbed
+    monkeypatch.setattr(
+        portable, "absorbed", lambda *a, **k: states.append(torch.is_autocast_enabled("cpu")) or real(*a, **k)
+    )
+    absorb(model, path="absorbed")
+    ids = token_ids()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model.train()(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    assert states == [False] * model.config.num_hidden_layers
 
 
 def test_an_option_that_changes_the_mathematics_is_not_dropped(model):

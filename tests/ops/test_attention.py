@@ -228,6 +228,26 @@ def test_unknown_path_is_named():
         attention.make_plan(s=1, t=1, h=1, n=1, r=1, p=2, v=1, path="fast")
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("operator", ["prefill", "decode"])
+def test_autocast_does_not_reach_the_scores(path, operator):
+    """The same bits as without, also in the backward pass."""
+    case = Case(b=2, s=5, t=9)
+    options = {"lengths": [9, 7]} if operator == "decode" else {}
+    results = []
+    for enabled in (False, True):
+        inputs = case.inputs(requires_grad=True)
+        plan = attention.plan_for(
+            inputs["q_nope"], inputs["c_kv"], inputs["k_rope"], inputs["w_uv"], path=path
+        )
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out, lse = getattr(attention, operator)(**inputs, scale=case.scale, plan=plan, **options)
+        out.sum().backward()
+        results.append((out, lse, *(x.grad for x in inputs.values())))
+    for without, within in zip(*results, strict=True):
+        assert torch.equal(without, within)
+
+
 @pytest.mark.parametrize("operator", ["prefill", "decode"])
 @pytest.mark.parametrize("name", ["q_nope", "c_kv", "w_uk"])
 def test_forward_derivatives(operator, name):

@@ -346,10 +346,9 @@ def _attend(
         ids = table[i, : -(-length // pool.shape[1])]
         keys = pool[ids[ids >= 0]].flatten(0, 1)[:length].float()
         mine = (q[i : i + 1, ..., :r], q[i : i + 1, ..., r:], keys[None, :, :r], keys[None, :, r:])
-        out[i], lse[i] = (
-            x[0]
-            for x in portable.absorbed(*mine, identity, identity, scale=scale, causal=causal, sinks=sinks)
-        )
+        with portable.no_autocast("cpu"):
+            made = portable.absorbed(*mine, identity, identity, scale=scale, causal=causal, sinks=sinks)
+        out[i], lse[i] = (x[0] for x in made)
     # Without keys the share that a sink of -inf leaves is 0 / 0.
     return out.masked_fill(lse[..., None] == -torch.inf, 0.0).to(dtype), lse
 

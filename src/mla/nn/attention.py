@@ -4,7 +4,6 @@ Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1. Shapes are in the alphabet 
 b batch, s query tokens, t key tokens, h heads, n nope dim, r latent rank, p rope dim, v value dim, d hidden.
 """
 
-import contextlib
 from typing import Any, Literal
 
 import torch
@@ -357,26 +356,24 @@ class MultiheadLatentAttention(nn.Module):
             )
             return out
 
-        # Autocast would round the scores to half precision; the op knows where it may.
-        with _no_autocast(q.device.type):
-            if not (self.recompute_kv and torch.is_grad_enabled()):
-                return attend(q, held.c_kv, held.k_rope, w_kv, mask)
-            width = min(h, max(1, _SCORES_AT_ONCE // max(b * s * t, 1)))
-            parts = []
-            for start in range(0, h, width):
-                heads = slice(start, start + width)
-                part: Tensor = checkpoint(
-                    attend,
-                    q[:, :, heads],
-                    held.c_kv,
-                    held.k_rope,
-                    w_kv[heads],
-                    mask if mask is None or mask.shape[1] == 1 else mask[:, heads],
-                    use_reentrant=False,
-                    preserve_rng_state=dropout > 0.0,
-                )
-                parts.append(part)
-            return torch.cat(parts, dim=2)
+        if not (self.recompute_kv and torch.is_grad_enabled()):
+            return attend(q, held.c_kv, held.k_rope, w_kv, mask)
+        width = min(h, max(1, _SCORES_AT_ONCE // max(b * s * t, 1)))
+        parts = []
+        for start in range(0, h, width):
+            heads = slice(start, start + width)
+            part: Tensor = checkpoint(
+                attend,
+                q[:, :, heads],
+                held.c_kv,
+                held.k_rope,
+                w_kv[heads],
+                mask if mask is None or mask.shape[1] == 1 else mask[:, heads],
+                use_reentrant=False,
+                preserve_rng_state=dropout > 0.0,
+            )
+            parts.append(part)
+        return torch.cat(parts, dim=2)
 
 
 def _refuse_what_is_not_built(config: MLAConfig, *, crosses: bool) -> None:
@@ -440,9 +437,3 @@ def _check_tokens(name: str, x: Tensor, shape: str, b: int | None, width: int) -
     if x.ndim != 3 or x.shape[-1] != width or (b is not None and x.shape[0] != b):
         want = f"last dimension {width}" + ("" if b is None else f" and batch {b}")
         raise ValueError(f"{name} {shape}: expected {want}, got shape {tuple(x.shape)}")
-
-
-def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    if not torch.amp.is_autocast_available(device_type):  # "meta", for one
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)

@@ -135,20 +135,21 @@ def prefill(
             tensors = (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, sinks, latent_scale)
             return _native(*tensors, lengths, scale, *simple, plan)
     run = portable.absorbed if plan.path == "absorbed" else portable.expanded
-    return run(
-        q_nope,
-        q_rope,
-        c_kv,
-        k_rope,
-        w_uk,
-        w_uv,
-        scale=scale,
-        causal=causal,
-        mask=mask,
-        sinks=sinks,
-        latent_scale=latent_scale,
-        dropout=dropout,
-    )
+    with portable.no_autocast(q_nope.device.type):
+        return run(
+            q_nope,
+            q_rope,
+            c_kv,
+            k_rope,
+            w_uk,
+            w_uv,
+            scale=scale,
+            causal=causal,
+            mask=mask,
+            sinks=sinks,
+            latent_scale=latent_scale,
+            dropout=dropout,
+        )
 
 
 def decode(

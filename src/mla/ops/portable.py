@@ -6,13 +6,22 @@ those of ``mla.ops.reference``, and ``latent_scale`` [b, t] fp32, the factors of
 its alphabet.
 """
 
+import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # (first key, end key) -> something of that tile.
 Tile = tuple[int, int]
+
+
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """What both paths are called in: autocast would round the scores to half precision."""
+    if not torch.amp.is_autocast_available(device_type):  # "meta", for one
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def absorbed(
