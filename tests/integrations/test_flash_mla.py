@@ -179,6 +179,15 @@ def test_any_strides_and_64_bits():
     assert got[1].is_contiguous()
 
 
+def test_another_default_device(path):
+    """Tensors that are made on the way lie where the arguments do."""
+    for case in (dense(s=2, h=9, page_size=7), dense(s=2, h=9, page_size=7, dtype=torch.float16)):
+        want = case.run()
+        with torch.device("meta"):
+            got = case.run()
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_nothing_at_all(path):
     out, lse = dense(lengths=(0, 0), s=2, h=9).run(causal=True)
     assert not out.any()
@@ -313,6 +322,17 @@ def test_sparse(s, h, page_size):
     )
     close(*got, *expected_sparse(q, [case], 576**-0.5, sinks))
     assert not got[0][0, 0].any()
+
+
+def test_sparse_on_another_default_device(path):
+    case = chosen(3, 2, with_lengths=True)
+    q = random(3, 2, 9, 576, seed=1).to(torch.bfloat16)
+    arguments = (q, case.cache, None, None, R, get_mla_metadata()[0])
+    options = {"indices": case.indices, "topk_length": case.lengths}
+    want = flash_mla_with_kvcache(*arguments, **options)
+    with torch.device("meta"):
+        got = flash_mla_with_kvcache(*arguments, **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("with_extra", [False, True])

@@ -384,6 +384,17 @@ def test_device_and_dtype():
     assert out.shape == (2, 3, SIZES["hidden_size"])
 
 
+@pytest.mark.parametrize("context_size", [None, 19])
+def test_another_default_device(context_size):
+    """Tensors that are made on the way lie where the module does."""
+    module = build(context_size=context_size, q_lora_rank=24)
+    x = random(1, 3, SIZES["hidden_size"])
+    context = None if context_size is None else random(1, 4, 19)
+    want = module(x, context=context)
+    with torch.device("meta"):
+        assert torch.equal(module(x, context=context), want)
+
+
 def test_path_is_an_attribute_and_an_argument(monkeypatch):
     calls = record_paths(monkeypatch)
     module = build()

@@ -228,6 +228,29 @@ def test_unknown_path_is_named():
         attention.make_plan(s=1, t=1, h=1, n=1, r=1, p=2, v=1, path="fast")
 
 
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["kernels", "torch"])
+@pytest.mark.parametrize("written", ["no mask", "for every query", "with the causal limit"])
+@pytest.mark.parametrize("path", PATHS)
+def test_another_default_device(path, written, requires_grad):
+    """Tensors that are made on the way lie where the arguments do."""
+    case = Case(b=2, s=5, t=9)
+    inputs = case.inputs(requires_grad=requires_grad)
+    mask = None if written == "no mask" else torch.ones(2, 1, 5, 9, dtype=torch.bool)
+    if written == "with the causal limit":
+        mask = mask.tril(4)
+    plan = attention.plan_for(inputs["q_nope"], inputs["c_kv"], inputs["k_rope"], inputs["w_uv"], path=path)
+    options = {"scale": case.scale, "mask": mask, "plan": plan}
+
+    def run():
+        return *attention.prefill(**inputs, **options), *attention.decode(**inputs, **options, lengths=[9, 4])
+
+    want = run()
+    with torch.device("meta"):
+        got = run()
+    for made, wanted in zip(got, want, strict=True):
+        assert torch.equal(made, wanted)
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("operator", ["prefill", "decode"])
 def test_autocast_does_not_reach_the_scores(path, operator):

@@ -154,6 +154,13 @@ def test_shapes_without_data():
         native.linear(torch.ones(2, 4), torch.ones(5, 4, device="meta"))
 
 
+def test_another_default_device():
+    x, weight = make(2, 5, 8, torch.float32)
+    want = native.linear(x, weight)
+    with torch.device("meta"):
+        assert torch.equal(native.linear(x, weight), want)
+
+
 used = pytest.mark.skipif(not module.USED, reason="no kernel that models use")
 
 

@@ -203,6 +203,17 @@ def test_shapes_without_data(operator):
         assert (got.shape, got.dtype, got.device.type) == (want.shape, want.dtype, "meta")
 
 
+@needs_kernels
+@by_operator
+def test_another_default_device(operator):
+    call = make_call(Case(b=2, s=3, t=9), "bf16", Options())
+    want = call.run(operator, None)
+    with torch.device("meta"):
+        got = call.run(operator, None)
+    for made, wanted in zip(got, want, strict=True):
+        assert torch.equal(made, wanted)
+
+
 CHOICE = "from mla.ops import native; print(native.best(), *native.instruction_sets())"
 
 

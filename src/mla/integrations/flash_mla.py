@@ -234,13 +234,13 @@ def _pages(
     _expect("block_table [b, pages]", block_table, (len(q), None), _INTEGERS)
     width = block_table.shape[1]
     _check_range("cache_seqlens (in the room of block_table)", cache_seqlens, width * page_size)
-    used = torch.arange(width) * page_size < cache_seqlens[:, None]
+    used = torch.arange(width, device=cache_seqlens.device) * page_size < cache_seqlens[:, None]
     table = torch.where(used, block_table, 0)
     _check_range("block_table (within the lengths)", table, max(pages - 1, 0))
     lengths = cache_seqlens.to(torch.int32).contiguous()
     if not fp8 and k_cache.dtype != torch.float16:
         # Into a new tensor: the kernels want rows without gaps, also where there is one column.
-        return k_cache, torch.empty(table.shape, dtype=torch.int32).copy_(table), lengths
+        return k_cache, table.new_empty(table.shape, dtype=torch.int32).copy_(table), lengths
     chosen, places = _distinct(table[used], pages)
     return _rows(k_cache, (chosen,), q.shape[3], fp8), _table(used, places), lengths
 
@@ -265,7 +265,7 @@ def _tokens(
     valid = (indices >= 0) & (indices < pages * page_size)
     if topk_length is not None:
         _expect(f"length of {name} [b]", topk_length, (b,), _INTEGERS)
-        valid &= torch.arange(indices.shape[2]) < topk_length[:, None, None]
+        valid &= torch.arange(indices.shape[2], device=indices.device) < topk_length[:, None, None]
     ids, valid = indices[valid], valid.flatten(0, 1)
     in_line = page_size == 1 or k_cache.stride(0) == page_size * k_cache.stride(1)
     if in_line and not (gather or fp8 or k_cache.dtype == torch.float16):
@@ -276,20 +276,20 @@ def _tokens(
 
 def _distinct(ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The distinct ones of numbers below ``size``, in order, and the place of each number among them."""
-    seen = torch.zeros(size, dtype=torch.bool)
+    seen = torch.zeros(size, dtype=torch.bool, device=ids.device)
     seen[ids] = True
     return seen.nonzero().flatten(), (seen.cumsum(0) - 1)[ids]
 
 
 def _table(valid: Tensor, values: Tensor) -> Tensor:
-    table = torch.full(valid.shape, -1, dtype=torch.int32)
+    table = torch.full(valid.shape, -1, dtype=torch.int32, device=valid.device)
     table[valid] = values.to(torch.int32)
     return table
 
 
 def _ends(table: Tensor) -> Tensor:
     """How much of each query's list has to be looked at, [b * s]."""
-    counts = torch.arange(1, table.shape[1] + 1, dtype=torch.int32)
+    counts = torch.arange(1, table.shape[1] + 1, dtype=torch.int32, device=table.device)
     # The zeros in front serve lists without entries.
     return torch.nn.functional.pad(torch.where(table < 0, 0, counts), (1, 0)).amax(dim=1)
 
@@ -341,7 +341,7 @@ def _attend(
     q = q.float()
     out, lse = q.new_empty((*q.shape[:3], r)), q.new_empty(q.shape[:3])
     # The queries are absorbed already: both up-projections are the identity.
-    identity = torch.eye(r, dtype=torch.float32).expand(q.shape[2], r, r)
+    identity = torch.eye(r, dtype=torch.float32, device=q.device).expand(q.shape[2], r, r)
     for i, length in enumerate(lengths.tolist()):
         ids = table[i, : -(-length // pool.shape[1])]
         keys = pool[ids[ids >= 0]].flatten(0, 1)[:length].float()

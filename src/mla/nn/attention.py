@@ -238,7 +238,10 @@ class MultiheadLatentAttention(nn.Module):
         cached_context: bool,
     ) -> tuple[Tensor, Tensor]:
         """Positions of the queries, [b, s] or [1, s], and of the source's tokens, likewise."""
-        in_order = torch.arange(t) if padding is None else (padding.long().cumsum(-1) - 1).clamp_min(0)
+        if padding is None:
+            in_order = torch.arange(t, device="cpu")
+        else:
+            in_order = (padding.long().cumsum(-1) - 1).clamp_min(0)
         if self.context_size is None:
             if context_position_ids is not None:
                 raise ValueError("context_position_ids: expected None in self-attention, got a tensor")
@@ -252,7 +255,7 @@ class MultiheadLatentAttention(nn.Module):
                     "position_ids: expected [b, s] where RoPE meets a cached context, got None; the cache "
                     "knows the context's length only"
                 )
-        queries = _read_positions("position_ids", position_ids, b, s, torch.arange(s))
+        queries = _read_positions("position_ids", position_ids, b, s, torch.arange(s, device="cpu"))
         return queries, _read_positions("context_position_ids", context_position_ids, b, t, in_order)
 
     @property

@@ -131,7 +131,7 @@ def prefill(
         simple = _simple_mask(mask, causal, q_nope.shape[1], c_kv.shape[1])
         if simple is not None:
             b, t = c_kv.shape[:2]
-            lengths = torch.full((b,), t, dtype=torch.int32)
+            lengths = torch.full((b,), t, dtype=torch.int32, device=c_kv.device)
             tensors = (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, sinks, latent_scale)
             return _native(*tensors, lengths, scale, *simple, plan)
     run = portable.absorbed if plan.path == "absorbed" else portable.expanded
@@ -195,7 +195,8 @@ def decode(
             plan = plan_for(q_nope, c_kv, k_rope, w_uv, causal=causal)
         key_mask = None if mask is None else mask[:, 0, 0]
         tensors = (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, sinks, latent_scale)
-        return _native(*tensors, torch.tensor(sizes, dtype=torch.int32), scale, key_mask, causal, plan)
+        ends = torch.tensor(sizes, dtype=torch.int32, device=c_kv.device)
+        return _native(*tensors, ends, scale, key_mask, causal, plan)
     out, lse = [], []
     for i, size in enumerate(sizes or [t]):  # no sequences: one part of none
         row = slice(i, i + 1)
@@ -293,7 +294,8 @@ def _simple_mask(mask: Tensor | None, causal: bool, s: int, t: int) -> tuple[Ten
     # not padding. Comparing costs one byte per score, next to nothing beside the score.
     mask = mask.expand(-1, -1, -1, t)
     keys = mask[:, :, -1:]
-    if torch.equal(mask, keys & torch.ones(s, t, dtype=torch.bool).tril(t - s)):
+    seen = torch.ones(s, t, dtype=torch.bool, device=mask.device).tril(t - s)
+    if torch.equal(mask, keys & seen):
         return keys[:, 0, 0], True
     if torch.equal(mask, keys.expand_as(mask)):  # a mask of keys, written out for every query
         return keys[:, 0, 0], causal

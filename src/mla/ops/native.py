@@ -243,7 +243,7 @@ def _decode(
     arguments.expect("q_rope [b, s, h, p]", q_rope, (b, s, h, k_rope.shape[-1]))
     q_latent, q_rope = arguments.rows(q_latent), arguments.rows(q_rope)
     out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
-    lse = torch.empty((b, s, h), dtype=torch.float32)
+    lse = q_latent.new_empty((b, s, h), dtype=torch.float32)
     if b * s * h:
         cache, sizes = arguments.cache_and_sizes(
             c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks, lse
@@ -288,8 +288,8 @@ def _projected(
         arguments.rows(w_uk),
         arguments.rows(w_uv),
     )
-    out = torch.empty((b, s, h, v), dtype=q_nope.dtype)
-    lse = torch.empty((b, s, h), dtype=torch.float32)
+    out = q_nope.new_empty((b, s, h, v))
+    lse = q_nope.new_empty((b, s, h), dtype=torch.float32)
     if b * s * h:
         cache, sizes = arguments.cache_and_sizes(
             c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks, lse
@@ -309,7 +309,7 @@ def _linear(x: Tensor, weight: Tensor, isa: str | None) -> Tensor:
     isa = _choose(isa)
     arguments.check_linear(x, weight)
     n, k = weight.shape
-    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    out = x.new_empty((*x.shape[:-1], n))
     if k == 0:
         return out.zero_()
     if out.numel():

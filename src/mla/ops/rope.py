@@ -119,7 +119,7 @@ def inverse_frequencies(
 
 def _geometric(theta: float, dim: int) -> torch.Tensor:
     """theta^(-2i/p) for the pairs i (RoFormer, equation 15)."""
-    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / max(dim, 1)
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / max(dim, 1)
     return torch.pow(theta, -exponents)
 
 
@@ -163,7 +163,8 @@ def _yarn(rope: RopeConfig, base: torch.Tensor, dim: int, seq_len: int, longest:
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001  # A step instead of a ramp.
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    pairs = torch.arange(dim // 2, dtype=torch.float32, device="cpu")
+    ramp = ((pairs - low) / (high - low)).clamp(0, 1)
     return base / rope.scaling_factor(longest) * ramp + base * (1 - ramp)
 
 
@@ -175,7 +176,7 @@ def _longrope(
     factors = rope.long_factor if seq_len > original else rope.short_factor
     if factors is None or len(factors) != dim // 2:
         raise MLAError(f"longrope: expected {dim // 2} factors, got {len(factors or ())}")
-    return base / torch.tensor(factors, dtype=torch.float32)
+    return base / torch.tensor(factors, dtype=torch.float32, device="cpu")
 
 
 def _llama3(
