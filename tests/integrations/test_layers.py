@@ -74,6 +74,18 @@ def test_experts_in_bf16_are_as_exact_as_their_class(model, taken):
     assert taken
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@torch.no_grad()
+def test_a_trace_does_not_keep_the_experts_of_its_example(model):
+    experts = experts_of(model)
+    first, second = (routed(experts, 1, torch.float32, seed) for seed in (0, 1))
+    assert set(first[1].flatten().tolist()) != set(second[1].flatten().tolist())
+    take_over(experts)
+    traced = torch.jit.trace(experts, first, check_trace=False)
+    for inputs in (first, second):
+        torch.testing.assert_close(traced(*inputs), experts(*inputs), atol=1e-6, rtol=1e-5)
+
+
 def test_gradients_go_through_the_class(model, taken):
     experts = experts_of(model)
     take_over(experts)

@@ -65,6 +65,7 @@ def _experts(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
         and takes(one, first_down)
         and not experts._is_expert_parallel
         and not torch.compiler.is_compiling()  # which experts are chosen is data
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )
     if not suited:
         out: Tensor = type(experts).forward(experts, hidden_states, top_k_index, top_k_weights)
