@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
 from mla.integrations.layers import give_back, take_over
+from mla.integrations.transformers import absorb, is_absorbed, restore
 from mla.ops import native
 from mla.ops.linear import FEW_ROWS, USED
 from tests.families import build, token_ids
@@ -111,6 +113,34 @@ def test_another_librarys_forward_pass_stays(model, taken):
     assert [name for name, module in model.named_modules() if "forward" in vars(module)] == [
         "model.layers.0.self_attn.o_proj"
     ]
+
+
+@torch.no_grad()
+def test_another_librarys_hook_around_ours_stays(model, taken):
+    """As accelerate sets them, to bring weights into memory; everything else is given back."""
+    ids = token_ids()[:1, :4]
+    absorb(model)
+    hooked = model.model.layers[0].self_attn.o_proj
+    seen = []
+
+    class Hook(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            seen.append(module)
+            return args, kwargs
+
+    add_hook_to_module(hooked, Hook())
+    want = model(ids).logits
+    with pytest.warns(UserWarning, match="1 layers keep their forward passes: .* remove its hooks"):
+        restore(model)
+    assert not is_absorbed(model)
+    assert [module for module in model.modules() if "forward" in vars(module)] == [hooked]
+    torch.testing.assert_close(model(ids).logits, want, atol=1e-4, rtol=1e-4)
+    assert seen == [hooked, hooked]
+    remove_hook_from_module(hooked)
+    absorb(model)
+    del model.lm_head.forward  # nothing there to give back
+    restore(model)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_subclasses_of_linear_layers_are_left_alone():

@@ -4,6 +4,7 @@ A decoded token reads the weights of all of them, and torch reads weights slowly
 module gets a forward pass of its own, which hands on to its class, or to torch, what the kernel leaves.
 """
 
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -23,16 +24,35 @@ def take_over(model: nn.Module) -> tuple[nn.Module, ...]:
     changed = []
     for module in model.modules():
         forward = _forward_for(module)
-        if forward is not None and "forward" not in vars(module):
+        if forward is not None and ("forward" not in vars(module) or _has_ours(module)):
             module.forward = partial(forward, module)  # a bound method of no class could not be pickled
             changed.append(module)
     return tuple(changed)
 
 
 def give_back(modules: Iterable[nn.Module]) -> None:
-    """Undo :func:`take_over`."""
+    """Undo :func:`take_over`, except where another library has put a forward pass around ours since.
+
+    That one stays, and ours in it, which computes the same: a hook may be what brings the weights to memory.
+    """
+    wrapped = 0
     for module in modules:
-        del module.forward
+        if _has_ours(module):
+            del module.forward
+        elif "forward" in vars(module):
+            wrapped += 1
+    if wrapped:
+        warnings.warn(
+            f"{wrapped} layers keep their forward passes: another library has put its own around them since "
+            "absorb(); to have Transformers' back, remove its hooks, then absorb() and restore() again",
+            stacklevel=3,
+        )
+
+
+def _has_ours(module: nn.Module) -> bool:
+    """Whether a module has a forward pass of this file, and nothing around it."""
+    forward = vars(module).get("forward")
+    return isinstance(forward, partial) and forward.func in (_linear, _experts)
 
 
 def _forward_for(module: nn.Module) -> Any:

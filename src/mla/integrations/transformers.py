@@ -102,7 +102,10 @@ def absorb(model: Model, *, path: Path | Literal["auto"] = "auto") -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Undo :func:`absorb`: the model runs as Transformers made it. Returns the same model."""
+    """Undo :func:`absorb`: the model runs as Transformers made it. Returns the same model.
+
+    Hooks that another library has put around layers since then stay, with a warning.
+    """
     if is_absorbed(model):
         record = model._mla_absorbed
         for module in record.modules:
