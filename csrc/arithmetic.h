@@ -7,7 +7,7 @@
 //   lanes, per_unit      units per vector; numbers per unit
 //   Sum, dot, value      the accumulator; one step of the product, queries or probabilities first, then keys or values;
 //                        the accumulator as floats
-//   squares, pack        a row of numbers: its sum of squares, and its units, each number times a factor
+//   pack                 a row of numbers -> its units, each number times a factor; Int8 packs whole rows only
 //   weights              `per_unit` vectors of probabilities as one vector of units
 //   stored               whether units are what a cache of a type holds
 //   interleave           a vector of units of each of `per_unit` rows -> as many vectors of units that hold a number of
@@ -32,7 +32,7 @@
 namespace mla {
 namespace {
 
-// `lanes` vectors of consecutive numbers read from memory as floats; Type is a parameter for the sake of speed.
+// Vectors of `lanes` consecutive numbers, read from memory as floats; Type is a parameter for the sake of speed.
 template <int lanes, Type type> struct Read {
   using V = Vec<lanes>;
   using F = typename V::F;

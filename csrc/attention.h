@@ -49,7 +49,7 @@ struct Weight {
   int64_t stride_row;
 };
 
-// What both kernels share. Query i of sequence j is its token lengths[j] - s + i.
+// What the three kernels of attention share. Query i of sequence j is its token lengths[j] - s + i.
 struct Attention {
   int32_t b, s, h;
   Cache cache;

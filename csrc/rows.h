@@ -72,7 +72,7 @@ inline Part latent(const Cache& cache, const Cursor& cursor) {
 }
 
 inline Part rotary(const Cache& cache, const Cursor& cursor) {
-  return {cursor.at(cache.k_rope), cache.type == Type::f32 ? Type::f32 : Type::bf16, cache.p, 1.0f};
+  return {cursor.at(cache.k_rope), beside(cache.type), cache.p, 1.0f};
 }
 
 // Bytes of a latent and of a rotary key.

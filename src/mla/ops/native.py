@@ -82,23 +82,9 @@ def decode(
         ValueError: shapes, dtypes, devices, lengths or pages that do not fit: which, what was expected, what
             came; an instruction set that is not available.
     """
-    out: Tensor
-    lse: Tensor
-    out, lse = torch.ops.mla.decode.default(
-        q_latent,
-        q_rope,
-        c_kv,
-        k_rope,
-        lengths,
-        latent_scale,
-        page_table,
-        key_mask,
-        sinks,
-        scale,
-        causal,
-        isa,
-    )
-    return out, lse
+    tensors = (q_latent, q_rope, c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks)
+    made: tuple[Tensor, Tensor] = torch.ops.mla.decode.default(*tensors, scale, causal, isa)
+    return made
 
 
 def prefill(
@@ -127,25 +113,9 @@ def prefill(
         w_uv: [h, v, r] up-projection of values, of the same dtype.
         Others, results and errors: as for :func:`decode`, with out [b, s, h, v].
     """
-    out: Tensor
-    lse: Tensor
-    out, lse = torch.ops.mla.prefill.default(
-        q_nope,
-        q_rope,
-        c_kv,
-        k_rope,
-        w_uk,
-        w_uv,
-        lengths,
-        latent_scale,
-        page_table,
-        key_mask,
-        sinks,
-        scale,
-        causal,
-        isa,
-    )
-    return out, lse
+    tensors = (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, lengths, latent_scale, page_table, key_mask, sinks)
+    made: tuple[Tensor, Tensor] = torch.ops.mla.prefill.default(*tensors, scale, causal, isa)
+    return made
 
 
 def absorbed(
@@ -168,29 +138,14 @@ def absorbed(
     """Absorbed attention from queries to outputs: :func:`decode` and the products with the weights around it.
 
     Meant for few queries: queries and sums in the latent space take 4·b·s·h·(2r + p) bytes for the time of
-    the call; they are fp32, whatever the dtype of queries and weights.
+    the call: they are stored in fp32, whatever the dtype of queries and weights, and rounded where they are
+    multiplied, as in :func:`decode`; by "avx512_bf16" to bf16, for products with weights in bf16, too.
 
     Args, results and errors: as for :func:`prefill`, which computes the same.
     """
-    out: Tensor
-    lse: Tensor
-    out, lse = torch.ops.mla.absorbed.default(
-        q_nope,
-        q_rope,
-        c_kv,
-        k_rope,
-        w_uk,
-        w_uv,
-        lengths,
-        latent_scale,
-        page_table,
-        key_mask,
-        sinks,
-        scale,
-        causal,
-        isa,
-    )
-    return out, lse
+    tensors = (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, lengths, latent_scale, page_table, key_mask, sinks)
+    made: tuple[Tensor, Tensor] = torch.ops.mla.absorbed.default(*tensors, scale, causal, isa)
+    return made
 
 
 def linear(x: Tensor, weight: Tensor, *, isa: str | None = None) -> Tensor:

@@ -43,7 +43,8 @@ def absorbed(
 ) -> tuple[Tensor, Tensor]:
     """Absorbed attention; ``dropout`` falls on the probabilities, the tiles bound the scratch memory.
 
-    Scratch: b·h·query_tile·(key_tile + 2r) numbers of fp32, besides one tile of the latents in fp32.
+    Scratch, in numbers of fp32: queries and weighted sums in the latent space, b·h·s·r each and twice that at
+    times; the scores of two tiles, b·h·query_tile·key_tile, a few times; one tile of the latents.
     """
     b, s, h, n = q_nope.shape
     t, r = c_kv.shape[1:]
