@@ -152,6 +152,87 @@ def test_a_system_that_gives_no_more_threads(isa):
     assert done.returncode == 0, done.stderr
 
 
+MEMORY_OF_ABSORBED = """
+import sys
+import torch
+from mla.ops import native
+def status(name):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+s, h, n, r, p, v = 16384, 16, 4, 128, 32, 4
+q_nope, q_rope = torch.ones(1, s, h, n), torch.ones(1, s, h, p)
+c_kv, k_rope = torch.ones(1, 64, r), torch.ones(1, 64, p)
+w_uk, w_uv = torch.ones(h, n, r), torch.ones(h, v, r) / r
+lengths = torch.tensor([64], dtype=torch.int32)
+def run(s):
+    queries = q_nope[:, :s], q_rope[:, :s]
+    cache = c_kv, k_rope, w_uk, w_uv, lengths
+    return native.absorbed(*queries, *cache, scale=0.1, causal=False, isa=sys.argv[1])
+run(1)  # starts the threads
+before = status("VmRSS")
+out, _ = run(s)
+assert abs(out.mean().item() - 1) < 1e-4
+print(status("VmHWM") - before)
+"""
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+@pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="the sanitizer's own memory is counted")
+def test_memory_does_not_grow_with_the_queries():
+    """Queries and sums would be 288 MiB; 64 are allowed, and what the C library keeps of those before."""
+    done = run_python(MEMORY_OF_ABSORBED, ISAS[0])
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 160
+
+
+@by_isa
+@by_cache
+@pytest.mark.parametrize("queries", [1, 4, 7], ids=lambda queries: f"{queries} at once")
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(lengths=(500, 3, 0, 361)),
+        Options(lengths=(500, 3, 0, 361), causal=False, transposed=True),
+        Options(lengths=(71, 1, 0, 9), mask=True, sinks=True, page=16, queries="bf16"),
+    ],
+    ids=["causal", "not causal", "paged"],
+)
+def test_queries_served_part_by_part(monkeypatch, isa, cache, queries, options):
+    """As all at once, to rounding: sequences with fewer keys than queries, and none, among them."""
+    call = kept_call(UNEVEN, cache, options)
+    torch.set_num_threads(2)
+    want, want_lse = call.run("absorbed", isa)
+    served = []
+
+    class Counted:
+        def absorbed(self, isa, cache, sizes, *others):
+            served.append(sizes[1])
+            native_kernels.absorbed(isa, cache, sizes, *others)
+
+    native_kernels = native._kernels
+    monkeypatch.setattr(native, "_kernels", Counted())
+    monkeypatch.setattr(native, "_AT_ONCE", UNEVEN.b * UNEVEN.h * (UNEVEN.r + UNEVEN.p) * 4 * queries)
+    check(call, "absorbed", isa, cache, options.queries)
+    out, lse = call.run("absorbed", isa)
+    assert max(served) <= queries
+    assert sum(served) == 2 * UNEVEN.s
+    kind = arithmetic(isa, "absorbed", cache)
+    least = 4e-3 if options.queries == "bf16" else {"fp32": 1e-6, "int16": 3e-4}.get(kind, 4e-3)
+    assert distance(out, want.double()) < least
+    torch.testing.assert_close(lse, want_lse, atol=2e-6 if kind == "fp32" else 1e-2, rtol=1e-6)
+
+
+@by_operator
+@pytest.mark.parametrize("lengths", [(-1, 3), (21, 3), (3, -5)])
+def test_lengths_are_checked_before_any_part(monkeypatch, operator, lengths):
+    call = make_call(Case(b=2, s=5, t=20), "bf16", Options())
+    call.cache["lengths"] = torch.tensor(lengths, dtype=torch.int32)
+    monkeypatch.setattr(native, "_AT_ONCE", 1)
+    with pytest.raises(ValueError, match=r"lengths\[.\]: expected 0 to 20"):
+        call.run(operator, None)
+
+
 @needs_kernels
 @by_operator
 @pytest.mark.parametrize(

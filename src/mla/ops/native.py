@@ -24,6 +24,10 @@ _kernels: Any = _built
 
 _log = logging.getLogger(__name__)
 
+# Bytes of absorbed queries that exist at once, and at most of their sums: the C library keeps pieces of up to
+# that size for the next call.
+_AT_ONCE = 2**25
+
 
 def instruction_sets() -> tuple[str, ...]:
     """Names of the kernels that run on this machine, best first: of "avx512_bf16",
@@ -138,8 +142,9 @@ def absorbed(
     """Absorbed attention from queries to outputs: :func:`decode` and the products with the weights around it.
 
     Meant for few queries: queries and sums in the latent space take 4·b·s·h·(2r + p) bytes for the time of
-    the call: they are stored in fp32, whatever the dtype of queries and weights, and rounded where they are
-    multiplied, as in :func:`decode`; by "avx512_bf16" to bf16, for products with weights in bf16, too.
+    the call, up to 64 MiB: more queries are served part by part. They are stored in fp32, whatever the dtype
+    of queries and weights, and rounded where they are multiplied, as in :func:`decode`; by "avx512_bf16" to
+    bf16, for products with weights in bf16, too.
 
     Args, results and errors: as for :func:`prefill`, which computes the same.
     """
@@ -245,7 +250,8 @@ def _projected(
     )
     out = q_nope.new_empty((b, s, h, v))
     lse = q_nope.new_empty((b, s, h), dtype=torch.float32)
-    if b * s * h:
+
+    def attend(q_nope: Tensor, q_rope: Tensor, lengths: Tensor, out: Tensor, lse: Tensor) -> None:
         cache, sizes = arguments.cache_and_sizes(
             c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks, lse
         )
@@ -257,6 +263,21 @@ def _projected(
             arguments.heads(out),
         )
         getattr(_kernels, kernel)(isa, cache, sizes, scale, causal, torch.get_num_threads(), *tensors, n, v)
+
+    if not b * s * h:
+        return out, lse
+    most = max(1, _AT_ONCE // max(1, b * h * (r + p) * 4)) if kernel == "absorbed" else s
+    if s <= most:
+        attend(q_nope, q_rope, lengths, out, lse)
+        return out, lse
+    # The last queries first: they have the lengths as they were given, which are checked on the way.
+    size = -(-s // -(-s // most))  # parts of about one size
+    for end in range(s, 0, -size):
+        part = slice(max(end - size, 0), end)
+        seen = (lengths - (s - end)).clamp_min(0) if causal and end < s else lengths
+        lse_part = lse[:, part].contiguous()
+        attend(q_nope[:, part], q_rope[:, part], seen, out[:, part], lse_part)
+        lse[:, part] = lse_part
     return out, lse
 
 
