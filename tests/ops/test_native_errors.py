@@ -18,13 +18,28 @@ PAGED = Options(mask=True, sinks=True, page=8)  # room for 32 tokens in tables o
 by_operator = pytest.mark.parametrize("operator", OPERATORS)
 
 
-def error_of(operator, cache, options, name, change):
-    """What is said about a call whose argument `name` is `change` of what it was."""
+def error_of(operator, cache, options, name, change, of_data=False):
+    """What is said about a call whose argument `name` is `change` of what it was; without data, too, unless
+    the error is one `of_data`."""
     arguments = make_call(CASE, cache, options).arguments(operator)
     arguments[name] = change(arguments[name])
-    with pytest.raises(ValueError) as caught:  # noqa: PT011, the callers look at the text
-        getattr(native, operator)(**arguments)
-    return str(caught.value)
+    messages = []
+    for given in (arguments,) if of_data else (arguments, without_data(arguments)):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011, the callers look at the text
+            getattr(native, operator)(**given)
+        messages.append(str(caught.value))
+    assert len(set(messages)) == 1
+    return messages[0]
+
+
+def without_data(arguments):
+    """The same shapes, dtypes and strides on "meta"."""
+    return {
+        name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        if isinstance(x, torch.Tensor)
+        else x
+        for name, x in arguments.items()
+    }
 
 
 def strided(x):
@@ -125,14 +140,14 @@ def test_scales_that_are_not_finite(operator, scale):
 @pytest.mark.parametrize("lengths", [[21, 3], [-1, 3], [3, 2**31 - 1], [3, -(2**31)]])
 def test_lengths_beyond_the_cache(operator, lengths):
     wrong = next(i for i, length in enumerate(lengths) if not 0 <= length <= 20)
-    message = error_of(operator, "bf16", CONTIGUOUS, "lengths", lambda x: torch.tensor(lengths).int())
+    message = error_of(operator, "bf16", CONTIGUOUS, "lengths", lambda x: torch.tensor(lengths).int(), True)
     assert message.startswith(f"lengths[{wrong}]: expected 0 to 20")
     assert message.endswith(f"got {lengths[wrong]}")
 
 
 @by_operator
 def test_lengths_beyond_the_table(operator):
-    message = error_of(operator, "bf16", PAGED, "lengths", lambda x: torch.tensor([20, 33]).int())
+    message = error_of(operator, "bf16", PAGED, "lengths", lambda x: torch.tensor([20, 33]).int(), True)
     assert message.startswith("lengths[1]: expected 0 to 32")
     assert message.endswith("got 33")
 
@@ -174,7 +189,7 @@ def test_pages_that_do_not_exist(operator, page):
         table[1, 2] = page
         return table
 
-    message = error_of(operator, "bf16", PAGED, "page_table", change)
+    message = error_of(operator, "bf16", PAGED, "page_table", change, True)
     assert message.startswith("page_table[1, 2]: expected 0 to 7, or -1")
     assert message.endswith(f"got {page}")
 
@@ -250,7 +265,7 @@ TENSORS = ["q_rope", "c_kv", "k_rope", "lengths", "latent_scale", "page_table", 
     + [("prefill", name) for name in ("q_nope", *TENSORS, "w_uk", "w_uv")],
 )
 def test_devices(operator, name):
-    message = error_of(operator, "int8", PAGED, name, lambda x: x.to("meta"))
+    message = error_of(operator, "int8", PAGED, name, lambda x: x.to("meta"), True)
     assert message == f"{name}: expected a CPU tensor, got one on meta"
 
 
@@ -279,6 +294,6 @@ def test_errors_leave_the_kernels_usable():
     call = make_call(CASE, "bf16", PAGED)
     before = call.run("decode", ISAS[0])
     for _ in range(3):
-        error_of("decode", "bf16", PAGED, "lengths", lambda x: x + 100)
+        error_of("decode", "bf16", PAGED, "lengths", lambda x: x + 100, True)
     after = call.run("decode", ISAS[0])
     assert torch.equal(before[0], after[0])

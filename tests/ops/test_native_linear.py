@@ -132,8 +132,12 @@ def test_nothing_to_sum_or_to_give(isa, dtype):
     ],
 )
 def test_what_does_not_fit_is_refused(x, weight, message):
-    with pytest.raises(ValueError, match=message):
-        native.linear(x, weight)
+    for device in ("cpu", "meta"):
+        strides = x.stride(), weight.stride()
+        x, weight = x.to(device), weight.to(device)
+        assert (x.stride(), weight.stride()) == strides
+        with pytest.raises(ValueError, match=message):
+            native.linear(x, weight)
 
 
 def test_an_instruction_set_that_is_not_there_is_refused():

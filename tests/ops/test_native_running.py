@@ -273,6 +273,28 @@ def test_compile_traces_the_operators(operator, backend):
 
 @needs_kernels
 @by_operator
+def test_export_leaves_every_size_open(operator):
+    """What has to be equal stays equal; nothing else is fixed."""
+    options = Options(page=3, mask=True, sinks=True)
+    calls = [
+        make_call(Case(b=b, s=s, t=t, h=h, n=n, r=r, p=p, v=v), "int8", options).arguments(operator)
+        for b, s, t, h, n, r, p, v in ((2, 3, 9, 4, 8, 24, 6, 10), (3, 2, 11, 5, 6, 20, 8, 12))
+    ]
+    first, second = ({k: x for k, x in call.items() if isinstance(x, torch.Tensor)} for call in calls)
+
+    class Around(torch.nn.Module):
+        def forward(self, tensors):
+            return getattr(native, operator)(**tensors, scale=0.3)
+
+    sizes = {name: dict.fromkeys(range(x.ndim), torch.export.Dim.AUTO) for name, x in first.items()}
+    exported = torch.export.export(Around(), (first,), dynamic_shapes={"tensors": sizes}).module()
+    for tensors in (first, second):
+        for got, want in zip(exported(tensors), Around()(tensors), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+@needs_kernels
+@by_operator
 def test_shapes_without_data(operator):
     """All arguments on "meta": shapes and dtypes of the results, as export and planning need them."""
     call = make_call(Case(b=2, s=3, t=9), "bf16", Options(queries="bf16"))

@@ -37,8 +37,54 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def check_queries(q: Tensor, q_rope: Tensor, c_kv: Tensor, name: str, *, absorbed: bool) -> None:
-    """Refuse queries that do not go with one another or with the latents (ValueError, as those below)."""
+def check_decode(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    c_kv: Tensor,
+    k_rope: Tensor,
+    lengths: Tensor,
+    latent_scale: Tensor | None,
+    page_table: Tensor | None,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+) -> None:
+    """Refuse arguments of ``mla::decode`` that do not go together (ValueError, as those below).
+
+    For tensors without data as well: what only the data can answer, csrc/binding.cpp checks.
+    """
+    check_scale(scale)
+    _check_queries(q_latent, q_rope, c_kv, "q_latent [b, s, h, r]", absorbed=True)
+    _check_cache(q_latent, q_rope, c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks)
+
+
+def check_projected(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    c_kv: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    lengths: Tensor,
+    latent_scale: Tensor | None,
+    page_table: Tensor | None,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+) -> None:
+    """The same for ``mla::prefill`` and ``mla::absorbed``."""
+    check_scale(scale)
+    _check_queries(q_nope, q_rope, c_kv, "q_nope [b, s, h, n]", absorbed=False)
+    _check_cache(q_nope, q_rope, c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks)
+    h, n = q_nope.shape[2:]
+    r = c_kv.shape[2]
+    expect("w_uk [h, n, r]", w_uk, (h, n, r))
+    expect("w_uv [h, v, r]", w_uv, (h, w_uv.shape[1] if w_uv.ndim == 3 else -1, r))
+    if w_uk.dtype not in QUERY_DTYPES or w_uv.dtype != w_uk.dtype:
+        raise ValueError(f"w_uk and w_uv: expected both fp32 or both bf16, got {w_uk.dtype} and {w_uv.dtype}")
+
+
+def _check_queries(q: Tensor, q_rope: Tensor, c_kv: Tensor, name: str, *, absorbed: bool) -> None:
     if c_kv.ndim != 3:
         raise ValueError(f"c_kv: expected [b, t, r] or [pages, page size, r], got {tuple(c_kv.shape)}")
     if q.ndim != 4 or (absorbed and q.shape[3] != c_kv.shape[2]):
@@ -48,8 +94,9 @@ def check_queries(q: Tensor, q_rope: Tensor, c_kv: Tensor, name: str, *, absorbe
         raise ValueError(f"queries: expected both fp32 or both bf16, got {q.dtype} and {q_rope.dtype}")
 
 
-def check_cache(
+def _check_cache(
     q: Tensor,
+    q_rope: Tensor,
     c_kv: Tensor,
     k_rope: Tensor,
     lengths: Tensor,
@@ -58,8 +105,7 @@ def check_cache(
     key_mask: Tensor | None,
     sinks: Tensor | None,
 ) -> None:
-    """Refuse parts of a cache that do not go with one another or with the queries."""
-    b, _, h, _ = q.shape
+    b, s, h, _ = q.shape
     pages, size, _ = c_kv.shape
     latents = c_kv.dtype
     if latents not in CACHE_DTYPES:
@@ -91,6 +137,13 @@ def check_cache(
         expect("key_mask [b, t]", key_mask, (b, room), torch.bool)
     if sinks is not None:
         expect("sinks [h]", sinks, (h,), torch.float32)
+    expect("q_rope [b, s, h, p]", q_rope, (b, s, h, k_rope.shape[2]))
+    for name, x in (("page_table", page_table), ("key_mask", key_mask)):
+        if x is not None and not has_rows(x):
+            raise ValueError(f"{name}: expected contiguous rows, got strides {x.stride()}")
+    for name, x in (("lengths", lengths), ("sinks", sinks)):
+        if x is not None and not x.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {x.stride()}")
 
 
 def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
@@ -116,12 +169,6 @@ def cache_and_sizes(
     lse: Tensor,
 ) -> tuple[tuple[object, ...], tuple[int, ...]]:
     """Cache and sizes in the form of csrc/binding.cpp; the tensors must outlive the call."""
-    for name, tensor in (("page_table", page_table), ("key_mask", key_mask)):
-        if tensor is not None and not has_rows(tensor):
-            raise ValueError(f"{name}: expected contiguous rows, got strides {tensor.stride()}")
-    for name, tensor in (("lengths", lengths), ("sinks", sinks)):
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     pages, size, r = c_kv.shape
     cache = (
         _pages(c_kv),
@@ -192,9 +239,9 @@ def linear(x: Tensor, weight: Tensor, out: Tensor) -> tuple[int, ...]:
     )
 
 
-def check_devices(**tensors: Tensor | None) -> None:
+def check_devices(names: str, *tensors: Tensor | None) -> None:
     """A single tensor on "meta" makes torch run the shape function, whose results hold nothing."""
-    devices = {name: x.device for name, x in tensors.items() if x is not None}
+    devices = {name: x.device for name, x in zip(names.split(), tensors, strict=True) if x is not None}
     if len(set(devices.values())) > 1:
         name, device = next((name, device) for name, device in devices.items() if device.type != "cpu")
         raise ValueError(f"{name}: expected a CPU tensor, got one on {device}")

@@ -196,18 +196,14 @@ def _decode(
     isa: str | None,
 ) -> tuple[Tensor, Tensor]:
     isa = _choose(isa)
-    arguments.check_scale(scale)
-    arguments.check_queries(q_latent, q_rope, c_kv, "q_latent [b, s, h, r]", absorbed=True)
-    arguments.check_cache(q_latent, c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks)
+    cached = (c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks)
+    arguments.check_decode(q_latent, q_rope, *cached, scale)
     b, s, h, _ = q_latent.shape
-    arguments.expect("q_rope [b, s, h, p]", q_rope, (b, s, h, k_rope.shape[-1]))
     q_latent, q_rope = arguments.rows(q_latent), arguments.rows(q_rope)
     out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
     lse = q_latent.new_empty((b, s, h), dtype=torch.float32)
     if b * s * h:
-        cache, sizes = arguments.cache_and_sizes(
-            c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks, lse
-        )
+        cache, sizes = arguments.cache_and_sizes(*cached, lse)
         queries = (arguments.heads(q_latent), arguments.heads(q_rope), arguments.heads(out))
         _kernels.decode(isa, cache, sizes, scale, causal, torch.get_num_threads(), *queries)
     return out, lse
@@ -231,17 +227,10 @@ def _projected(
     isa: str | None,
 ) -> tuple[Tensor, Tensor]:
     isa = _choose(isa)
-    arguments.check_scale(scale)
-    arguments.check_queries(q_nope, q_rope, c_kv, "q_nope [b, s, h, n]", absorbed=False)
-    arguments.check_cache(q_nope, c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks)
+    others = (lengths, latent_scale, page_table, key_mask, sinks)
+    arguments.check_projected(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, *others, scale)
     b, s, h, n = q_nope.shape
-    r, p = c_kv.shape[-1], k_rope.shape[-1]
-    arguments.expect("q_rope [b, s, h, p]", q_rope, (b, s, h, p))
-    arguments.expect("w_uk [h, n, r]", w_uk, (h, n, r))
-    v = w_uv.shape[1] if w_uv.ndim == 3 else -1
-    arguments.expect("w_uv [h, v, r]", w_uv, (h, v, r))
-    if w_uk.dtype not in arguments.QUERY_DTYPES or w_uv.dtype != w_uk.dtype:
-        raise ValueError(f"w_uk and w_uv: expected both fp32 or both bf16, got {w_uk.dtype} and {w_uv.dtype}")
+    r, p, v = c_kv.shape[2], k_rope.shape[2], w_uv.shape[1]
     q_nope, q_rope, w_uk, w_uv = (
         arguments.rows(q_nope),
         arguments.rows(q_rope),
@@ -317,19 +306,13 @@ def _decode_shapes(
     page_table: Tensor | None,
     key_mask: Tensor | None,
     sinks: Tensor | None,
-    *options: object,
+    scale: float,
+    causal: bool,
+    isa: str | None,
 ) -> tuple[Tensor, Tensor]:
-    arguments.check_devices(
-        q_latent=q_latent,
-        q_rope=q_rope,
-        c_kv=c_kv,
-        k_rope=k_rope,
-        lengths=lengths,
-        latent_scale=latent_scale,
-        page_table=page_table,
-        key_mask=key_mask,
-        sinks=sinks,
-    )
+    tensors = (q_latent, q_rope, c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks)
+    arguments.check_devices(f"q_latent q_rope c_kv k_rope {_OTHERS}", *tensors)
+    arguments.check_decode(*tensors, scale)
     return q_latent.new_empty(q_latent.shape), q_latent.new_empty(q_latent.shape[:3], dtype=torch.float32)
 
 
@@ -345,27 +328,20 @@ def _projected_shapes(
     page_table: Tensor | None,
     key_mask: Tensor | None,
     sinks: Tensor | None,
-    *options: object,
+    scale: float,
+    causal: bool,
+    isa: str | None,
 ) -> tuple[Tensor, Tensor]:
-    arguments.check_devices(
-        q_nope=q_nope,
-        q_rope=q_rope,
-        c_kv=c_kv,
-        k_rope=k_rope,
-        w_uk=w_uk,
-        w_uv=w_uv,
-        lengths=lengths,
-        latent_scale=latent_scale,
-        page_table=page_table,
-        key_mask=key_mask,
-        sinks=sinks,
-    )
+    tensors = (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, lengths, latent_scale, page_table, key_mask, sinks)
+    arguments.check_devices(f"q_nope q_rope c_kv k_rope w_uk w_uv {_OTHERS}", *tensors)
+    arguments.check_projected(*tensors, scale)
     b, s, h, _ = q_nope.shape
     return q_nope.new_empty((b, s, h, w_uv.shape[1])), q_nope.new_empty((b, s, h), dtype=torch.float32)
 
 
 def _linear_shapes(x: Tensor, weight: Tensor, isa: str | None) -> Tensor:
-    arguments.check_devices(x=x, weight=weight)
+    arguments.check_devices("x weight", x, weight)
+    arguments.check_linear(x, weight)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -385,6 +361,7 @@ def _find_best(available: tuple[str, ...]) -> str | None:
 _AVAILABLE: tuple[str, ...] = () if _kernels is None else tuple(_kernels.instruction_sets())
 _BEST = _find_best(_AVAILABLE)
 
+_OTHERS = "lengths latent_scale page_table key_mask sinks"
 _OPTIONS = (
     "Tensor lengths, Tensor? latent_scale, Tensor? page_table, Tensor? key_mask, Tensor? sinks, "
     "float scale, bool causal, str? isa"
