@@ -8,6 +8,7 @@ of Transformers 5.19 to 5.23.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -411,30 +412,60 @@ def find_family(text: Raw) -> Family:
     return _UNKNOWN
 
 
-#: GPT-2's and Falcon's names for what everybody else calls otherwise.
+#: Names of GPT-2, Falcon and ChatGLM for what others call otherwise; they count where that is missing.
 _USUAL_NAMES = {
     "n_head": "num_attention_heads",
     "n_head_kv": "num_kv_heads",
     "n_layer": "num_hidden_layers",
+    "num_layers": "num_hidden_layers",
     "n_embd": "hidden_size",
+    "kv_channels": "head_dim",
     "n_positions": "max_position_embeddings",
+    "seq_length": "max_position_embeddings",
+    "padded_vocab_size": "vocab_size",
 }
 #: Families with one key-value head for all queries unless told otherwise.
 _MULTI_QUERY = {"falcon", "gpt_bigcode"}
+#: Keys that speak of key-value heads: without a rule that reads them a model is not taken for MHA.
+_GROUP_KEY = re.compile(r"kv_(n_)?heads|(kv|query|attention)_groups?(_|$)")
 
 
 def usual_names(text: Raw) -> dict[str, Any]:
-    """A config.json without latents in the names that most have; no ``num_key_value_heads`` is None."""
-    full = {_USUAL_NAMES.get(key, key): value for key, value in text.items()}
+    """A config.json without latents in the names that most have; no ``num_key_value_heads`` is None.
+
+    Raises:
+        MLAError: key-value heads that are told in a way no rule reads.
+    """
+    full = dict(text)
+    for name, usual in _USUAL_NAMES.items():
+        if full.get(usual) is None and name in text:
+            full[usual] = text[name]
     if full.get("num_key_value_heads") is None:
-        one = full.get("multi_query", str(full.get("model_type")) in _MULTI_QUERY)
-        groups = 1 if one and not full.get("new_decoder_architecture") else full.get("num_kv_heads")
-        full["num_key_value_heads"] = full.get("num_attention_heads") if groups is None else groups
+        full["num_key_value_heads"] = _key_value_heads(full)
     hidden = full.get("hidden_size")
     if isinstance(hidden, int) and ("n_embd" in text or full.get("model_type") == "falcon"):
         widths = (full.get(name) for name in ("intermediate_size", "ffn_hidden_size", "n_inner"))
         full["intermediate_size"] = next(filter(None, widths), 4 * hidden)
     return full
+
+
+def _key_value_heads(full: Raw) -> Any:
+    """Key-value heads where there is no ``num_key_value_heads``: one for each head if nothing tells."""
+    # ChatGLM has a number of groups even where this says that it is not used.
+    grouped = full.get("multi_query_attention")
+    if grouped is not None:
+        return full.get("multi_query_group_num" if grouped else "num_attention_heads")
+    one = full.get("multi_query", str(full.get("model_type")) in _MULTI_QUERY)
+    groups = 1 if one and not full.get("new_decoder_architecture") else full.get("num_kv_heads")
+    if groups is not None:
+        return groups
+    strange = [key for key, value in full.items() if value is not None and _GROUP_KEY.search(key)]
+    if strange:
+        raise MLAError(
+            f"{strange[0]}: config.json has no num_key_value_heads, and how model_type "
+            f"{full.get('model_type')!r} means this key is not known; add num_key_value_heads to a copy"
+        )
+    return full.get("num_attention_heads")
 
 
 def attention_of(text: Raw) -> str:

@@ -127,6 +127,32 @@ def test_qwen3_next_is_a_hybrid_too():
         read_shape(raw, name="x", source="x")
 
 
+#: config.json of THUDM/glm-4-9b-chat, without what the planner need not read.
+GLM4_9B = {
+    "model_type": "chatglm", "hidden_size": 4096, "num_layers": 40, "num_attention_heads": 32,
+    "ffn_hidden_size": 13696, "kv_channels": 128, "multi_query_attention": True, "multi_query_group_num": 2,
+    "padded_vocab_size": 151552, "seq_length": 131072, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [{}, {"num_hidden_layers": 40, "vocab_size": 151552}], ids=["bare", "both"])
+def test_chatglm_names_groups_of_its_own(more):
+    shape = read_shape({**GLM4_9B, **more}, name="x", source="x")
+    answer = make_plan(shape, get_hardware("h100"), Question(context=1000))
+    assert (shape.kind, shape.max_context) == ("GQA", 131072)
+    assert answer["token_bytes_gqa"] == 40 * 2 * 2 * 128 * 2
+    assert answer["parameters_gqa"] == pytest.approx(9.4e9, rel=1e-3)
+    plain = read_shape({**GLM4_9B, "multi_query_attention": False}, name="x", source="x")
+    assert plain.kind == "MHA"
+
+
+@pytest.mark.parametrize("key", ["multi_query_group_num", "num_query_groups", "n_kv_heads", "kv_n_heads"])
+def test_group_keys_that_no_rule_reads_are_no_mha(key):
+    raw = {**known_models()["llama-3.1-8b"]["config"], "num_key_value_heads": None, key: 4}
+    with pytest.raises(MLAError, match=f"{key}: .* add num_key_value_heads"):
+        read_shape(raw, name="x", source="x")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
