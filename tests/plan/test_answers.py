@@ -122,7 +122,7 @@ def test_windows_never_outweigh_and_states_may_at_once():
 @pytest.mark.parametrize(
     ("name", "hardware", "options", "advice"),
     [
-        ("deepseek-v3", "h100", {}, "--tensor-parallel 16 is the least that holds them"),
+        ("deepseek-v3", "h100", {}, "--tensor-parallel 8 is the least that holds them"),
         ("deepseek-v3", "h200", {"tensor_parallel": 4}, "--tensor-parallel 8 is the least that holds them"),
         ("llama-3.1-405b", "h100", {}, "--tensor-parallel 16 is the least"),
         ("smollm2-1.7b", "h100", {"memory": 50e6}, "No --tensor-parallel that divides 32 heads holds them"),

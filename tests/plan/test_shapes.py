@@ -177,6 +177,13 @@ def test_memory_words():
             check_memory(text)
 
 
+def test_memory_is_what_drivers_report_or_binary():
+    assert get_hardware("h100").memory == 81_559 * 2**20
+    assert get_hardware("macbook-air-m3").memory == 16 * 2**30
+    for hardware in all_hardware():
+        assert hardware.memory % 2**20 == 0, f"{hardware.name}: decimal gigabytes are no memory's size"
+
+
 def test_this_machine_is_measured():
     from mla.plan.hardware import measure_this_machine
 
