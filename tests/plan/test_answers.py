@@ -7,6 +7,7 @@ import pytest
 
 from mla.formats import CACHE_FORMATS
 from mla.plan import FORMATS, Question, get_hardware, known_models, load_shape, make_plan, read_shape
+from mla.plan.page import page
 from mla.plan.report import sentences
 from tests.plan.cases import plan
 
@@ -135,6 +136,20 @@ def test_the_advised_split_works(name, hardware, options, advice):
         split = plan(name, hardware, context=100, **{**options, "tensor_parallel": int(found[1])})
         assert split["weights_device_mla"] < split["memory"]
         assert not any("do not fit" in line for line in sentences(split))
+
+
+def test_the_models_own_weights_decide_whether_they_fit():
+    llama = plan("llama-2-7b", context=100)
+    own, other = llama["weights_device_mha"], llama["weights_device_mla"]
+    assert own < other
+    for memory, rank, said in (
+        (other, None, "As MLA the weights would not fit: 14.3 GiB on a device of 14.3 GiB; the model's"),
+        (own, None, "The weights do not fit: 12.6 GiB"),
+        (own, 16, "The weights do not fit: 12.6 GiB"),
+    ):
+        lines = [line for line in sentences(plan("llama-2-7b", memory=memory, rank=rank)) if " fit" in line]
+        assert [line[: len(said)] for line in lines] == [said]
+    assert '"own": "mha"' in page(llama)
 
 
 def test_indexers_are_copied_to_every_device():

@@ -173,7 +173,7 @@ function drawCache(values, inputs) {
   const curves = SIDE.map((column) => [column, bytes(column)]);
   const every = curves.flatMap(([, list]) => list).filter((v) => v > 0);
   const y = [Math.min(...every) / 2, Math.max(...every) * 2];
-  const free = inputs.memory - values.value("weights_device_mla");
+  const free = inputs.memory - values.value("weights_device_" + DATA.own);
   const { toX, toY } = frame($("cache"), [low, high], y, "tokens of context", "bytes", shortTokens, (x) => byteWords(x).replace(/\.0+ /, " "), 4);
   $("cache").append(svg("line", { class: "here", x1: toX(inputs.t), x2: toX(inputs.t), y1: TOP, y2: HEIGHT - BOTTOM }));
   if (free > y[0] && free < y[1]) {

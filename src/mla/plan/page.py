@@ -13,7 +13,7 @@ from mla.looks import style_of
 from mla.plan import formulas
 from mla.plan.hardware import Hardware, all_hardware
 from mla.plan.planner import Plan
-from mla.plan.report import column_titles
+from mla.plan.report import column_titles, own_column
 from mla.plan.steps import SHEET
 from mla.plan.words import count_words
 
@@ -35,6 +35,7 @@ def page(plan: Plan) -> str:
         "inputs": {name: value for name, value in plan.values.inputs.items() if math.isfinite(value)},
         "groups": list(shape.groups),
         "machines": [_machine(plan, hardware) for hardware in _machines(plan)],
+        "own": own_column(plan),
         "titles": column_titles(plan),
         "explained": {
             name: {"text": f.text, "unit": f.unit, "meaning": f.meaning, "source": f.source}
@@ -81,7 +82,7 @@ def _machine(plan: Plan, hardware: Hardware) -> dict[str, Any]:
 
 def _setting(plan: Plan) -> str:
     shape, question = plan.shape, plan.question
-    own = {"MHA": "mha", "MQA": "mqa", "GQA": "gqa"}.get(shape.kind, "mla")
+    own = own_column(plan)
     return (
         f"{shape.kind}, {count_words(plan[f'parameters_{own}'])} parameters "
         f"({count_words(plan[f'active_parameters_{own}'])} active) in "

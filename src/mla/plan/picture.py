@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mla.errors import MLAError
 from mla.plan.planner import Plan
-from mla.plan.report import column_titles
+from mla.plan.report import column_titles, own_column
 from mla.plan.rows import SIDE_BY_SIDE
 from mla.plan.words import byte_words
 
@@ -36,7 +36,7 @@ def write_picture(plan: Plan, path: str | Path) -> None:
         axes.loglog(contexts, values, label=titles[column], color=_COLOURS[column], linewidth=2, base=2)
         axes.plot([plan.question.context], [plan[name]], "o", color=_COLOURS[column])
     axes.axvline(plan.question.context, color="#5b6675", linestyle=":", linewidth=1)
-    free = plan["memory"] - plan["weights_device_mla"]
+    free = plan["memory"] - plan[f"weights_device_{own_column(plan)}"]
     if free > 0:
         axes.axhline(free, color="#5b6675", linestyle="--", linewidth=1)
         axes.annotate(f"{byte_words(free)} free beside the weights", (contexts[0], free), va="bottom")

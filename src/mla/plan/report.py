@@ -20,6 +20,11 @@ def column_titles(plan: Plan) -> dict[str, str]:
     return {**TITLES, "gqa": f"GQA ({plan.shape.groups[0]['groups']:.0f} groups)"}
 
 
+def own_column(plan: Plan) -> str:
+    """The column of the attention that the model was published with."""
+    return plan.shape.kind.lower()
+
+
 def table(plan: Plan) -> list[tuple[str, list[str]]]:
     """Rows of the comparison: a label, and a cell for each of the five columns."""
     batch, query = plan.question.batch, plan.question.query_tokens
@@ -80,11 +85,16 @@ def sentences(plan: Plan) -> list[str]:
         + f" with a batch of {question.batch:,}."
     )
     memory = plan["memory"]
-    if plan["weights_device_mla"] >= memory:
+    weights = plan[f"weights_device_{own_column(plan)}"]
+    if weights >= memory:
         lines.append(
-            f"The weights do not fit: {byte_words(plan['weights_device_mla'])} on a device of "
-            f"{byte_words(memory)}. {_what_fits(plan)}; the times are what the bandwidth would allow if they "
-            "did."
+            f"The weights do not fit: {byte_words(weights)} on a device of {byte_words(memory)}. "
+            f"{_what_fits(plan)}; the times are what the bandwidth would allow if they did."
+        )
+    elif plan["weights_device_mla"] >= memory:
+        lines.append(
+            f"As MLA the weights would not fit: {byte_words(plan['weights_device_mla'])} on a device of "
+            f"{byte_words(memory)}; the model's own {byte_words(weights)} do."
         )
     if question.tensor_parallel > 1:
         shared = plan["replicated_parameters"] + plan["indexer_parameters"]
@@ -108,7 +118,7 @@ def _what_fits(plan: Plan) -> str:
     heads = math.gcd(*(int(group["h"]) for group in plan.shape.groups))
     for devices in range(plan.question.tensor_parallel + 1, heads + 1):
         there = plan.values.replaced("devices", devices)
-        if heads % devices == 0 and there["weights_device_mla"] < plan["memory"]:
+        if heads % devices == 0 and there[f"weights_device_{own_column(plan)}"] < plan["memory"]:
             return f"--tensor-parallel {devices} is the least that holds them, or a smaller --weight-format"
     return f"No --tensor-parallel that divides {heads} heads holds them, a smaller --weight-format may"
 
@@ -167,10 +177,8 @@ def _overtakes(plan: Plan, column: str) -> str:
 def assumptions(plan: Plan) -> str:
     """Model, machine and question in one line."""
     shape, question, hardware = plan.shape, plan.question, plan.hardware
-    total = count_words(plan["parameters_mla" if shape.kind == "MLA" else f"parameters_{_own(plan)}"])
-    active = count_words(
-        plan["active_parameters_mla" if shape.kind == "MLA" else f"active_parameters_{_own(plan)}"]
-    )
+    total = count_words(plan[f"parameters_{own_column(plan)}"])
+    active = count_words(plan[f"active_parameters_{own_column(plan)}"])
     weights = question.weight_format or shape.weight_format
     return (
         f"{shape.name}: {shape.kind}, {total} parameters ({active} active) in {weights}, cache in "
@@ -180,11 +188,6 @@ def assumptions(plan: Plan) -> str:
         f"{count_words(plan['peak_attention'], 'op/s')}; context {question.context:,}, batch "
         f"{question.batch:,}, {question.query_tokens} query token(s)"
     )
-
-
-def _own(plan: Plan) -> str:
-    """The column of the attention that the model was published with."""
-    return {"MHA": "mha", "MQA": "mqa", "GQA": "gqa"}.get(plan.shape.kind, "mla")
 
 
 def explained(plan: Plan) -> Iterator[str]:
