@@ -297,8 +297,9 @@ def _parse(text: dict[str, Any], family: Family) -> MLAConfig:
     for ours, theirs in family.renamed.items():
         if theirs in text:
             raw[ours] = text[theirs]
-    if family.attentions_per_block and "num_layers" in text:
-        raw["num_hidden_layers"] = family.attentions_per_block * text["num_layers"]
+    if family.attentions_per_block and text.get("num_layers") is not None:
+        blocks = expect_int("num_layers", text["num_layers"], least=1)
+        raw["num_hidden_layers"] = family.attentions_per_block * blocks
     # None means something in these two: queries without compression, values as wide as a head.
     told = {n for n, value in family.defaults.items() if isinstance(value, int)} - {"v_head_dim"}
     counts = {"hidden_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank"}

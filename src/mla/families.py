@@ -8,14 +8,13 @@ of Transformers 5.19 to 5.23.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from mla.errors import MLAError
-from mla.reading import section
+from mla.reading import expect_int, expect_list, integer, section, usual_names
 
 Raw = Mapping[str, Any]
 
@@ -65,6 +64,12 @@ def _layers(raw: Raw) -> range:
     return range(int(raw["num_hidden_layers"]))
 
 
+def _for_each_layer(raw: Raw, key: str) -> list[Any] | None:
+    """A list that says something of every layer, None where there is none; MLAError for anything else."""
+    told = raw.get(key)
+    return None if told is None or told == [] else expect_list(key, told, least=len(_layers(raw)))
+
+
 def _every(kind: str) -> Callable[[Raw], Sequence[str]]:
     def rule(raw: Raw) -> Sequence[str]:
         return raw.get("layer_types") or [kind for _ in _layers(raw)]
@@ -78,13 +83,14 @@ def _kimi_layer_types(raw: Raw) -> Sequence[str]:
     lists = section(raw, "linear_attn_config")
     if "full_attn_layers" in lists and "kda_layers" in lists:
         # The released checkpoints count layers from one here.
-        full = {index - 1 for index in lists["full_attn_layers"]}
+        told = expect_list("full_attn_layers", lists["full_attn_layers"], least=1)
+        full = {expect_int("full_attn_layers", index, least=1) - 1 for index in told}
         return ["full_attention" if i in full else "linear_attention" for i in _layers(raw)]
     return ["full_attention" if i and i % 4 == 0 else "linear_attention" for i in _layers(raw)]
 
 
 def _bailing_layer_types(raw: Raw) -> Sequence[str]:
-    group = int(raw["layer_group_size"])
+    group = expect_int("layer_group_size", raw["layer_group_size"], least=1)
     return raw.get("layer_types") or [
         "full_attention" if (i + 1) % group == 0 else "linear_attention" for i in _layers(raw)
     ]
@@ -117,12 +123,15 @@ def _dots3_groups(raw: Raw, kinds: Sequence[str]) -> list[tuple[tuple[int, ...],
     if not layers:
         return []
     names = ("num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
-    per_layer = raw.get("per_layer_config") or {}
-    own = per_layer.get(str(layers[0]), per_layer.get(layers[0], {}))
+    per_layer = section(raw, "per_layer_config")
+    own = section({str(layer): own for layer, own in per_layer.items()}, str(layers[0]))
     head_dim = own.get("head_dim", raw["swa_head_dim"])
     fields = {name: own.get(name, raw["swa_" + name]) for name in names}
     rope_dim = own.get("qk_rope_head_dim", raw.get("swa_qk_rope_head_dim"))
-    fields["qk_rope_head_dim"] = head_dim - fields["qk_nope_head_dim"] if rope_dim is None else rope_dim
+    if rope_dim is None:
+        head_dim = expect_int("swa_head_dim", head_dim, least=1)
+        rope_dim = head_dim - expect_int("swa_qk_nope_head_dim", fields["qk_nope_head_dim"], least=0)
+    fields["qk_rope_head_dim"] = expect_int("swa_qk_rope_head_dim", rope_dim, least=0)
     window = raw.get("sliding_window")
     fields["sliding_window"] = raw.get("sliding_window_size", 512) if window is None else window
     fields["rope_key"] = "sliding_attention"
@@ -131,9 +140,9 @@ def _dots3_groups(raw: Raw, kinds: Sequence[str]) -> list[tuple[tuple[int, ...],
 
 
 def _mistral_large4_groups(raw: Raw, kinds: Sequence[str]) -> list[tuple[tuple[int, ...], dict[str, Any]]]:
-    interval = int(raw.get("no_rope_layer_interval", 4))
-    uses_rope = raw.get("no_rope_layers") or [(i + 1) % interval for i in _layers(raw)]
-    layers = tuple(i for i, flag in zip(_layers(raw), uses_rope, strict=False) if not flag)
+    interval = integer(raw, "no_rope_layer_interval", least=1, default=4)
+    uses_rope = _for_each_layer(raw, "no_rope_layers") or [(i + 1) % interval for i in _layers(raw)]
+    layers = tuple(i for i in _layers(raw) if not uses_rope[i])
     if not layers:
         return []
     # The layer keeps its head width and gives the rotary share to the part without position.
@@ -142,26 +151,44 @@ def _mistral_large4_groups(raw: Raw, kinds: Sequence[str]) -> list[tuple[tuple[i
 
 
 def _mistral_large4_sources(raw: Raw) -> Sequence[int]:
-    return raw.get("kv_source_layers") or list(_layers(raw))
+    sources = _for_each_layer(raw, "kv_source_layers") or list(_layers(raw))
+    for layer in _layers(raw):
+        source = expect_int("kv_source_layers", sources[layer], least=0)
+        if source > layer or sources[source] != source:
+            raise MLAError(
+                f"kv_source_layers: layer {layer} has to read its own cache or that of an earlier layer that "
+                f"keeps one, got {source}"
+            )
+    return sources
 
 
 def _all_full(raw: Raw) -> Sequence[str]:
     return ["full" for _ in _layers(raw)]
 
 
+def _told_indexer_types(raw: Raw, key: str) -> list[str] | None:
+    told = _for_each_layer(raw, key)
+    if told is None:
+        return None
+    modes = {"F": "full", "S": "shared", "full": "full", "shared": "shared"}
+    if strange := [mark for mark in told if not isinstance(mark, str) or mark not in modes]:
+        raise MLAError(f"{key}: expected full (F) or shared (S) for each layer, got {str(strange[0])[:60]!r}")
+    return [modes[mark] for mark in told]
+
+
 def _glm_indexer_types(raw: Raw) -> Sequence[str]:
-    if raw.get("indexer_types"):
-        return list(raw["indexer_types"])
     pattern = raw.get("index_topk_pattern")
-    if pattern is not None:
-        return [{"F": "full", "S": "shared"}.get(mark, mark) for mark in pattern]
-    every = max(int(raw.get("index_topk_freq", 1)), 1)
-    offset = int(raw.get("index_skip_topk_offset", 2))
+    spelt = {**raw, "index_topk_pattern": list(pattern) if isinstance(pattern, str) else pattern}
+    told = _told_indexer_types(raw, "indexer_types") or _told_indexer_types(spelt, "index_topk_pattern")
+    if told:
+        return told
+    every = max(integer(raw, "index_topk_freq", default=1), 1)
+    offset = integer(raw, "index_skip_topk_offset", default=2)
     return ["full" if max(i - offset + 1, 0) % every == 0 else "shared" for i in _layers(raw)]
 
 
 def _hy_v4_indexer_types(raw: Raw) -> Sequence[str]:
-    return raw.get("indexer_types") or [
+    return _told_indexer_types(raw, "indexer_types") or [
         "full" if i == 0 or (i - 1) % 4 == 0 else "shared" for i in _layers(raw)
     ]
 
@@ -396,7 +423,7 @@ def find_family(text: Raw) -> Family:
     name = text.get("model_type")
     family = FAMILIES.get(ALIASES.get(str(name), str(name)))
     rank = text.get("kv_lora_rank", family.defaults.get("kv_lora_rank") if family else None)
-    if not rank or (family is None and "qk_rope_head_dim" not in text):
+    if not rank or text.get("use_mla") is False or (family is None and "qk_rope_head_dim" not in text):
         raise MLAError(
             f"model_type {name!r} is not an MLA model: it has {attention_of(text)} and no kv_lora_rank; "
             "convert it first: mla convert MODEL OUT"
@@ -410,62 +437,6 @@ def find_family(text: Raw) -> Family:
             f"families: {', '.join(sorted(FAMILIES))}"
         )
     return _UNKNOWN
-
-
-#: Names of GPT-2, Falcon and ChatGLM for what others call otherwise; they count where that is missing.
-_USUAL_NAMES = {
-    "n_head": "num_attention_heads",
-    "n_head_kv": "num_kv_heads",
-    "n_layer": "num_hidden_layers",
-    "num_layers": "num_hidden_layers",
-    "n_embd": "hidden_size",
-    "kv_channels": "head_dim",
-    "n_positions": "max_position_embeddings",
-    "seq_length": "max_position_embeddings",
-    "padded_vocab_size": "vocab_size",
-}
-#: Families with one key-value head for all queries unless told otherwise.
-_MULTI_QUERY = {"falcon", "gpt_bigcode"}
-#: Keys that speak of key-value heads: without a rule that reads them a model is not taken for MHA.
-_GROUP_KEY = re.compile(r"kv_(n_)?heads|(kv|query|attention)_groups?(_|$)")
-
-
-def usual_names(text: Raw) -> dict[str, Any]:
-    """A config.json without latents in the names that most have; no ``num_key_value_heads`` is None.
-
-    Raises:
-        MLAError: key-value heads that are told in a way no rule reads.
-    """
-    full = dict(text)
-    for name, usual in _USUAL_NAMES.items():
-        if full.get(usual) is None and name in text:
-            full[usual] = text[name]
-    if full.get("num_key_value_heads") is None:
-        full["num_key_value_heads"] = _key_value_heads(full)
-    hidden = full.get("hidden_size")
-    if isinstance(hidden, int) and ("n_embd" in text or full.get("model_type") == "falcon"):
-        widths = (full.get(name) for name in ("intermediate_size", "ffn_hidden_size", "n_inner"))
-        full["intermediate_size"] = next(filter(None, widths), 4 * hidden)
-    return full
-
-
-def _key_value_heads(full: Raw) -> Any:
-    """Key-value heads where there is no ``num_key_value_heads``: one for each head if nothing tells."""
-    # ChatGLM has a number of groups even where this says that it is not used.
-    grouped = full.get("multi_query_attention")
-    if grouped is not None:
-        return full.get("multi_query_group_num" if grouped else "num_attention_heads")
-    one = full.get("multi_query", str(full.get("model_type")) in _MULTI_QUERY)
-    groups = 1 if one and not full.get("new_decoder_architecture") else full.get("num_kv_heads")
-    if groups is not None:
-        return groups
-    strange = [key for key, value in full.items() if value is not None and _GROUP_KEY.search(key)]
-    if strange:
-        raise MLAError(
-            f"{strange[0]}: config.json has no num_key_value_heads, and how model_type "
-            f"{full.get('model_type')!r} means this key is not known; add num_key_value_heads to a copy"
-        )
-    return full.get("num_attention_heads")
 
 
 def attention_of(text: Raw) -> str:

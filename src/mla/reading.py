@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,14 @@ def expect_number(name: str, value: Any, *, above: float = -1e300) -> float:
     return float(value)
 
 
+def expect_list(name: str, value: Any, *, least: int = 0) -> list[Any]:
+    """A list with at least ``least`` entries; MLAError for anything else."""
+    if not isinstance(value, list | tuple) or len(value) < least:
+        few = f" of at least {least}" if least else ""
+        raise MLAError(f"{name}: expected a list{few}, got {str(value)[:60]!r}")
+    return list(value)
+
+
 def integer(raw: Mapping[str, Any], *names: str, least: int = 0, default: int | None = None) -> int:
     """The first of several keys that a config.json gives a value; ``default`` if it gives none.
 
@@ -108,3 +117,59 @@ def section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(inner, Mapping):
         raise MLAError(f"{key}: expected an object, got {inner!r}")
     return inner
+
+
+#: Names of GPT-2, Falcon and ChatGLM for what others call otherwise; they count where that is missing.
+_USUAL_NAMES = {
+    "n_head": "num_attention_heads",
+    "n_head_kv": "num_kv_heads",
+    "n_layer": "num_hidden_layers",
+    "num_layers": "num_hidden_layers",
+    "n_embd": "hidden_size",
+    "kv_channels": "head_dim",
+    "n_positions": "max_position_embeddings",
+    "seq_length": "max_position_embeddings",
+    "padded_vocab_size": "vocab_size",
+}
+#: Families with one key-value head for all queries unless told otherwise.
+_MULTI_QUERY = {"falcon", "gpt_bigcode"}
+#: Keys that speak of key-value heads: without a rule that reads them a model is not taken for MHA.
+_GROUP_KEY = re.compile(r"kv_(n_)?heads|(kv|query|attention)_groups?(_|$)")
+
+
+def usual_names(text: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without latents in the names that most have; no ``num_key_value_heads`` is None.
+
+    Raises:
+        MLAError: key-value heads that are told in a way no rule reads.
+    """
+    full = dict(text)
+    for name, usual in _USUAL_NAMES.items():
+        if full.get(usual) is None and name in text:
+            full[usual] = text[name]
+    if full.get("num_key_value_heads") is None:
+        full["num_key_value_heads"] = _key_value_heads(full)
+    hidden = full.get("hidden_size")
+    if isinstance(hidden, int) and ("n_embd" in text or full.get("model_type") == "falcon"):
+        widths = (full.get(name) for name in ("intermediate_size", "ffn_hidden_size", "n_inner"))
+        full["intermediate_size"] = next(filter(None, widths), 4 * hidden)
+    return full
+
+
+def _key_value_heads(full: Mapping[str, Any]) -> Any:
+    """Key-value heads where there is no ``num_key_value_heads``: one for each head if nothing tells."""
+    # ChatGLM has a number of groups even where this says that it is not used.
+    grouped = full.get("multi_query_attention")
+    if grouped is not None:
+        return full.get("multi_query_group_num" if grouped else "num_attention_heads")
+    one = full.get("multi_query", str(full.get("model_type")) in _MULTI_QUERY)
+    groups = 1 if one and not full.get("new_decoder_architecture") else full.get("num_kv_heads")
+    if groups is not None:
+        return groups
+    strange = [key for key, value in full.items() if value is not None and _GROUP_KEY.search(key)]
+    if strange:
+        raise MLAError(
+            f"{strange[0]}: config.json has no num_key_value_heads, and how model_type "
+            f"{full.get('model_type')!r} means this key is not known; add num_key_value_heads to a copy"
+        )
+    return full.get("num_attention_heads")

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from mla.config import MLAConfig
 from mla.errors import MLAError
+from mla.families import FAMILIES
 from mla.plan import Question, get_hardware, known_models, load_shape, make_plan, read_shape
 from mla.plan.report import sentences, table
 from tests.plan.cases import plan
@@ -58,14 +60,116 @@ def said(raw):
     return None
 
 
-@pytest.mark.parametrize(
-    "name", ["deepseek-v3.2", "kimi-linear-48b-a3b", "qwen3-30b-a3b", "plm-1.8b", "minicpm3-4b"]
-)
+#: Keys that families read beside the sizes of their class, as their classes have them.
+INDEXERS = {
+    "indexer_types": None,
+    "index_topk_pattern": None,
+    "index_topk_freq": 1,
+    "index_skip_topk_offset": 2,
+}
+READ = {
+    "longcat_flash": {"num_layers": 2},
+    "mistral_large4": {
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+        "kv_source_layers": None,
+        **INDEXERS,
+    },
+    "glm_moe_dsa": INDEXERS,
+    "glm5_next": {"index_kpool": 16, **INDEXERS},
+    "dots3_note": {"per_layer_config": {"0": {}}, "swa_qk_rope_head_dim": 64, "sliding_window_size": 512},
+    "bailing_hybrid": {"linear_head_dim": 128},
+    "hy_v4": {"indexer_types": None},
+    "kimi_linear": {
+        "linear_attn_config": known_models()["kimi-linear-48b-a3b"]["config"]["linear_attn_config"]
+    },
+}
+CONFIGS = {
+    name: {"head_dim": 128, "sliding_window": None, **known_models()[name]["config"]}
+    for name in ("deepseek-v3.2", "kimi-linear-48b-a3b", "qwen3-30b-a3b", "plm-1.8b", "minicpm3-4b")
+}
+CONFIGS |= {
+    name: {"model_type": name, **FAMILIES[name].defaults, "layer_types": None, **more}
+    for name, more in READ.items()
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_key_with_every_odd_value(name):
-    config = {"head_dim": 128, "sliding_window": None, **known_models()[name]["config"]}
-    answers = {(key, str(odd)): said({**config, key: odd}) for key in config for odd in ODD}
-    refused = [message for message in answers.values() if message is not None]
-    assert 0.3 < len(refused) / len(answers) < 0.9
+    config = CONFIGS[name]
+    assert said(config) is None
+    nested = {key: value for key, value in config.items() if isinstance(value, dict)}
+    places = [{**config, key: odd} for key in config for odd in ODD]
+    places += [{**config, key: {**nested[key], k: odd}} for key in nested for k in nested[key] for odd in ODD]
+    refused = [message for message in map(said, places) if message is not None]
+    assert 0.3 < len(refused) / len(places) < 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("glm_moe_dsa", {"index_topk_freq": "4"}, "index_topk_freq: expected an integer of at least 0"),
+        (
+            "glm_moe_dsa",
+            {"index_topk_pattern": 5},
+            "index_topk_pattern: expected a list of at least 78, got '5'",
+        ),
+        ("glm_moe_dsa", {"index_topk_pattern": "FS"}, "index_topk_pattern: expected a list of at least 78"),
+        ("glm_moe_dsa", {"indexer_types": ["none"] * 78}, "indexer_types: expected full .F. or shared .S."),
+        ("longcat_flash", {"num_layers": "2"}, "num_layers: expected an integer of at least 1, got '2'"),
+        (
+            "kimi_linear",
+            {"linear_attn_config": {"full_attn_layers": None, "kda_layers": None}},
+            "full_attn_layers: ",
+        ),
+        (
+            "mistral_large4",
+            {"no_rope_layer_interval": 0},
+            "no_rope_layer_interval: expected .* at least 1, got 0",
+        ),
+        ("mistral_large4", {"kv_source_layers": [0]}, "kv_source_layers: expected a list of at least 72"),
+        ("mistral_large4", {"kv_source_layers": [1] * 72}, "kv_source_layers: layer 0 has to read its own"),
+        ("dots3_note", {"per_layer_config": [1]}, "per_layer_config: expected an object, got .1."),
+        (
+            "bailing_hybrid",
+            {"layer_group_size": 0},
+            "layer_group_size: expected an integer of at least 1, got 0",
+        ),
+    ],
+)
+def test_odd_layers(name, change, message):
+    with pytest.raises(MLAError, match=f"^{message}"):
+        read_shape({**CONFIGS[name], **change}, name="x", source="x")
+
+
+def test_null_is_as_if_the_key_were_not_there():
+    for name, key in (("glm_moe_dsa", "index_topk_freq"), ("longcat_flash", "num_layers")):
+        without = {k: v for k, v in CONFIGS[name].items() if k != key}
+        shapes = [read_shape(raw, name="x", source="x") for raw in (without, {**without, key: None})]
+        assert shapes[0] == shapes[1]
+
+
+def test_a_deepseek_v2_without_latents():
+    # language_config of deepseek-ai/DeepSeek-OCR.
+    inner = {
+        "model_type": "deepseek_v2", "use_mla": False, "kv_lora_rank": None, "q_lora_rank": None,
+        "qk_nope_head_dim": 0, "qk_rope_head_dim": 0, "v_head_dim": 0, "hidden_size": 1280,
+        "num_attention_heads": 10, "num_key_value_heads": 10, "num_hidden_layers": 12, "vocab_size": 129280,
+        "intermediate_size": 6848, "moe_intermediate_size": 896, "n_routed_experts": 64,
+        "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1,
+        "max_position_embeddings": 8192,
+    }  # fmt: skip
+    for raw in ({"model_type": "DeepseekOCR", "language_config": inner}, inner):
+        shape = read_shape(raw, name="x", source="x")
+        answer = make_plan(shape, get_hardware("h100"), Question(context=64))
+        assert (shape.kind, answer["token_bytes_mha"]) == ("MHA", 12 * 10 * 2 * 128 * 2)
+        assert answer["parameters_mha"] == pytest.approx(2.9e9, rel=0.05)
+        with pytest.raises(MLAError, match="not an MLA model: it has MHA"):
+            MLAConfig.from_dict(raw)
+    del inner["kv_lora_rank"]
+    assert read_shape(inner, name="x", source="x").kind == "MHA"
+    with pytest.raises(MLAError, match="not an MLA model"):
+        MLAConfig.from_dict(inner)
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "intermediate_size", "num_experts", "num_experts_per_tok"])

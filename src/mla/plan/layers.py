@@ -8,7 +8,7 @@ from typing import Any
 
 from mla.errors import MLAError
 from mla.families import LAYER_PATTERNS
-from mla.reading import integer
+from mla.reading import expect_list, integer
 
 Raw = Mapping[str, Any]
 Rule = Callable[[Raw, int], Sequence[str]]
@@ -53,8 +53,7 @@ def _llama4(full: Raw, layers: int) -> Sequence[str]:
     rotated = full.get("no_rope_layers")
     if not rotated:
         return _every(4, "no_rope_layer_interval", others="chunked_attention")(full, layers)
-    if not isinstance(rotated, list | tuple) or len(rotated) < layers:
-        raise MLAError(f"no_rope_layers: expected a list of {layers} flags, got {rotated!r}")
+    rotated = expect_list("no_rope_layers", rotated, least=layers)
     return ["chunked_attention" if flag else "full_attention" for flag in rotated[:layers]]
 
 

@@ -16,12 +16,11 @@ from mla.families import (
     attention_of,
     find_family,
     text_part,
-    usual_names,
 )
 from mla.plan.layers import windows
 from mla.plan.weight_format import stored_format
 from mla.plan.weights import linear_attention, parameters
-from mla.reading import expect_int, integer
+from mla.reading import expect_int, integer, usual_names
 
 Raw = Mapping[str, Any]
 #: Key-value heads of the GQA column, where the model has no grouping of its own (Llama 3, Qwen 3, Mistral).
@@ -128,6 +127,9 @@ def read_shape(raw: Raw, *, name: str, source: str, rank: int | None = None) -> 
 
 
 def _is_latent(text: Raw) -> bool:
+    # DeepSeek-OCR's language model is a DeepSeek-V2 without latents.
+    if text.get("use_mla") is False:
+        return False
     return bool(text.get("kv_lora_rank")) or str(text.get("model_type")) in {*FAMILIES, *ALIASES}
 
 
@@ -135,7 +137,7 @@ def _latent_groups(
     config: MLAConfig, full: dict[str, Any], notes: list[str]
 ) -> tuple[list[dict[str, float]], int]:
     family = find_family(full)
-    if family.attentions_per_block and "num_layers" in full:
+    if family.attentions_per_block:
         full["num_hidden_layers"] = config.num_hidden_layers
     kinds = list(family.layer_types(full))[: config.num_hidden_layers]
     model_type = str(full.get("model_type"))
@@ -202,7 +204,7 @@ def _classic_groups(
     if h % kv:
         raise MLAError(f"num_key_value_heads: expected a divisor of {h} heads, got {kv}")
     width = expect_int("head_dim", integer(full, "head_dim", default=hidden // h), least=1)
-    if full.get("v_head_dim") not in (None, width):
+    if integer(full, "v_head_dim", default=0) not in (0, width):
         raise MLAError(f"v_head_dim: expected the keys' width of {width}, got {full['v_head_dim']!r}")
     softmax = [window for window in seen if window is not None]
     if not softmax:

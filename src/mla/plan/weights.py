@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mla.errors import MLAError
-from mla.reading import integer, section
+from mla.reading import expect_list, integer, section
 
 Raw = Mapping[str, Any]
 #: Activations whose MLP has two matrices, up and down, without a gate.
@@ -136,10 +136,7 @@ def _sparse_layers(full: Raw, layers: int) -> int:
 
 
 def _list(full: Raw, key: str) -> list[Any] | None:
-    value = full.get(key)
-    if value is not None and not isinstance(value, list | tuple):
-        raise MLAError(f"{key}: expected a list, got {str(value)[:60]!r}")
-    return None if value is None else list(value)
+    return None if full.get(key) is None else expect_list(key, full[key])
 
 
 def linear_attention(full: Raw, *, layers: int, hidden: int) -> dict[str, float]:
