@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from mla.plan import known_models
+
 
 def says(run, *parts):
     assert run.status == 2, run
@@ -53,6 +55,18 @@ def test_a_model_without_latents(mla, llama_folder):
 def test_a_model_folder(mla, mla_folder):
     answer = json.loads(mla("plan", mla_folder, "--json").out)
     assert answer["figures"]["token_bytes_mla"]["result"] == 3 * (32 + 8) * 2
+
+
+def test_a_model_that_does_not_say_how_long_it_goes(mla, tmp_path):
+    config = dict(known_models()["llama-3.1-8b"]["config"])
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**config, "max_position_embeddings": 8192}))
+    assert "made for 8,192 tokens, not for 9,000" in mla("plan", file, "--context", 9000).err
+    del config["max_position_embeddings"]
+    file.write_text(json.dumps(config))
+    assert "made for" not in mla("plan", file, "--context", 9000).err
+    answer = json.loads(mla("plan", file, "--json").out)
+    assert (answer["model"]["max_context"], answer["question"]["context"]) == (None, 32768)
 
 
 def test_files(mla, tmp_path):

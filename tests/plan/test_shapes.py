@@ -153,6 +153,22 @@ def test_group_keys_that_no_rule_reads_are_no_mha(key):
         read_shape(raw, name="x", source="x")
 
 
+def test_the_longest_context_is_told_or_not_known():
+    bare = {
+        k: v for k, v in known_models()["llama-3.1-8b"]["config"].items() if k != "max_position_embeddings"
+    }
+    latent = {k: v for k, v in known_models()["plm-1.8b"]["config"].items() if k != "max_position_embeddings"}
+    for raw, longest in (
+        ({**bare, "model_type": "gemma3_text"}, 131072),
+        ({**bare, "model_type": "falcon"}, 2048),
+        (bare, None),
+        ({**bare, "max_position_embeddings": 8192}, 8192),
+        (latent, None),
+        ({**latent, "model_type": "deepseek_v3"}, 4096),
+    ):
+        assert read_shape(raw, name="x", source="x").max_context == longest
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,5 +1,6 @@
 """``mla plan``: how much cache, how many users, how fast, bound by what, and what MLA changes."""
 
+import math
 from typing import Annotated
 
 import typer
@@ -54,8 +55,9 @@ def plan(
     from mla.plan import Question, check_memory, get_hardware, load_shape, make_plan, report
 
     shape = load_shape(model, rank=rank)
+    longest = math.inf if shape.max_context is None else shape.max_context
     question = Question(
-        context=min(32768, shape.max_context) if context is None else context,
+        context=int(min(32768, longest)) if context is None else context,
         batch=batch,
         query_tokens=query_tokens,
         cache_format=cache_format,
@@ -84,8 +86,8 @@ def plan(
     screen = Console(highlight=False)
     screen = screen if screen.is_terminal else Console(highlight=False, width=160)
     screen.print(report.assumptions(answer), markup=False)
-    if context is not None and context > shape.max_context:
-        console.people.print(f"note: the model is made for {shape.max_context:,} tokens, not for {context:,}")
+    if question.context > longest:
+        console.people.print(f"note: the model is made for {longest:,} tokens, not for {question.context:,}")
     shown = Table("", *report.column_titles(answer).values())
     for column in shown.columns[1:]:
         column.justify = "right"

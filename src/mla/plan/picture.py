@@ -27,7 +27,7 @@ def write_picture(plan: Plan, path: str | Path) -> None:
     # Figure without pyplot: no window system is asked for, no global state is left.
     figure = Figure(figsize=(8, 5.33), dpi=150, layout="constrained")
     axes = figure.subplots()
-    top = max(17, (max(plan.shape.max_context, plan.question.context) - 1).bit_length())
+    top = max(17, (max(plan.shape.max_context or 1, plan.question.context) - 1).bit_length())
     contexts = [2 ** (step / 2) for step in range(14, 2 * top + 1)]
     titles = column_titles(plan)
     for column in SIDE_BY_SIDE:

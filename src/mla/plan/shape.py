@@ -32,12 +32,14 @@ _INDEX_HEADS = {"glm_moe_dsa": 32, "mistral_large4": 32, "glm5_next": 32, "axk2"
 _INDEX_POOL = {"glm5_next": 16, "glm5_next_text": 16}
 _LLAMA4 = {"attention_chunk_size": 8192, "intermediate_size_mlp": 16384, "interleave_moe_layer_step": 1}
 _GEMMA3 = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208}
+_GEMMA3 |= {"max_position_embeddings": 131072}
 #: What the classes of models without latents take where a config.json is silent and people leave it so.
 _CLASS_DEFAULTS: Mapping[str, Raw] = {
     "afmoe": {"sliding_window": 1024},
     "cohere2": {"sliding_window": 4096},
     "ernie4_5_moe": {"moe_layer_interval": 1, "moe_layer_start_index": 1, "moe_num_shared_experts": 2},
     "exaone4": {"sliding_window": 4096},
+    "falcon": {"max_position_embeddings": 2048},
     "gemma2": {"sliding_window": 4096},
     "gemma3": {"sliding_window": 4096, **_GEMMA3},
     "gemma3_text": {"sliding_window": 4096, **_GEMMA3},
@@ -61,6 +63,7 @@ class Shape:
 
     ``kind``: "MLA", "MHA", "GQA" or "MQA", as published. ``groups``: one dictionary per group of like layers,
     the main one first; ``inputs``: numbers of the whole model (names: :mod:`mla.plan.storage`).
+    ``max_context``: tokens that the model is made for, None where neither config.json nor class says.
     ``weight_format``: a name of ``WEIGHT_BYTES``, or else what the config.json says that is none of them.
     ``notes``: what a reader must know to read the figures.
     """
@@ -69,7 +72,7 @@ class Shape:
     kind: str
     groups: tuple[dict[str, float], ...]
     inputs: dict[str, float]
-    max_context: int
+    max_context: int | None
     weight_format: str
     source: str
     notes: tuple[str, ...] = field(default=())
@@ -96,14 +99,15 @@ def read_shape(raw: Raw, *, name: str, source: str, rank: int | None = None) -> 
         groups, linear_layers = _latent_groups(config, full, notes)
         if rank is not None:
             groups = [{**group, "r": rank} for group in groups]
-        kind, hidden, latest = "MLA", config.hidden_size, config.max_position_embeddings
-        layers = config.num_hidden_layers
+        kind, hidden, layers = "MLA", config.hidden_size, config.num_hidden_layers
+        latest = config.max_position_embeddings if "max_position_embeddings" in full else None
     else:
         full = usual_names({**_CLASS_DEFAULTS.get(str(text.get("model_type")), {}), **text})
         groups, linear_layers = _classic_groups(full, notes, rank)
         kind = attention_of(full).split(" ")[0]
         hidden, layers = full["hidden_size"], full["num_hidden_layers"]
-        latest = integer(full, "max_position_embeddings", least=1, default=4096)
+        told = full.get("max_position_embeddings")
+        latest = None if told is None else expect_int("max_position_embeddings", told, least=1)
     if any(group["window"] == 1 for group in groups):
         raise MLAError("sliding_window: expected at least 2 tokens, got 1: such a layer has no cache to plan")
     inputs = {
