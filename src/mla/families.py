@@ -404,7 +404,8 @@ def text_part(raw: Raw) -> dict[str, Any]:
     for key in ("text_config", "language_config", "llm_config"):
         inner = raw.get(key)
         if isinstance(inner, Mapping) and not raw.get("kv_lora_rank"):
-            text = {"model_type": raw.get("model_type"), **inner}
+            outer = {key: raw[key] for key in ("model_type", "tie_word_embeddings") if key in raw}
+            text = {**outer, **inner}
             break
     kinds = text.get("layer_types")
     if kinds is not None:

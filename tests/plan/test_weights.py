@@ -101,6 +101,21 @@ def test_parameters_that_transformers_builds(model_type, options):
     assert total(saved) == total(written) == counted
 
 
+@pytest.mark.parametrize(
+    ("outer", "inner", "tied"),
+    [
+        ({"tie_word_embeddings": True}, {}, 1),
+        ({}, {}, 0),
+        ({"tie_word_embeddings": False}, {"model_type": "gemma3_text"}, 0),
+        ({"tie_word_embeddings": True}, {"tie_word_embeddings": False}, 0),
+    ],
+)
+def test_whether_embeddings_are_tied_may_stand_outside(outer, inner, tied):
+    told = {key: value for key, value in LLAMA.items() if key != "tie_word_embeddings"}
+    found = read_shape({"model_type": "x", **outer, "text_config": {**told, **inner}}, name="x", source="x")
+    assert found.inputs["tied"] == tied
+
+
 def test_families_that_tie_by_default():
     for model_type in sorted(TIED_BY_DEFAULT - {"minicpm3", "youtu"}):
         assert CONFIG_MAPPING[model_type]().tie_word_embeddings is True, model_type
