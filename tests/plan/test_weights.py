@@ -65,6 +65,9 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_atten
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 16}
 WIDE = {**SMALL, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
 ERNIE = {**WIDE, "moe_intermediate_size": 16, "moe_num_experts": 4, "moe_k": 2}
+HYBRID = {**WIDE, "layer_types": ["linear_attention", "full_attention"] * 2, "linear_conv_kernel_dim": 2}
+HYBRID |= {"linear_num_key_heads": 2, "linear_key_head_dim": 4, "linear_num_value_heads": 4}
+HYBRID |= {"linear_value_head_dim": 8}
 LLAMA4 = {**WIDE, "intermediate_size_mlp": 40, "num_local_experts": 4, "num_experts_per_tok": 1}
 
 
@@ -85,6 +88,7 @@ LLAMA4 = {**WIDE, "intermediate_size_mlp": 40, "num_local_experts": 4, "num_expe
             {**WIDE, "num_experts": 4, "moe_topk": [2] * 4, "moe_intermediate_size": [48] * 4},
         ),
         ("llama4_text", {**LLAMA4, "moe_layers": [1, 2, 3]}),
+        ("qwen3_5_text", HYBRID),
         ("llama4_text", {**LLAMA4, "interleave_moe_layer_step": 2}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -94,7 +98,7 @@ def test_parameters_that_transformers_builds(model_type, options):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     skipped = re.compile(
-        "norm|ln_|wpe|bias|alpha"
+        "norm|ln_|wpe|bias|alpha|A_log"
     )  # wpe: GPT-2's positions, which the planner does not count
     counted = sum(p.numel() for name, p in model.named_parameters() if not skipped.search(name))
     saved, written = config.to_dict(), {"model_type": model_type, **options}

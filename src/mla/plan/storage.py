@@ -6,7 +6,8 @@ n p v r widths, d hidden. Further names of one group of like layers: ``layers`` 
 key-value heads of the GQA column, ``window`` and ``topk`` tokens a query may see (0: all), ``indexers``
 layers with a sparse indexer and its ``index_width`` cached numbers, ``index_heads``, ``index_dim``,
 ``index_pool`` (tokens per key it looks at);
-``q_rank`` of compressed queries (0: none); ``r0`` the model's own rank.
+``q_rank`` of compressed queries (0: none); ``r0`` the model's own rank. ``output_gate`` is 1
+where attention's output is multiplied by a gate.
 
 The columns: mha, gqa, mqa; mla is latent attention absorbed, expanded is the same latents with keys and
 values rebuilt at every step, as stock Transformers does.
@@ -149,6 +150,13 @@ ROWS.add(
     "of the attention as the model was published",
     COUNTED,
 )
+ROWS.add(
+    "gate_parameters",
+    "where(output_gate > 0, total(layers * d * h * v), 0)",
+    "parameters",
+    "of a gate on what attention returns, one per number: the model's own in every column",
+    COUNTED,
+)
 ROWS.add("routed_parameters", "moe_layers * experts * 3 * d * expert_width", "parameters", "experts", COUNTED)
 ROWS.add(
     "indexer_parameters",
@@ -162,9 +170,9 @@ ROWS.add(
     "counted_rest",
     """vocab * d * (2 - tied) + dense_layers * mlp_matrices * d * dense_width + routed_parameters
     + moe_layers * (3 * d * shared_width + d * experts) + linear_layers * linear_parameters
-    + indexer_parameters""",
+    + indexer_parameters + gate_parameters""",
     "parameters",
-    "outside of softmax attention: embeddings, MLPs, experts, routers, linear attention, indexers",
+    "outside of softmax attention: embeddings, MLPs, experts, routers, linear attention, indexers, gates",
     COUNTED,
 )
 ROWS.add(

@@ -14,6 +14,8 @@ _UNGATED = {"relu2", "gelu_new", "gelu", "relu", "gelu_fast", "xielu"}
 #: Families that gate although their activation stands above, and those that do not though it does not.
 _GATED = ("gemma",)
 _TWO_MATRICES = {"apertus", "bloom", "falcon", "gpt_bigcode", "mpt", "nanochat", "opt", "starcoder2"}
+#: Families whose attention multiplies its output by a gate as wide (Qwen's is the other half of q_proj).
+_OUTPUT_GATE = {"afmoe", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"}
 #: Keys that some families give as a list with one number for each layer.
 _PER_LAYER = {"intermediate_size", "moe_intermediate_size", "moe_topk", "num_experts", "num_shared_expert"}
 _PER_LAYER |= {"moe_num_experts", "moe_layer_start_index", "moe_layer_end_index"}
@@ -72,6 +74,7 @@ def parameters(config: Raw, *, layers: int, notes: list[str]) -> dict[str, float
     return {
         "vocab": vocab,
         "tied": float(bool(full.get("tie_word_embeddings", model_type in TIED_BY_DEFAULT))),
+        "output_gate": float(bool(full.get("attn_output_gate", model_type in _OUTPUT_GATE))),
         "dense_layers": dense,
         "mlp_matrices": 2 if two and not model_type.startswith(_GATED) else 3,
         "dense_width": dense_width,
