@@ -75,6 +75,8 @@ CASES = [
     ("kimi-linear", "epyc 9654", {"context": 1000, "cache_format": "int8"}),
     ("glm-4.7-flash", "macbook air m3", {"context": 4097, "weight_format": "int4"}),
     ("llama-3.1-8b", "iphone", {"context": 8192, "batch": 2}),
+    ("youtu", "h200", {"context": 5, "batch": 100_000}),
+    ("youtu", "h200", {"context": 3_000_001}),
 ]
 
 
@@ -110,6 +112,8 @@ def test_the_address_keeps_the_question(show):
     fragment = f"context=12345&batch=3&rank=128&hardware={machine.replace(' ', '%20')}"
     document, _ = show(text, fragment)
     same(document, plan("deepseek-v2-lite", "epyc-9755", context=12345, batch=3, rank=128))
+    document, _ = show(text, "context=2000001&batch=70000&rank=1300")
+    same(document, plan("deepseek-v2-lite", "h100", context=2000001, batch=70000, rank=1300))
 
 
 def test_everything_is_drawn(show):

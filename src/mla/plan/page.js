@@ -83,30 +83,33 @@ const colour = (column) => `var(--${column})`;
 const cacheOf = (column) => column === "expanded" ? "mla" : column;
 const tokens = (exponent) => Math.round(2 ** exponent);
 
+// What the page was written for, or what its address asks.
+function asked(name, otherwise) {
+  const number = Math.round(Number(new URLSearchParams(location.hash.slice(1)).get(name)));
+  return number >= 1 && number <= 1e12 ? number : otherwise;
+}
+
 function startControls() {
-  const asked = new URLSearchParams(location.hash.slice(1));
-  const numbered = (name, otherwise) => Number(asked.get(name)) || otherwise;
-  $("context").min = 7;
-  $("context").max = Math.max(20, Math.ceil(Math.log2(DATA.inputs.t)));
-  $("context").value = Math.log2(numbered("context", DATA.inputs.t));
-  $("batch").value = Math.log2(numbered("batch", DATA.inputs.b));
-  const rank = DATA.groups[0].r;
-  $("rank").min = $("rank").step = rank % 16 ? 1 : 16;
-  $("rank").max = Math.max(2 * rank, 64);
-  $("rank").value = numbered("rank", rank);
+  // Sliders reach as far as the question, however far that is.
+  const context = Math.log2(asked("context", DATA.inputs.t)), batch = Math.log2(asked("batch", DATA.inputs.b));
+  $("context").min = Math.min(7, Math.floor(context));
+  $("context").max = Math.max(20, Math.ceil(context));
+  $("context").value = context;
+  $("batch").max = Math.max(12, Math.ceil(batch));
+  $("batch").value = batch;
+  const own = DATA.groups[0].r, rank = asked("rank", own);
+  $("rank").min = $("rank").step = own % 16 || rank % 16 ? 1 : 16;
+  $("rank").max = Math.max(2 * own, 64, rank);
+  $("rank").value = rank;
   DATA.machines.forEach((machine, index) => $("hardware").add(new Option(machine.name, index)));
-  const wanted = asked.get("hardware");
+  const wanted = new URLSearchParams(location.hash.slice(1)).get("hardware");
   const found = DATA.machines.findIndex((machine) => machine.name === wanted);
   $("hardware").value = found >= 0 ? found : 0;
   for (const id of ["context", "batch", "rank", "hardware"]) $(id).addEventListener("input", update);
 }
 
 // A slider stands on whole and half powers of two; the asked number stays exact until it is moved.
-function exact(id, start) {
-  const asked = Number(new URLSearchParams(location.hash.slice(1)).get(id)) || start;
-  const moved = Math.abs(Number($(id).value) - Math.log2(asked)) > 0.25 + 1e-9;
-  return moved || $(id).dataset.moved ? tokens(Number($(id).value)) : asked;
-}
+const exact = (id, start) => $(id).dataset.moved ? tokens(Number($(id).value)) : asked(id, start);
 
 function current() {
   const machine = DATA.machines[Number($("hardware").value)];
@@ -166,15 +169,15 @@ function frame(node, x, y, labelX, labelY, wordX, wordY, base) {
 const shortTokens = (x) => x >= 2 ** 20 ? x / 2 ** 20 + "M" : x >= 1024 ? x / 1024 + "k" : String(x);
 
 function drawCache(values, inputs) {
-  const low = 128, high = 2 ** Number($("context").max), points = [];
-  for (let e = 7; e <= Math.log2(high) + 1e-9; e += 0.5) points.push(2 ** e);
+  const [first, last] = [Number($("context").min), Number($("context").max)], points = [];
+  for (let e = first; e <= last; e += 0.5) points.push(2 ** e);
   const at = points.map((t) => new Values({ ...inputs, t }, values.groups));
   const bytes = (column) => at.map((there) => there.value("cache_device_" + column));
   const curves = SIDE.map((column) => [column, bytes(column)]);
   const every = curves.flatMap(([, list]) => list).filter((v) => v > 0);
   const y = [Math.min(...every) / 2, Math.max(...every) * 2];
   const free = inputs.memory - values.value("weights_device_" + DATA.own);
-  const { toX, toY } = frame($("cache"), [low, high], y, "tokens of context", "bytes", shortTokens, (x) => byteWords(x).replace(/\.0+ /, " "), 4);
+  const { toX, toY } = frame($("cache"), [2 ** first, 2 ** last], y, "tokens of context", "bytes", shortTokens, (x) => byteWords(x).replace(/\.0+ /, " "), 4);
   $("cache").append(svg("line", { class: "here", x1: toX(inputs.t), x2: toX(inputs.t), y1: TOP, y2: HEIGHT - BOTTOM }));
   if (free > y[0] && free < y[1]) {
     $("cache").append(svg("line", { class: "here", x1: LEFT, x2: WIDTH - RIGHT, y1: toY(free), y2: toY(free) }));
