@@ -29,3 +29,13 @@ def test_every_figure_the_page_shows_exists():
     values = plan("deepseek-v3")
     for name in set(re.findall(r'data-v="(\w+)"', text)):
         assert values.values.value(name, 0) is not None
+
+
+def test_times_are_not_said_to_be_bounds():
+    # A step that moves weights while it computes attention is faster than the sum of the two.
+    v3 = plan("deepseek-v3", "ryzen 7950x", context=65536)
+    moved = v3["weights_memory_time_mla"] + v3["attention_memory_time_mla"]
+    computed = v3["weights_arithmetic_time_mla"] + v3["attention_arithmetic_time_mla"]
+    assert v3["step_time_mla"] > 1.05 * max(moved, computed)
+    assert "without overlap" in v3.figure("step_time_mla").meaning
+    assert "sooner" not in page(v3)

@@ -252,7 +252,7 @@ function drawTable(values, inputs) {
     ["cache moved per step", "cache_moved", byteWords], ["op per byte of cache", "intensity", (x) => x.toFixed(1)],
     ["whole model, op per token", "model_ops", (x) => countWords(x / inputs.s, "op")],
     ["whole model, moved per token", "moved_per_token", byteWords],
-    ["step at the limit", "step_time", timeWords], ["tokens per second", "tokens_per_second", (x) => countWords(x)],
+    ["step at the roofline", "step_time", timeWords], ["tokens per second", "tokens_per_second", (x) => countWords(x)],
   ];
   const head = element("tr");
   head.append(element("th"), ...ALL.map((column) => {
@@ -282,7 +282,7 @@ function drawCards(values, inputs) {
   const cards = [
     [byteWords(values.value("cache_bytes_mla")), "cache as MLA"],
     [byteWords(values.value("cache_bytes_mha")), "cache as MHA, " + saved.toFixed(1) + " times as much"],
-    [timeWords(values.value("step_time_mla")), "step at the limit, MLA absorbed"],
+    [timeWords(values.value("step_time_mla")), "step at the roofline, MLA absorbed"],
     [plainWords(values.value("sequences_mla")), "sequences of this length fit (MHA: " + plainWords(values.value("sequences_mha")) + ")"],
   ];
   $("cards").replaceChildren(...cards.map(([big, small]) => {

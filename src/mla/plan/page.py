@@ -93,8 +93,9 @@ def _setting(plan: Plan) -> str:
 
 def _notes(plan: Plan) -> list[str]:
     general = [
-        "Times are limits of the hardware, not predictions: launches, communication and imperfect kernels "
-        "come on top.",
+        "Times are the roofline, weights then attention without overlap, at the clocks and number formats "
+        "stated: neither predictions (launches, communication, imperfect kernels) nor bounds (a step that "
+        "overlaps the two, or a processor above its base clock, may be faster).",
         "MHA means keys as wide as MLA's part without position and values as they are, RoPE inside; caching "
         f"MLA's expanded keys and values would take {plan['numbers_expanded_cache']:,.0f} numbers per token "
         "and layer.",

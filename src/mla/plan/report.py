@@ -55,7 +55,7 @@ def table(plan: Plan) -> list[tuple[str, list[str]]]:
         row("  operations per byte", "intensity", lambda x: f"{x:.1f}"),
         ("whole model per token", per_token("model_ops", query, lambda x: count_words(x, "op"))),
         row("  moved", "moved_per_token", byte_words),
-        row("step at the limit: weights", "weights_time", time_words),
+        row("step at the roofline: weights", "weights_time", time_words),
         row("  attention", "attention_time", time_words),
         row("  together", "step_time", time_words),
         ("attention bound by", [bound(plan, "attention", column) for column in COLUMNS]),

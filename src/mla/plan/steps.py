@@ -188,7 +188,7 @@ for _part, _bytes, _ops, _peak, _words in (
         f"{_part}_time_{{a}}",
         f"max({_part}_memory_time_{{a}}, {_part}_arithmetic_time_{{a}})",
         "s",
-        f"at the limit, for {_words}: the longer of moving and computing",
+        f"at the roofline, for {_words}: the longer of moving and computing",
         ROOFLINE,
     )
 ROWS.each(
@@ -196,7 +196,7 @@ ROWS.each(
     "step_time_{a}",
     "weights_time_{a} + attention_time_{a}",
     "s",
-    "one step at the limit: no token comes sooner. Communication between devices is not counted",
+    "one step at the roofline, weights then attention without overlap; communication is not counted",
     ROOFLINE,
 )
 ROWS.each(COLUMNS, "tokens_per_second_{a}", "b * s / step_time_{a}", "1/s", "of the whole batch", ROOFLINE)
@@ -216,7 +216,7 @@ ROWS.each(
     "attainable_{a}",
     "min(peak_attention, intensity_{a} * bandwidth)",
     "op/s",
-    "of attention at the limit",
+    "of attention at the roofline",
     ROOFLINE,
 )
 
