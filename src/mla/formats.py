@@ -9,13 +9,14 @@ from mla.errors import MLAError
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """Bytes of a number of the latent, of one of the rotary key, of one of an indexer's key, and what a token
-    needs besides (a scale)."""
+    """Bytes of a number of the latent, of one of the rotary key, of one of an indexer's key, and of a scale;
+    ``block`` numbers of a latent share one, by default all."""
 
     number: float
     rope: float
     index: float
     scale: float
+    block: int | None = None
 
     @property
     def row_multiple(self) -> int:
@@ -24,7 +25,8 @@ class CacheFormat:
 
     def row_bytes(self, r: int, p: int) -> int:
         """Bytes of one token in one layer, a latent of r numbers and a rotary key of p."""
-        size = int(r * self.number + p * self.rope + self.scale)
+        scales = 1 if self.block is None else -(-r // self.block)
+        size = int(r * self.number + p * self.rope + scales * self.scale)
         return -(-size // self.row_multiple) * self.row_multiple
 
 

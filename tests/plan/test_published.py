@@ -150,6 +150,12 @@ def test_formats():
     assert v3["layer_bytes_mla"] == 512 + 128 + 4
     assert v3["layer_bytes_mha"] == 128 * (256 + 8)
     assert plan("deepseek-v3", cache_format="fp8")["layer_bytes_mla"] == 656  # FlashMLA's fp8 layout
+    fp8 = plan("deepseek-v3.2", cache_format="fp8", tensor_parallel=2)
+    assert fp8["layer_bytes_mla"] == 656
+    assert fp8["index_bytes"] == 61 * (128 + 4)
+    assert fp8["layer_bytes_mha"] == 128 * (128 + 128 + 2 * 4) == 2 * fp8["device_bytes_mha"]
+    assert plan("deepseek-v3.2", cache_format="int8")["index_bytes"] == 61 * 128 * 2
+    assert plan("deepseek-v3", cache_format="fp8", rank=257)["layer_bytes_mla"] == 260 + 3 * 4 + 128
     assert plan("deepseek-v3", cache_format="fp32")["layer_bytes_mla"] == 2304
 
 

@@ -15,9 +15,9 @@ from mla.plan.steps import SHEET
 from mla.plan.weight_format import WEIGHT_BYTES
 from mla.reading import expect_int
 
-#: Formats of ``--cache-format``: those of the cache, and FlashMLA's fp8 layout, four fp32 scales for a latent
-#: of 512, here one per latent of any length.
-FORMATS: Mapping[str, CacheFormat] = MappingProxyType({**CACHE_FORMATS, "fp8": CacheFormat(1, 2, 1, 16)})
+#: Formats of ``--cache-format``: those of the cache, and FlashMLA's fp8 layout, an fp32 scale for every 128
+#: numbers.
+FORMATS: Mapping[str, CacheFormat] = MappingProxyType({**CACHE_FORMATS, "fp8": CacheFormat(1, 2, 1, 4, 128)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +102,7 @@ def make_plan(shape: Shape, hardware: Hardware, question: Question) -> Plan:
         "rope_bytes": stored.rope,
         "index_number_bytes": stored.index,
         "scale_bytes": stored.scale,
+        "scale_block": stored.block or 0,
         "row_multiple": stored.row_multiple,
         "state_bytes": 4,  # the recurrent state is kept in fp32 whatever the cache's format
         "conv_bytes": 2 if stored.number < 4 else 4,

@@ -33,18 +33,27 @@ ROWS.add(
     NOTATION,
     layer=True,
 )
+for _vector, _width in (("latent", "r"), ("key", "w"), ("value", "v"), ("index", "index_width")):
+    ROWS.add(
+        f"scales_{_vector}",
+        f"where(scale_block > 0, ceil({_width} / scale_block), 1)",
+        "scales",
+        "of one vector in a quantised format: one, or one for every scale_block numbers",
+        "docs/planning.md",
+        layer=True,
+    )
 ROWS.each(
     CLASSIC,
     "layer_bytes_{a}",
-    "kv_{a} * ((w + v) * number_bytes + 2 * scale_bytes)",
+    "kv_{a} * ((w + v) * number_bytes + (scales_key + scales_value) * scale_bytes)",
     "B",
-    "cached per token and layer; a quantised format has one scale per stored vector",
+    "cached per token and layer",
     COUNTED,
     layer=True,
 )
 ROWS.add(
     "layer_bytes_mla",
-    "ceil((r * number_bytes + p * rope_bytes + scale_bytes) / row_multiple) * row_multiple",
+    "ceil((r * number_bytes + p * rope_bytes + scales_latent * scale_bytes) / row_multiple) * row_multiple",
     "B",
     "cached per token and layer; rows with a scale start at multiples of 4 bytes",
     "docs/cache-format.md",
@@ -52,9 +61,10 @@ ROWS.add(
 )
 ROWS.add(
     "index_bytes",
-    "total(indexers * index_width) * index_number_bytes",
+    """total(indexers * (index_width * index_number_bytes
+    + where(index_number_bytes < 2, scales_index * scale_bytes, 0)))""",
     "B",
-    "keys of the sparse indexer cached per token, all layers",
+    "keys of the sparse indexer cached per token, all layers; those of one byte have scales",
     "DeepSeek-V3.2 technical report, section 2: one key per token, shared by the indexer's heads",
 )
 ROWS.each(
@@ -256,7 +266,7 @@ ROWS.each(
 ROWS.each(
     CLASSIC,
     "device_bytes_{a}",
-    "ceil(kv_{a} / devices) * ((w + v) * number_bytes + 2 * scale_bytes)",
+    "ceil(kv_{a} / devices) * ((w + v) * number_bytes + (scales_key + scales_value) * scale_bytes)",
     "B",
     "cached per token and layer on each device",
     MEGATRON,
