@@ -9,6 +9,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mla.errors import MLAError
 from mla.plan import WEIGHT_BYTES, Question, get_hardware, known_models, make_plan, read_shape
+from mla.plan.page import page
+from mla.plan.report import assumptions
 from mla.plan.weights import TIED_BY_DEFAULT
 
 LLAMA = known_models()["llama-3.1-8b"]["config"]
@@ -185,6 +187,64 @@ def test_formats_of_checkpoints(change, expected):
     assert found.weight_format == expected
     answer = make_plan(found, get_hardware("h100"), Question(context=16))
     assert answer["weight_bytes"] == WEIGHT_BYTES[expected]
+
+
+GPT_OSS_20B = {
+    "model_type": "gpt_oss", "hidden_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "head_dim": 64, "intermediate_size": 2880, "num_local_experts": 32,
+    "num_experts_per_tok": 4, "vocab_size": 201088, "sliding_window": 128, "tie_word_embeddings": False,
+    "max_position_embeddings": 131072,
+}  # fmt: skip
+ALONE = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+
+
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        {"modules_to_not_convert": ALONE},
+        {"ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"]},
+        {"quantization": {"exclude_modules": [f"model.layers.{i}.self_attn*" for i in range(24)]}},
+        {"ignored_layers": [f"model.layers.{i}.self_attn.o_proj" for i in range(24)]},
+    ],
+    ids=lambda left_out: next(iter(left_out)),
+)
+def test_experts_in_a_format_of_their_own(left_out):
+    found = read_shape(
+        {**GPT_OSS_20B, "quantization_config": {"quant_method": "mxfp4", **left_out}}, name="x", source="x"
+    )
+    assert (found.weight_format, found.other_format) == ("mxfp4", "bf16")
+    assert not any("unquantised" in note for note in found.notes)
+    answer = make_plan(found, get_hardware("h100"), Question(context=16))
+    experts = 24 * 32 * 3 * 2880 * 2880
+    others = answer["parameters_gqa"] - experts
+    assert answer["weights_device_gqa"] == experts * 0.53125 + others * 2 == pytest.approx(13.75e9, rel=2e-3)
+    read = experts * 4 / 32 * 0.53125 + (others - 201088 * 2880) * 2
+    assert answer["weights_moved_gqa"] == answer["weights_moved_device_gqa"] == pytest.approx(read)
+    split = make_plan(found, get_hardware("h100"), Question(context=16, tensor_parallel=8))
+    assert split["weights_device_gqa"] == answer["weights_device_gqa"] / 8
+    assert "in bf16 with experts in mxfp4, cache" in assumptions(answer)
+    assert "in bf16 with experts in mxfp4, cache" in page(answer)
+    same = make_plan(found, get_hardware("h100"), Question(context=16, weight_format="mxfp4"))
+    assert same["weights_device_gqa"] == same["parameters_gqa"] * 0.53125
+
+
+@pytest.mark.parametrize(
+    ("raw", "left_out", "said"),
+    [
+        (LLAMA, ["lm_head"], "lm_head"),
+        (LLAMA, ALONE, "embed, lm_head, self_attn"),
+        (GPT_OSS_20B, ["model.layers.0.self_attn", "re:.*shared_experts.*"], "self_attn, shared_experts"),
+        (GPT_OSS_20B, ["model.layers.0.post_attention_layernorm", "mlp.gate", "vision_tower.attn"], None),
+        (LLAMA, "lm_head", None),
+        (LLAMA, [5, None], None),
+    ],
+)
+def test_what_is_not_quantised_is_noted(raw, left_out, said):
+    stated = {"quant_method": "fp8", "modules_to_not_convert": left_out}
+    found = read_shape({**raw, "quantization_config": stated}, name="x", source="x")
+    assert found.weight_format == found.other_format == "fp8"
+    notes = [note for note in found.notes if "unquantised" in note]
+    assert [f"({said})" in note for note in notes] == ([True] if said else [])
 
 
 def test_the_dtype_beside_a_text_config():

@@ -81,7 +81,7 @@ def known_shape(key: str, rank: int | None = None) -> Shape:
     row = known_models()[key]
     shape = read_shape(row["config"], name=row["title"], source=row["source"], rank=rank)
     inputs = {**shape.inputs, "published": row["total_parameters"] or 0}
-    return replace(shape, inputs=inputs, weight_format=row.get("weight_format", shape.weight_format))
+    return replace(shape, inputs=inputs)
 
 
 def find_hardware(name: str) -> str:

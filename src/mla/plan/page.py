@@ -12,7 +12,7 @@ from mla.errors import MLAError
 from mla.looks import style_of
 from mla.plan import formulas
 from mla.plan.hardware import Hardware, all_hardware
-from mla.plan.planner import Plan
+from mla.plan.planner import Plan, weight_peak
 from mla.plan.report import column_titles, own_column
 from mla.plan.steps import SHEET
 from mla.plan.words import count_words
@@ -68,13 +68,12 @@ def _machines(plan: Plan) -> list[Hardware]:
 
 
 def _machine(plan: Plan, hardware: Hardware) -> dict[str, Any]:
-    weights = plan.question.weight_format or plan.shape.weight_format
     own = hardware.name == plan.hardware.name
     return {
         "name": hardware.name,
         "memory": plan["memory"] if own else hardware.memory,
         "bandwidth": hardware.bandwidth,
-        "peak_weights": hardware.peak(weights),
+        "peak_weights": weight_peak(plan.shape, plan.question, hardware),
         "peak_attention": hardware.peak("fp32" if plan.question.cache_format == "fp32" else "bf16"),
         "source": hardware.source,
     }
@@ -86,7 +85,7 @@ def _setting(plan: Plan) -> str:
     return (
         f"{shape.kind}, {count_words(plan[f'parameters_{own}'])} parameters "
         f"({count_words(plan[f'active_parameters_{own}'])} active) in "
-        f"{question.weight_format or shape.weight_format}, cache in {question.cache_format}, "
+        f"{plan.weight_words}, cache in {question.cache_format}, "
         f"{question.query_tokens} query token(s) per step, {question.tensor_parallel} device(s)."
     )
 

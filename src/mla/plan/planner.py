@@ -49,6 +49,12 @@ class Plan:
         formula = SHEET.formulas.get(name)
         return self.values.value(name, 0 if formula and formula.layer else None)
 
+    @property
+    def weight_words(self) -> str:
+        """The number format of the weights, or the two."""
+        experts, others = weight_formats(self.shape, self.question)
+        return experts if experts == others else f"{others} with experts in {experts}"
+
     def figure(self, name: str) -> Figure:
         """One figure with its formula, the numbers put in, unit and source."""
         return self.values.figure(name)
@@ -56,6 +62,17 @@ class Plan:
     def figures(self) -> list[Figure]:
         """Every figure; those of a layer for the model's main group of layers."""
         return [self.values.figure(name) for name in SHEET.formulas]
+
+
+def weight_formats(shape: Shape, question: Question) -> tuple[str, str]:
+    """Formats of the routed experts and of all other weights: the model's, or the one that is asked for."""
+    asked = question.weight_format
+    return asked or shape.weight_format, asked or shape.other_format
+
+
+def weight_peak(shape: Shape, question: Question, hardware: Hardware) -> float:
+    """Operations/s with weights: of two formats, in that in which the machine is slower."""
+    return min(map(hardware.peak, weight_formats(shape, question)))
 
 
 def make_plan(shape: Shape, hardware: Hardware, question: Question) -> Plan:
@@ -77,40 +94,40 @@ def make_plan(shape: Shape, hardware: Hardware, question: Question) -> Plan:
         )
     if question.cache_format not in FORMATS:
         raise MLAError(f"--cache-format: expected one of {', '.join(FORMATS)}, got {question.cache_format!r}")
-    weights = question.weight_format or shape.weight_format
-    if weights not in WEIGHT_BYTES:
-        got = (
-            f"got {weights!r}"
-            if question.weight_format
-            else f"config.json has {weights}: say which is nearest"
-        )
-        raise MLAError(f"--weight-format: expected one of {', '.join(WEIGHT_BYTES)}; {got}")
+    experts, others = weight_formats(shape, question)
+    for stored in (experts, others):
+        if stored not in WEIGHT_BYTES:
+            got = f"got {stored!r}"
+            if not question.weight_format:
+                got = f"config.json has {stored}: say which is nearest"
+            raise MLAError(f"--weight-format: expected one of {', '.join(WEIGHT_BYTES)}; {got}")
     for group in shape.groups:
         if group["h"] % question.tensor_parallel:
             raise MLAError(
                 f"--tensor-parallel: {int(group['h'])} heads cannot be split over "
                 f"{question.tensor_parallel} devices"
             )
-    stored = FORMATS[question.cache_format]
+    cached = FORMATS[question.cache_format]
     inputs = {
         **shape.inputs,
         "t": question.context,
         "b": question.batch,
         "s": question.query_tokens,
         "devices": question.tensor_parallel,
-        "number_bytes": stored.number,
-        "rope_bytes": stored.rope,
-        "index_number_bytes": stored.index,
-        "scale_bytes": stored.scale,
-        "scale_block": stored.block or 0,
-        "row_multiple": stored.row_multiple,
+        "number_bytes": cached.number,
+        "rope_bytes": cached.rope,
+        "index_number_bytes": cached.index,
+        "scale_bytes": cached.scale,
+        "scale_block": cached.block or 0,
+        "row_multiple": cached.row_multiple,
         "state_bytes": 4,  # the recurrent state is kept in fp32 whatever the cache's format
-        "conv_bytes": 2 if stored.number < 4 else 4,
+        "conv_bytes": 2 if cached.number < 4 else 4,
         "activation_bytes": 2 if question.cache_format != "fp32" else 4,
-        "weight_bytes": WEIGHT_BYTES[weights],
+        "weight_bytes": WEIGHT_BYTES[others],
+        "expert_bytes": WEIGHT_BYTES[experts],
         "memory": hardware.memory if question.memory is None else question.memory,
         "bandwidth": hardware.bandwidth,
-        "peak_weights": hardware.peak(weights),
+        "peak_weights": weight_peak(shape, question, hardware),
         "peak_attention": hardware.peak("fp32" if question.cache_format == "fp32" else "bf16"),
     }
     return Plan(shape, hardware, question, Values(SHEET, inputs, shape.groups))

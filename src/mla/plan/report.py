@@ -179,9 +179,8 @@ def assumptions(plan: Plan) -> str:
     shape, question, hardware = plan.shape, plan.question, plan.hardware
     total = count_words(plan[f"parameters_{own_column(plan)}"])
     active = count_words(plan[f"active_parameters_{own_column(plan)}"])
-    weights = question.weight_format or shape.weight_format
     return (
-        f"{shape.name}: {shape.kind}, {total} parameters ({active} active) in {weights}, cache in "
+        f"{shape.name}: {shape.kind}, {total} parameters ({active} active) in {plan.weight_words}, cache in "
         f"{question.cache_format}; {hardware.name}"
         + (f" x {question.tensor_parallel}" if question.tensor_parallel > 1 else "")
         + f": {byte_words(plan['memory'])}, {count_words(plan['bandwidth'], 'B/s')}, "
@@ -233,7 +232,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "hardware": {**asdict(plan.hardware), "memory": plan["memory"]},
         "question": {
             **asdict(plan.question),
-            "weight_format": plan.question.weight_format or shape.weight_format,
+            "weight_format": plan.weight_words,
         },
         "notes": list(shape.notes),
         "summary": sentences(plan),

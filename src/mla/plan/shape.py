@@ -18,7 +18,7 @@ from mla.families import (
     text_part,
 )
 from mla.plan.layers import windows
-from mla.plan.weight_format import stored_format
+from mla.plan.weight_format import stored_formats
 from mla.plan.weights import linear_attention, parameters
 from mla.reading import expect_int, integer, usual_names
 
@@ -64,7 +64,8 @@ class Shape:
     ``kind``: "MLA", "MHA", "GQA" or "MQA", as published. ``groups``: one dictionary per group of like layers,
     the main one first; ``inputs``: numbers of the whole model (names: :mod:`mla.plan.storage`).
     ``max_context``: tokens that the model is made for, None where neither config.json nor class says.
-    ``weight_format``: a name of ``WEIGHT_BYTES``, or else what the config.json says that is none of them.
+    ``weight_format``: a name of ``WEIGHT_BYTES``, or else what the config.json says that is none of them;
+    ``other_format``: that of everything beside the routed experts, where checkpoints quantise only these.
     ``notes``: what a reader must know to read the figures.
     """
 
@@ -74,6 +75,7 @@ class Shape:
     inputs: dict[str, float]
     max_context: int | None
     weight_format: str
+    other_format: str
     source: str
     notes: tuple[str, ...] = field(default=())
 
@@ -118,13 +120,15 @@ def read_shape(raw: Raw, *, name: str, source: str, rank: int | None = None) -> 
         "mtp_layers": integer(full, "num_nextn_predict_layers", "num_mtp_layers", default=0),
     }
     _tell_layers(groups, inputs, notes)
+    formats = stored_formats(raw, text, layers=layers, experts=inputs["experts"] > 0, notes=notes)
     return Shape(
         name=name,
         kind=kind,
         groups=tuple(groups),
         inputs=inputs,
         max_context=latest,
-        weight_format=stored_format(raw, text),
+        weight_format=formats[0],
+        other_format=formats[1],
         source=source,
         notes=tuple(notes),
     )

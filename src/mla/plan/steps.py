@@ -113,7 +113,8 @@ for _column in COLUMNS:
 ROWS.each(
     COLUMNS,
     "weights_moved_{a}",
-    "weight_bytes * (parameters_{a} - looked_up - routed_parameters * (1 - touched))",
+    """weight_bytes * (parameters_{a} - looked_up - routed_parameters)
+    + expert_bytes * routed_parameters * touched""",
     "B",
     "weights read in one step, once for the whole batch",
     COUNTED,
@@ -140,8 +141,8 @@ ROWS.each(
 ROWS.each(
     COLUMNS,
     "weights_moved_device_{a}",
-    """weight_bytes * ((rest_parameters - indexer_parameters - looked_up - routed_parameters * (1 - touched))
-    / devices + indexer_parameters + attention_device_{a})""",
+    """weight_bytes * ((rest_parameters - indexer_parameters - looked_up - routed_parameters) / devices
+    + indexer_parameters + attention_device_{a}) + expert_bytes * routed_parameters * touched / devices""",
     "B",
     "weights read by each device in one step",
     MEGATRON,

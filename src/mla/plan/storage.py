@@ -255,8 +255,8 @@ ROWS.add(
 ROWS.each(
     COLUMNS,
     "weights_device_{a}",
-    """weight_bytes * ((rest_parameters - indexer_parameters) / devices + indexer_parameters
-    + attention_device_{a})""",
+    """weight_bytes * ((rest_parameters - indexer_parameters - routed_parameters) / devices
+    + indexer_parameters + attention_device_{a}) + expert_bytes * routed_parameters / devices""",
     "B",
     "weights on each device",
     COUNTED,

@@ -1,7 +1,8 @@
-"""The number format in which a checkpoint stores its weights, as its config.json tells, and its bytes."""
+"""The number formats in which a checkpoint stores its weights, as its config.json tells, and their bytes."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -38,18 +39,58 @@ _GROUPS = {
     "4 float 32": "mxfp4",
     "4 float 16": "nvfp4",
 }
+#: Keys of a ``quantization_config`` that list modules which are not quantised.
+_LEFT_OUT = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules", "llm_int8_skip_modules")
+#: A whole attention in such a list, or its output projection: "model.layers.*.self_attn", "re:.*self_attn.*".
+_ATTENTION = re.compile(r"(attention|(?<!linear_)attn)(\.o_proj)?[.*$]*$")
+#: Parts that weigh something, and names in such a list that do not or belong to no language model.
+_HEAVY = re.compile(r"lm_head|embed|self_attn|linear_attn|attention|shared_experts?(?!_gate)")
+_LIGHT = re.compile(r"norm|conv1d|vision|visual|audio")
 
 
-def stored_format(raw: Raw, text: Raw) -> str:
-    """A name of :data:`WEIGHT_BYTES`; for weights of another format what the config.json says of them.
+def stored_formats(raw: Raw, text: Raw, *, layers: int, experts: bool, notes: list[str]) -> tuple[str, str]:
+    """Formats of the routed experts and of all other weights: each a name of :data:`WEIGHT_BYTES`.
+
+    For weights of a format that has no name there: what the config.json says of them. The two differ where a
+    model with experts leaves every attention unquantised; ``notes`` tell of other parts that are.
 
     Args:
         raw: the config.json. ``text``: its part about the language model.
+        layers: of the model. ``experts``: whether it has routed ones.
     """
     quantised = raw.get("quantization_config") or text.get("quantization_config")
-    if quantised:
-        stated = quantised if isinstance(quantised, Mapping) else {"quant_method": quantised}
-        return _quantised(stated) or _described(stated)
+    if not quantised:
+        return (_dtype(raw, text),) * 2
+    stated = quantised if isinstance(quantised, Mapping) else {"quant_method": quantised}
+    found = _quantised(stated) or _described(stated)
+    left_out = _left_out(stated)
+    if experts and _leaves_attention(left_out, layers):
+        return found, _dtype(raw, text)
+    if heavy := sorted({match[0] for name in left_out if (match := _HEAVY.search(name))}):
+        notes.append(
+            f"The checkpoint leaves modules unquantised ({', '.join(heavy)}); all weights are counted in one "
+            "format, so they weigh more than is said here."
+        )
+    return found, found
+
+
+def _left_out(stated: Raw) -> list[str]:
+    """Names and patterns of the modules that a ``quantization_config`` leaves as they are."""
+    inner = stated.get("quantization")
+    places = (stated, inner if isinstance(inner, Mapping) else {})
+    lists = [place[key] for place in places for key in _LEFT_OUT if isinstance(place.get(key), list | tuple)]
+    names = [name for names in lists for name in names if isinstance(name, str)]
+    return [name for name in names if not _LIGHT.search(name)]
+
+
+def _leaves_attention(left_out: list[str], layers: int) -> bool:
+    """Whether the attention of every layer stands in a list, by a pattern or one by one."""
+    names = [name for name in left_out if _ATTENTION.search(name)]
+    numbers = [re.search(r"\.(\d+)\.", name) for name in names]
+    return None in numbers or len({number[1] for number in numbers if number}) >= layers
+
+
+def _dtype(raw: Raw, text: Raw) -> str:
     places = (text.get("torch_dtype"), text.get("dtype"), raw.get("torch_dtype"), raw.get("dtype"))
     dtype = str(next((place for place in places if place is not None), None)).removeprefix("torch.")
     return _DTYPES.get(dtype, f"dtype {dtype!r}")
