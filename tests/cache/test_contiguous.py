@@ -280,6 +280,33 @@ def test_gradients_flow_through_the_new_tokens_only(name):
         torch.testing.assert_close(weight.grad, 2 * c_kv.square().sum((0, 1, 2)))
 
 
+@pytest.mark.parametrize("name", [None, "int8"])
+def test_queries_learn_beside_frozen_latents(name):
+    """What a call was given stays as it was until the backward pass, whatever the cache holds by then."""
+    cache = LatentCache(capacity=20, format=name)
+    q = torch.ones(P, dtype=torch.bfloat16, requires_grad=True)
+    c_kv, k_rope = latents(6, b=1, dtype=torch.bfloat16)
+    total, wrong = torch.zeros(()), latents(2, b=1, seed=5, dtype=torch.bfloat16)
+    for start in (0, 2, 4):
+        part = slice(start, start + 2)
+        _, values = cache.update(c_kv[:, :, part], k_rope[:, :, part], 0)
+        total = total + (values * q).float().sum()
+        cache.update(*wrong, 0)
+        cache.crop(-2)
+    total.backward()
+    want = sum(k_rope[:, :, :end].float().sum((0, 1, 2)) for end in (2, 4, 6))
+    torch.testing.assert_close(q.grad.float(), want, atol=0.05, rtol=0.02)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [None, "int8"])
+def test_inference_copies_nothing(name):
+    cache = LatentCache(capacity=20, format=name)
+    keys, values = cache.update(*latents(5), 0)
+    assert keys.data_ptr() == cache.layers[0].keys.data_ptr()
+    assert values.data_ptr() == cache.layers[0].values.data_ptr()
+
+
 def test_what_inference_mode_wrote_can_be_continued_outside():
     cache = LatentCache(capacity=20)
     c_kv, k_rope = latents(5)

@@ -94,6 +94,19 @@ def test_training_gradients(model, path):
             torch.testing.assert_close(got.grad, want.grad, atol=1e-5, rtol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize("path", ["absorbed", "expanded"])
+def test_queries_learn_over_two_calls_on_one_cache(model, path):
+    """All else is frozen, so that the new latents carry no gradients, but what the queries read is saved."""
+    model.requires_grad_(False)
+    weight = model.model.layers[-1].self_attn.q_b_proj.weight.requires_grad_()
+    ids, gradients = token_ids(1, 12), []
+    for each, cache in ((model, DynamicCache()), (absorb(model, path=path), LatentCache(capacity=20))):
+        first, second = (each(part, past_key_values=cache).logits for part in ids.split([8, 4], dim=1))
+        (gradient,) = torch.autograd.grad(first.sum() + second.sum(), weight)
+        gradients.append(gradient)
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-3)
+
+
 @torch.no_grad()
 def test_custom_four_dimensional_masks(model):
     stock, ids = copy.deepcopy(model), token_ids(2, 12)

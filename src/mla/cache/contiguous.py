@@ -17,7 +17,7 @@ from transformers.cache_utils import (
 
 from mla.formats import cache_format
 from mla.ops import latent
-from mla.ops.attention import needs_grad
+from mla.ops.arguments import forward_mode
 
 
 class LatentCache(DynamicCache):
@@ -75,8 +75,8 @@ class LatentCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Append latents [b, 1, s, r] and rotary keys [b, 1, s, p]; returns all of the layer's.
 
-        The cache holds constants. Where the new latents carry gradients, what is returned carries theirs, and
-        is a copy: the next token is written beside the cache's own rows.
+        The cache holds constants. Under ``torch.no_grad()`` what is returned are its own rows. Else it is a
+        copy, which carries the gradients of the new latents and stays as it is until the backward pass.
         """
         layer = self.layer_at(layer_idx)
         held: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
@@ -198,8 +198,12 @@ class LatentLayer(CacheLayerMixin):
             slot[..., :r] = c_kv
             slot[..., r:] = k_rope
         self._publish()
-        if not needs_grad(key_states, value_states) or self.format == "int8":
+        if not (torch.is_grad_enabled() or forward_mode()):
             return self.keys, self.values
+        # Copies, of constants as well: autograd saves what learning queries read, and takes the next token,
+        # which is written beside it, for a change of it.
+        if self.format == "int8":
+            return self.keys.clone(), self.values.clone()
         return (
             torch.cat([self.keys[:, :, :before], key_states.to(self.keys.dtype)], dim=2),
             torch.cat([self.values[:, :, :before], value_states.to(self.values.dtype)], dim=2),

@@ -307,7 +307,8 @@ class MultiheadLatentAttention(nn.Module):
 
     def _store(self, cache: LatentCache, new: Latents, cached: int, needs_grad: bool) -> Latents:
         """Append to the cache; returns the latents of all tokens."""
-        cache.update(new.c_kv.detach()[:, None], new.k_rope.detach()[:, None], self.layer_idx)
+        with torch.no_grad():  # else it would return a copy, which is made below, and only where it is needed
+            cache.update(new.c_kv.detach()[:, None], new.k_rope.detach()[:, None], self.layer_idx)
         cache.layers[self.layer_idx].holds_context = self.context_size is not None
         held: Latents = cache.layers[self.layer_idx].latents
         if not needs_grad:
