@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 
 from mla.cache import LatentCache
@@ -287,6 +288,20 @@ def test_token_by_token_without_no_grad_holds_no_graph():
     torch.testing.assert_close(got, module(x), **CLOSE)
     assert cache.layers[0].latents.c_kv.grad_fn is None
     got.sum().backward()
+
+
+def test_the_tokens_of_the_call_learn_beside_int8_latents():
+    """Those of earlier calls are rounded constants; the first call meets none of them."""
+    module, whole = build(), build()
+    x, cache = random(1, 6, SIZES["hidden_size"]), LatentCache(format="int8")
+    module(x[:, :4], cache=cache).sum().backward()
+    whole(x[:, :4]).sum().backward()
+    for parameter, want in zip(module.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, want.grad)
+    module(x[:, 4:], cache=cache).sum().backward()
+    with forward_ad.dual_level():
+        out = module(forward_ad.make_dual(x, torch.ones_like(x)), cache=LatentCache(format="int8"))
+        assert forward_ad.unpack_dual(out).tangent is not None
 
 
 @pytest.mark.parametrize("recompute_kv", [False, True])

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
@@ -77,6 +78,10 @@ class LatentCache(DynamicCache):
 
         The cache holds constants. Under ``torch.no_grad()`` what is returned are its own rows. Else it is a
         copy, which carries the gradients of the new latents and stays as it is until the backward pass.
+
+        Raises:
+            ValueError: tensors that are not latents, or not as those held; latents with gradients in the int8
+                format, whose rows of bytes have none.
         """
         layer = self.layer_at(layer_idx)
         held: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
@@ -178,6 +183,11 @@ class LatentLayer(CacheLayerMixin):
             )
         b, _, s, r = key_states.shape
         p = value_states.shape[-1]
+        if self.format == "int8" and (_has_gradients(key_states) or _has_gradients(value_states)):
+            raise ValueError(
+                "expected latents without gradients, which int8 rows cannot carry, got some with them; call "
+                "the model under torch.no_grad(), or train with a cache of another format"
+            )
         before = self._rows.length
         if not before:
             self.lazy_initialization(key_states, value_states)
@@ -319,6 +329,13 @@ class IndexedLatentLayer(LatentLayer):
 
     def _all_buffers(self) -> dict[str, "_Rows"]:
         return {"rows": self._rows, "indexer": self._indexer}
+
+
+def _has_gradients(x: Tensor) -> bool:
+    """Whether autograd follows ``x``, backward or forward."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return True
+    return forward_mode() and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 class _Rows:
