@@ -258,6 +258,9 @@ def test_a_roll_back_leaves_contexts_alone_and_crops_all_layers_or_none():
     assert [cache.get_seq_length(i) for i in range(3)] == [4, 7, 0]
     cache.reset()
     assert [cache.get_seq_length(i) for i in range(3)] == [0, 0, 0]
+    cache.update(*latents(5), 1)  # not of a context any more
+    cache.layers[1].crop(-2)
+    assert cache.get_seq_length(1) == 3
 
 
 @pytest.mark.parametrize("name", [None, "bf16"])

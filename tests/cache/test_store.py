@@ -90,6 +90,20 @@ def test_only_latents_are_stored(tmp_path):
         save_cache(tmp_path / "file", filled(), TOKENS[:3], MODEL)
 
 
+def test_contexts_are_neither_stored_nor_copied(tmp_path):
+    """A prefix of the tokens says nothing about the context beside them."""
+    cache, copy = filled(), LatentCache()
+    cache.layers[1].holds_context = True
+    assert not is_storable(cache)
+    for use in (
+        lambda: save_cache(tmp_path / "file", cache, TOKENS, MODEL),
+        lambda: copy_prefix(cache, copy, 3),
+    ):
+        with pytest.raises(ValueError, match=r"latents only, .* context of a cross-attention"):
+            use()
+    assert not copy.layers
+
+
 def refused(path, match, model=MODEL):
     cache = LatentCache()
     with pytest.raises(MLAError, match=match):

@@ -121,7 +121,7 @@ class LatentLayer(CacheLayerMixin):
     rotary keys [b, 1, t, p]; in the int8 format ``keys`` are the whole rows, [b, 1, t, bytes]. ``rank`` and
     ``rope`` are r and p, 0 before the first write, ``dtype`` is that of the latents as they came.
     ``holds_context`` says that the rows belong to the context of a cross-attention: no query is one of them,
-    so a roll-back leaves them alone.
+    so a roll-back leaves them alone; a reset forgets them.
     """
 
     is_compileable = False
@@ -253,7 +253,8 @@ class LatentLayer(CacheLayerMixin):
                 )
 
     def reset(self) -> None:
-        """Forget every token, keep the allocation."""
+        """Forget every token, also those of a context; keep the allocation."""
+        self.holds_context = False
         for rows in self._buffers():
             rows.crop(rows.length)
         self._publish()

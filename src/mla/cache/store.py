@@ -31,13 +31,18 @@ _ABANDONED = 3600.0
 
 
 def is_storable(cache: LatentCache) -> bool:
-    """Whether the cache is latents and nothing else: states of linear attention and sliding windows cannot be
-    cut back to a prefix, so they are not kept."""
-    return all(isinstance(layer, LatentLayer) for layer in cache.layers)
+    """Whether the cache is latents of its tokens and nothing else: states of linear attention and sliding
+    windows cannot be cut back to a prefix, and the context of a cross-attention is not part of one."""
+    return all(isinstance(layer, LatentLayer) and not layer.holds_context for layer in cache.layers)
 
 
 def copy_prefix(source: LatentCache, target: LatentCache, length: int) -> None:
-    """Give the empty ``target`` the first ``length`` tokens that ``source`` holds."""
+    """Give the empty ``target`` the first ``length`` tokens that ``source`` holds.
+
+    Raises:
+        ValueError: the source holds more than latents of its tokens.
+    """
+    _check_storable(source)
     for index, old in enumerate(source.latent_layers):
         if held := old.held():
             first = {name: rows[:, :length] for name, rows in held.items()}
@@ -56,11 +61,11 @@ def save_cache(path: Path, cache: LatentCache, tokens: Sequence[int], fingerprin
         fingerprint: what :func:`load_cache` will ask for, field by field.
 
     Raises:
-        ValueError: the cache holds another number of tokens, several sequences, or more than latents.
+        ValueError: the cache holds another number of tokens, several sequences, or more than latents of its
+            tokens.
         MLAError: the folder cannot be written, or the disk is full.
     """
-    if not is_storable(cache):
-        raise ValueError("expected a cache of latents only, got one with other layers (see is_storable)")
+    _check_storable(cache)
     tensors: dict[str, Tensor] = {"tokens": torch.tensor(tokens, dtype=torch.int32)}
     layers: dict[str, tuple[int, int, str]] = {}
     for index, layer in enumerate(cache.latent_layers):
@@ -122,6 +127,14 @@ def read_tokens(path: Path) -> Tensor:
         MLAError: no such file, or not one of ours.
     """
     return _of_one_file(path, _tokens)
+
+
+def _check_storable(cache: LatentCache) -> None:
+    if not is_storable(cache):
+        raise ValueError(
+            "expected a cache of latents only, got one with other layers, or with the context of a "
+            "cross-attention (see is_storable)"
+        )
 
 
 def _compare(path: Path, expected: dict[str, str], got: dict[str, str]) -> None:
