@@ -403,6 +403,15 @@ def test_under_another_default_dtype(path):
     assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(got, want, strict=True))
 
 
+def test_autocast_rounds_no_score(path):
+    case = chosen(3, 1, page_size=1)
+    arguments = (random(3, 9, 576, seed=1).to(torch.bfloat16), case.cache[:, 0], case.indices, 0.03)
+    want = flash_mla_sparse_fwd(*arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = flash_mla_sparse_fwd(*arguments)
+    assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("top_k", [0, 5])
 def test_no_valid_token(top_k, path):
     q, kv = random(3, 9, 576, seed=1), torch.full((4, 1, 576), torch.nan)

@@ -175,10 +175,11 @@ def flash_mla_sparse_fwd(
     out, lse = _attend(queries, pool, table, _ends(table), d_v, sm_scale, sinks)
     # The kernels keep no maximum: the scores are computed once more for it, in fp32, and the lse with them.
     max_logits, lse = torch.full_like(lse[:, 0], -torch.inf), torch.full_like(lse[:, 0], torch.inf)
-    for i, tokens in enumerate(table):
-        scores = q[i].float() @ pool[tokens[tokens >= 0], 0].float().T * sm_scale
-        if scores.shape[1]:
-            max_logits[i], lse[i] = scores.amax(dim=1), scores.logsumexp(dim=1)
+    with portable.no_autocast("cpu"):
+        for i, tokens in enumerate(table):
+            scores = q[i].float() @ pool[tokens[tokens >= 0], 0].float().T * sm_scale
+            if scores.shape[1]:
+                max_logits[i], lse[i] = scores.amax(dim=1), scores.logsumexp(dim=1)
     return out[:, 0], max_logits, lse
 
 
