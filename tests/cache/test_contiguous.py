@@ -263,6 +263,33 @@ def test_a_roll_back_leaves_contexts_alone_and_crops_all_layers_or_none():
     assert cache.get_seq_length(1) == 3
 
 
+@pytest.mark.parametrize(
+    ("other", "size"),
+    [(DynamicSlidingWindowLayer(4), 5), (LinearAttentionLayer(), 3)],
+    ids=["window", "linear"],
+)
+def test_a_layer_of_transformers_that_cannot_be_cropped_leaves_all_as_they_were(other, size):
+    cache = LatentCache()
+    cache.layers = [LatentLayer(), other]
+
+    def write():
+        cache.update(*latents(size), 0)
+        if isinstance(other, LinearAttentionLayer):
+            cache.update_conv_state(torch.ones(2, 3, size), 1, conv_kernel_size=2)
+        else:
+            cache.update(*latents(size), 1)
+
+    write()
+    with pytest.raises(RuntimeError, match=r"Layer as layer 1, .* call activate_past_recording\(\)"):
+        cache.crop(-2)
+    assert cache.get_seq_length(0) == size
+    cache.reset()
+    cache.activate_past_recording()
+    write()
+    cache.crop(-2)
+    assert cache.get_seq_length(0) == size - 2
+
+
 @pytest.mark.parametrize("name", [None, "bf16"])
 def test_gradients_flow_through_the_new_tokens_only(name):
     cache = LatentCache(capacity=20, format=name)

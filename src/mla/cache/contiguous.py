@@ -14,6 +14,7 @@ from transformers.cache_utils import (
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
 )
 
 from mla.formats import cache_format
@@ -88,9 +89,21 @@ class LatentCache(DynamicCache):
         return held
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens of every layer, or of none; their number is given as a negative one."""
-        for layer in self.latent_layers:
-            layer.check_crop(tokens_to_remove)
+        """Forget the newest tokens of every layer, or of none; their number is given as a negative one.
+
+        Raises:
+            ValueError: a positive number, or more tokens than a layer holds.
+            RuntimeError: linear attention, or a full sliding window, that has not kept its past: see
+                ``activate_past_recording`` of Transformers.
+        """
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, LatentLayer):
+                layer.check_crop(tokens_to_remove)
+            elif not _can_go_back(layer):
+                raise RuntimeError(
+                    f"crop: expected layers that can go back, got {type(layer).__name__} as layer {index}, "
+                    "which keeps no past; call activate_past_recording() before the model reads the tokens"
+                )
         super().crop(tokens_to_remove)
 
     def layer_at(self, layer_idx: int) -> Any:
@@ -330,6 +343,14 @@ class IndexedLatentLayer(LatentLayer):
 
     def _all_buffers(self) -> dict[str, "_Rows"]:
         return {"rows": self._rows, "indexer": self._indexer}
+
+
+def _can_go_back(layer: Any) -> bool:
+    """Whether a layer of Transformers takes a crop now: it refuses only when the layers before it are cut."""
+    is_full = isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() >= layer.sliding_window
+    if is_full or isinstance(layer, LinearAttentionCacheLayerMixin):
+        return bool(layer.record_past)
+    return True
 
 
 def _has_gradients(x: Tensor) -> bool:
