@@ -331,6 +331,27 @@ def test_compile_traces_prefill_of_any_length(backend):
             torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "export"])
+@torch.no_grad()
+def test_compile_and_export_take_masks_of_every_query(backend):
+    """In one graph; what the mask says is not known there."""
+
+    class Around(torch.nn.Module):
+        def forward(self, inputs, mask):
+            return attention.prefill(**inputs, scale=0.2, mask=mask)
+
+    case = Case(b=2, s=5, t=9)
+    inputs, causal = case.inputs(), torch.ones(2, 1, 5, 9, dtype=torch.bool).tril(4)
+    torch._dynamo.reset()
+    if backend == "export":
+        traced = torch.export.export(Around(), (inputs, causal)).module()
+    else:
+        traced = torch.compile(Around(), fullgraph=True, backend=backend)
+    for mask in (causal, causal.flip(0, 3)):
+        for got, want in zip(traced(inputs, mask), Around()(inputs, mask), strict=True):
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("causal", [True, False])

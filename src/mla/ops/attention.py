@@ -97,8 +97,8 @@ def prefill(
     """Attention of s queries over t keys that every sequence of the batch has; chunks on a prefix included.
 
     CPU tensors without gradients run in the C++ kernels (``ops.native``); with gradients or dropout, in
-    fp16 or fp64, under a mask that is neither one of keys nor the causal one on top of it, or on another
-    device, in torch (``ops.portable``).
+    fp16 or fp64, under a mask that is neither one of keys nor the causal one on top of it (in a compiled
+    graph: one with a row for every query), or on another device, in torch (``ops.portable``).
 
     Args:
         q_nope: [b, s, h, n] queries without position; any floating dtype.
@@ -288,6 +288,8 @@ def _simple_mask(mask: Tensor | None, causal: bool, s: int, t: int) -> tuple[Ten
         return None
     if mask.shape[2] == 1:
         return mask[:, 0, 0], causal
+    if torch.compiler.is_compiling():  # a trace knows no mask's values
+        return None
     if torch._C._functorch.is_functorch_wrapped_tensor(mask):  # many masks in one, by vmap: no one answer
         return None
     # Transformers writes padding and the causal limit into one mask, whose last query sees every key that is
