@@ -159,6 +159,13 @@ def test_beams():
     assert cache.nbytes == 9 * (R + P) * 4
 
 
+def test_beams_under_another_default_device():
+    cache, c_kv = _filled(), latents(5)[0]
+    with torch.device("meta"):
+        cache.batch_repeat_interleave(2)
+    assert torch.equal(cache.layers[0].keys, c_kv.repeat_interleave(2, 0))
+
+
 def test_a_view_taken_earlier_stays_right_after_growth():
     cache = LatentCache()
     c_kv, k_rope = latents(50)

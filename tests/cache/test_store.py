@@ -208,6 +208,18 @@ def test_killed_savers_and_shared_folders(tmp_path):
     assert "read while it was replaced" in run.stdout
 
 
+def test_another_default_device(tmp_path):
+    """Files are read and written where the rows are."""
+    cache = filled()
+    with torch.device("meta"):
+        shelf, back = PrefixFolder(tmp_path, MODEL, limit=10**6), LatentCache()
+        shelf.save(cache, TOKENS)
+        file, common = shelf.longest(TOKENS)
+        shelf.load(file, back, common, CPU)
+    assert common == len(TOKENS)
+    assert equal(cache, back)
+
+
 def test_the_folder_finds_the_longest_prefix(tmp_path):
     shelf = PrefixFolder(tmp_path / "new", MODEL, limit=10**6)
     assert shelf.longest([1, 2, 3]) == (None, 0)

@@ -279,7 +279,7 @@ class LatentLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every sequence ``repeats`` times in a row."""
         for rows in self._buffers():
-            rows.select(torch.arange(rows.batch).repeat_interleave(repeats))
+            rows.select(torch.arange(rows.batch, device="cpu").repeat_interleave(repeats))
         self._publish()
 
     def batch_select_indices(self, indices: Tensor) -> None:

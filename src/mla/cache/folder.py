@@ -56,7 +56,7 @@ class PrefixFolder:
 
     def longest(self, tokens: Sequence[int]) -> tuple[Path | None, int]:
         """The file that has the longest beginning in common with ``tokens``, and how long that is."""
-        wanted = torch.tensor(tokens, dtype=torch.int32)
+        wanted = torch.tensor(tokens, dtype=torch.int32, device="cpu")
         best: tuple[Path | None, int] = (None, 0)
         for file, held in self._known().items():
             common = _common(held, wanted)
@@ -86,7 +86,7 @@ class PrefixFolder:
         """
         if cache.nbytes > self.limit:
             return
-        new = torch.tensor(tokens, dtype=torch.int32)
+        new = torch.tensor(tokens, dtype=torch.int32, device="cpu")
         file = self.folder / f"{self._model}-{digest(new.numpy().tobytes())}{_SUFFIX}"
         save_cache(file, cache, tokens, self.fingerprint)
         for old, held in self._known().items():

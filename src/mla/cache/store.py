@@ -66,7 +66,7 @@ def save_cache(path: Path, cache: LatentCache, tokens: Sequence[int], fingerprin
         MLAError: the folder cannot be written, or the disk is full.
     """
     _check_storable(cache)
-    tensors: dict[str, Tensor] = {"tokens": torch.tensor(tokens, dtype=torch.int32)}
+    tensors: dict[str, Tensor] = {"tokens": torch.tensor(tokens, dtype=torch.int32, device="cpu")}
     layers: dict[str, tuple[int, int, str]] = {}
     for index, layer in enumerate(cache.latent_layers):
         for name, rows in layer.held().items():
