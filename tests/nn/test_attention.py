@@ -399,6 +399,17 @@ def test_device_and_dtype():
     assert out.shape == (2, 3, SIZES["hidden_size"])
 
 
+def test_every_layer_can_be_reset_after_meta():
+    """What torch does to build a large model, FSDP for one: empty memory, then reset_parameters."""
+    module = MultiheadLatentAttention(make_config(q_lora_rank=24), device="meta").to_empty(device="cpu")
+    for parameter in module.parameters():
+        parameter.detach().fill_(torch.nan)
+    for layer in module.children():
+        layer.reset_parameters()
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    assert (module.kv_a_layernorm.weight == 1).all()
+
+
 @pytest.mark.parametrize("context_size", [None, 19])
 def test_another_default_device(context_size):
     """Tensors that are made on the way lie where the module does."""
