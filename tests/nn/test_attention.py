@@ -327,6 +327,20 @@ def test_a_cached_context_may_change_before_the_backward_pass():
     loss.backward()
 
 
+@torch.no_grad()
+def test_a_context_without_tokens_is_cached_as_one():
+    module, cache = build(context_size=19, qk_rope_head_dim=0, attention_bias=True), LatentCache()
+    x, context = random(2, 3, SIZES["hidden_size"]), torch.zeros(2, 0, 19)
+    want = module.o_proj.bias.expand(2, 3, -1)
+    torch.testing.assert_close(module(x, context=context, cache=cache), want)
+    torch.testing.assert_close(module(x, cache=cache), want)
+    with pytest.raises(ValueError, match="already holds a context of 0 tokens"):
+        module(x, context=random(2, 4, 19), cache=cache)
+    cache.reset()
+    module(x, context=random(2, 4, 19), cache=cache)
+    assert cache.get_seq_length() == 4
+
+
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
 @torch.no_grad()
 def test_nothing_in_nothing_out(shape):

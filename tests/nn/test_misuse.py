@@ -77,6 +77,17 @@ def test_misuse_of_a_cached_context():
     assert cache.get_seq_length() == 4
 
 
+def test_the_tokens_of_a_self_attention_are_no_context():
+    cache = LatentCache()
+    build()(X, cache=cache)
+    module = build(context_size=19)
+    with pytest.raises(ValueError, match="no cached context exists for layer 0"):
+        module(X, cache=cache, position_ids=torch.arange(3))
+    with pytest.raises(ValueError, match=r"expected nothing in layer 0, .* got 3 tokens that are no context"):
+        module(X, context=CONTEXT, cache=cache)
+    assert cache.get_seq_length() == 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

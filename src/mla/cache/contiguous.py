@@ -112,6 +112,11 @@ class LatentCache(DynamicCache):
             self.layers.append(LatentLayer(self.capacity, self.format))
         return self.layers[layer_idx]
 
+    def holds_context(self, layer_idx: int) -> bool:
+        """Whether a layer holds the context of a cross-attention, which may be one without tokens."""
+        there_yet = self.layers[layer_idx : layer_idx + 1]
+        return any(isinstance(layer, LatentLayer) and layer.holds_context for layer in there_yet)
+
     @property
     def latent_layers(self) -> list["LatentLayer"]:
         """The layers that hold latents, in order."""

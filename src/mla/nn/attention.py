@@ -148,14 +148,15 @@ class MultiheadLatentAttention(nn.Module):
         Raises:
             ValueError: shapes and dtypes other than these; a context without ``context_size``; neither a
                 context nor a cached one; a context although the cache already holds one (reset the cache, or
-                leave the context out); cross-attention that is causal, or that has RoPE and meets a cached
-                context without ``position_ids`` (the cache cannot know how far the queries are).
+                leave the context out), or holds the tokens of a self-attention there; cross-attention that is
+                causal, or that has RoPE and meets a cached context without ``position_ids`` (the cache cannot
+                know how far the queries are).
         """
         config = self.config
         _check_tokens("hidden_states", hidden_states, "[b, s, d]", None, config.hidden_size)
         b, s, _ = hidden_states.shape
         cached = 0 if cache is None else cache.get_seq_length(self.layer_idx)
-        source = self._source(hidden_states, context, cached)
+        source = self._source(hidden_states, context, cache, cached)
         if self.context_size is None:
             t = cached + s
         else:
@@ -202,7 +203,9 @@ class MultiheadLatentAttention(nn.Module):
         projected: Tensor = self.o_proj(out.flatten(2))
         return projected
 
-    def _source(self, hidden_states: Tensor, context: Tensor | None, cached: int) -> Tensor | None:
+    def _source(
+        self, hidden_states: Tensor, context: Tensor | None, cache: LatentCache | None, cached: int
+    ) -> Tensor | None:
         """The tokens whose latents this call computes; None where the cache holds the context's."""
         if self.context_size is None:
             if context is not None:
@@ -211,17 +214,24 @@ class MultiheadLatentAttention(nn.Module):
                     f"shape {tuple(context.shape)}"
                 )
             return hidden_states
+        # Not by its length: a context may have no tokens, and tokens may be those of a self-attention.
+        has_context = cache is not None and cache.holds_context(self.layer_idx)
         if context is None:
-            if cached == 0:
+            if not has_context:
                 raise ValueError(
                     f"context: expected [b, t, {self.context_size}], because no cached context exists for "
                     f"layer {self.layer_idx}, got None"
                 )
             return None
-        if cached > 0:
+        if has_context:
             raise ValueError(
                 f"context: expected None, because layer {self.layer_idx} of the cache already holds a "
                 f"context of {cached} tokens, got shape {tuple(context.shape)}; reset the cache for a new one"
+            )
+        if cached > 0:
+            raise ValueError(
+                f"cache: expected nothing in layer {self.layer_idx}, where the context goes, got {cached} "
+                "tokens that are no context; a self-attention needs another layer_idx, or another cache"
             )
         _check_tokens("context", context, "[b, t, context_size]", hidden_states.shape[0], self.context_size)
         return context
