@@ -249,6 +249,16 @@ def test_the_folder_stays_within_its_size(tmp_path):
     assert shelf.longest(list(range(500)))[1] == 100
 
 
+def test_the_folder_counts_what_is_written_not_what_is_allocated(tmp_path):
+    tokens = list(range(100))
+    roomy = LatentCache(capacity=10_000)
+    copy_prefix(filled(tokens), roomy, 100)
+    shelf = PrefixFolder(tmp_path, MODEL, limit=2 * filled(tokens).nbytes)
+    assert roomy.nbytes > shelf.limit
+    shelf.save(roomy, tokens)
+    assert shelf.longest(tokens)[1] == 100
+
+
 def test_a_damaged_file_in_the_folder_is_told_once(tmp_path):
     shelf = PrefixFolder(tmp_path, MODEL, limit=10**6)
     shelf.save(filled(), TOKENS)

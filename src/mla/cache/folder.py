@@ -79,12 +79,14 @@ class PrefixFolder:
             os.utime(file)
 
     def save(self, cache: LatentCache, tokens: Sequence[int]) -> None:
-        """Keep the latents of ``tokens``; files that hold only a beginning of them go.
+        """Keep the latents of ``tokens``, if the folder has room for them at all; files that hold only a
+        beginning of them go.
 
         Raises:
             MLAError: nothing can be written there.
         """
-        if cache.nbytes > self.limit:
+        # The rows in use: a cache may have room for many more.
+        if sum(rows.nbytes for layer in cache.latent_layers for rows in layer.held().values()) > self.limit:
             return
         new = torch.tensor(tokens, dtype=torch.int32, device="cpu")
         file = self.folder / f"{self._model}-{digest(new.numpy().tobytes())}{_SUFFIX}"
