@@ -10,13 +10,16 @@
 namespace mla {
 namespace {
 
-// Brings memory that lies in one piece into the second-level cache, two lines a step.
+// Brings memory that lies in one piece into the second-level cache, two lines at every so many steps.
 class LinesAhead {
 public:
   static constexpr int bytes = 128; // of a step
 
-  LinesAhead(const char* data, int64_t count) : at_(data), end_(data + count) {}
+  LinesAhead(const char* data, int64_t count, int every = 1)
+      : at_(data), end_(data + count), every_(every), wait_(every) {}
   MLA_INLINE void step() {
+    if (--wait_ > 0) return;
+    wait_ = every_;
     if (at_ >= end_) return;
     __builtin_prefetch(at_, 0, 2);
     __builtin_prefetch(at_ + 64, 0, 2);
@@ -25,6 +28,7 @@ public:
 
 private:
   const char *at_, *end_;
+  int every_, wait_;
 };
 
 // Rows of `k` numbers, as units of A, that meet every row of a weight.
@@ -59,13 +63,15 @@ public:
     for (int first = 0; first < count; first += kKeys) {
       const int part = static_cast<int>(least(kKeys, count - first));
       int n = 0;
-      // A single row reads no faster than memory comes, and one row of the weight after the other comes by itself.
-      if (rows_ > 1)
+      // With shorter vectors a single row is quicker without: one row of the weight after the other comes by itself.
+      if (rows_ > 1 || A::lanes == 16)
         for (; n + beside <= part; n += beside) meet<type, beside>(w + (first + n) * stride, stride, n, ahead);
       for (; n < part; ++n) meet<type, 1>(w + (first + n) * stride, stride, n, ahead);
       for (int row = 0; row < rows_; ++row) write_line(line_ + row * kKeys, part, out, where(row, first));
     }
   }
+
+  int groups() const { return (rows_ + tall - 1) / tall; }
 
 private:
   static int64_t stride_of(int k) { return odd_stride(up(k, some * vector) / A::per_unit); }
@@ -86,13 +92,9 @@ private:
         return meet<Type::f32, weights>(reinterpret_cast<const char*>(weights_), stride_ * 4, n, ahead);
       }
     }
-    NoAhead no_ahead;
     for (int i = 0; i < groups; ++i) {
       const int row = rows_ * i / groups, count = rows_ * (i + 1) / groups - row;
-      if (i == 0) // what follows the weight is fetched as fast as the weight is read
-        dots<type, tall, weights>(w, stride, row, count, n, ahead);
-      else
-        dots<type, tall, weights>(w, stride, row, count, n, no_ahead);
+      dots<type, tall, weights>(w, stride, row, count, n, ahead);
     }
   }
 
@@ -197,7 +199,7 @@ private:
                [&](int i) { return call.x + (row + i) * call.stride_x; });
       for (int64_t first = from; first < to; first += some) {
         const int64_t next = least(first + some, to), after = least(next + some, to);
-        LinesAhead ahead(call.w + next * call.stride_w, (after - next) * call.stride_w);
+        LinesAhead ahead(call.w + next * call.stride_w, (after - next) * call.stride_w, (rows.groups()));
         rows.template multiply<type>(
             call.w + first * call.stride_w, call.stride_w, static_cast<int>(next - first), type, ahead,
             [&](int i, int output) { return call.out + ((row + i) * int64_t{call.n} + first + output) * size; });
