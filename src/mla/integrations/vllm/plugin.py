@@ -27,6 +27,7 @@ _V1 = "vllm.v1.attention.backend"
 _SEAMS = {
     "vllm.config:get_current_vllm_config": "",
     "vllm.platforms.cpu:CpuPlatform.check_and_update_config": "vllm_config",
+    "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm": "layer remove_weight",
     "vllm.v1.attention.backends.registry:register_backend": "backend class_path",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum.CPU_MLA": "",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum.AMX_MLA": "",
@@ -127,6 +128,7 @@ def _stand_aside(reason: str) -> None:
 
 
 def _install() -> None:
+    from vllm.model_executor.layers import utils
     from vllm.model_executor.layers.attention.mla_attention import MLAAttention
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
     from vllm.model_executor.models import ModelRegistry
@@ -134,6 +136,7 @@ def _install() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     from mla.integrations.vllm import backend, settings
+    from mla.integrations.vllm.linear import with_plain_weights
 
     if AttentionBackendEnum.CPU_MLA.get_path() == _BACKEND:
         return
@@ -145,6 +148,7 @@ def _install() -> None:
     )
     MLAAttention.get_kv_cache_spec = backend.with_rows(MLAAttention.get_kv_cache_spec)
     RotaryEmbedding.forward_cpu = for_strided(RotaryEmbedding.forward_cpu)
+    utils.dispatch_cpu_unquantized_gemm = with_plain_weights(utils.dispatch_cpu_unquantized_gemm)
     _log.info(
         "mla: attention on latents in C++ (%s), cache format %s",
         native.best(),
