@@ -41,7 +41,13 @@ def check_convertible(config: Any) -> None:
     if kind not in _LLAMA_LIKE:
         known = ", ".join(sorted(_LLAMA_LIKE))
         raise MLAError(f"cannot convert a model of type {kind!r}: expected Llama-type attention ({known})")
-    if getattr(config, "quantization_config", None) is not None:
+    quantised = getattr(config, "quantization_config", None)
+    method = (
+        quantised.get("quant_method")
+        if isinstance(quantised, dict)
+        else getattr(quantised, "quant_method", "")
+    )
+    if quantised is not None and method != "gguf":  # those of a GGUF file are dequantised as they are read
         raise MLAError(
             "cannot convert: the weights are quantised (quantization_config), and the conversion multiplies "
             "with plain ones; convert the model that they were made from, or save it dequantised "
