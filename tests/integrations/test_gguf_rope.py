@@ -136,6 +136,7 @@ def test_llama3_is_read_off_its_divisors(tmp_path):
 def test_files_without_a_scaling_open(tmp_path, keys):
     model = load_model(str(write(tmp_path / "model.gguf", llama(PLAIN), keys=keys)), dtype="float32")
     assert torch.equal(model.model.rotary_emb.inv_freq, llama(PLAIN).model.rotary_emb.inv_freq)
+    check_convertible(model.config)  # which says that the file was quantised, as the weights no longer are
 
 
 @pytest.mark.parametrize(

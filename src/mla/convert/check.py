@@ -41,13 +41,9 @@ def check_convertible(config: Any) -> None:
     if kind not in _LLAMA_LIKE:
         known = ", ".join(sorted(_LLAMA_LIKE))
         raise MLAError(f"cannot convert a model of type {kind!r}: expected Llama-type attention ({known})")
-    quantised = getattr(config, "quantization_config", None)
-    method = (
-        quantised.get("quant_method")
-        if isinstance(quantised, dict)
-        else getattr(quantised, "quant_method", "")
-    )
-    if quantised is not None and method != "gguf":  # those of a GGUF file are dequantised as they are read
+    quantised = config.to_dict().get("quantization_config")
+    # A GGUF file's weights are dequantised as they are read; its config goes on to name the format.
+    if quantised is not None and quantised.get("quant_method") != "gguf":
         raise MLAError(
             "cannot convert: the weights are quantised (quantization_config), and the conversion multiplies "
             "with plain ones; convert the model that they were made from, or save it dequantised "
