@@ -58,8 +58,8 @@ public:
   }
 
   // Times `count` rows of a weight; where(row, first) says where the outputs of a row go, from `first` on.
-  template <Type type, class Ahead, class Where>
-  void multiply(const char* w, int64_t stride, int count, Type out, Ahead& ahead, Where&& where) {
+  template <Type type, class Where>
+  void multiply(const char* w, int64_t stride, int count, Type out, LinesAhead& ahead, Where&& where) {
     for (int first = 0; first < count; first += kKeys) {
       const int part = static_cast<int>(least(kKeys, count - first));
       int n = 0;
@@ -71,6 +71,7 @@ public:
     }
   }
 
+  // How often rows of the weight are met.
   int groups() const { return (rows_ + tall - 1) / tall; }
 
 private:
@@ -84,8 +85,8 @@ private:
   }
 
   // All rows, in groups of about equal size.
-  template <Type type, int weights, class Ahead> void meet(const char* w, int64_t stride, int n, Ahead& ahead) {
-    const int groups = (rows_ + tall - 1) / tall;
+  template <Type type, int weights> void meet(const char* w, int64_t stride, int n, LinesAhead& ahead) {
+    const int groups = this->groups();
     if constexpr (!A::stored(type)) {
       if (groups > 1) { // what is no units yet becomes units once for all groups
         for (int m = 0; m < weights; ++m) pack<type>(w + m * stride, weights_ + m * stride_);
@@ -98,15 +99,15 @@ private:
     }
   }
 
-  template <Type type, int rows, int weights, class Ahead>
-  MLA_INLINE void dots(const char* w, int64_t stride, int row, int count, int n, Ahead& ahead) {
+  template <Type type, int rows, int weights>
+  MLA_INLINE void dots(const char* w, int64_t stride, int row, int count, int n, LinesAhead& ahead) {
     if constexpr (rows > 1)
       if (count < rows) return dots<type, rows - 1, weights>(w, stride, row, count, n, ahead);
     dots<type, rows, weights>(w, stride, row, n, ahead);
   }
 
-  template <Type type, int rows, int weights, class Ahead>
-  void dots(const char* w, int64_t stride_w, int row, int n, Ahead& ahead) {
+  template <Type type, int rows, int weights>
+  void dots(const char* w, int64_t stride_w, int row, int n, LinesAhead& ahead) {
     constexpr int pairs = rows * weights, chains = pairs >= 8 ? 1 : pairs >= 4 ? 2 : some; // a sum waits for itself
     constexpr int bytes = bytes_of(type), lines = weights > 1 ? some * vector * bytes * weights / LinesAhead::bytes : 0;
     const uint32_t* x = units_ + row * stride_;
@@ -199,7 +200,7 @@ private:
                [&](int i) { return call.x + (row + i) * call.stride_x; });
       for (int64_t first = from; first < to; first += some) {
         const int64_t next = least(first + some, to), after = least(next + some, to);
-        LinesAhead ahead(call.w + next * call.stride_w, (after - next) * call.stride_w, (rows.groups()));
+        LinesAhead ahead(call.w + next * call.stride_w, (after - next) * call.stride_w, rows.groups());
         rows.template multiply<type>(
             call.w + first * call.stride_w, call.stride_w, static_cast<int>(next - first), type, ahead,
             [&](int i, int output) { return call.out + ((row + i) * int64_t{call.n} + first + output) * size; });
