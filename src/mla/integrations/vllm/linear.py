@@ -8,7 +8,7 @@ is held.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.nn.functional import linear as torch_linear
 
 from mla.ops import arguments
 from mla.ops.linear import FEW_ROWS, USED, linear
@@ -34,12 +34,8 @@ def with_plain_weights(original: Any) -> Any:
     return dispatch_cpu_unquantized_gemm
 
 
-def _shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
 # An operator, because the number of rows is not known where vLLM compiles a model.
 _library: Any = torch.library.Library("mla", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("layer(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.impl("layer", linear, "CPU")
-torch.library.register_fake("mla::layer", _shape)
+torch.library.register_fake("mla::layer", torch_linear)
