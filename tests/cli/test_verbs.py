@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import signal
 import sys
 
 import pytest
@@ -99,6 +100,80 @@ def test_chat_answers_as_without_a_cache(mla, mla_folder, monkeypatch):
         messages.append({"role": "assistant", "content": text})
         out += text + "\n"
     assert run.out == out
+
+
+class Terminal(io.StringIO):
+    """Lines that somebody types."""
+
+    def isatty(self):
+        return True
+
+
+def press_ctrl_c(monkeypatch, *tokens):
+    """While the second of three layers computes these tokens, counted from 1."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MLP
+
+    forward, calls = DeepseekV3MLP.forward, []
+
+    def pressed(self, *arguments):
+        calls.append(self)
+        if len(calls) in [3 * token - 1 for token in tokens]:
+            signal.raise_signal(signal.SIGINT)
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(DeepseekV3MLP, "forward", pressed)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("token", [1, 4])
+def test_ctrl_c_stops_an_answer(mla, mla_folder, monkeypatch, token):
+    """What was read is not read again, and what was said belongs to the conversation."""
+    options = ("--max-new-tokens", 6, "--temperature", 0)
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as pressing:
+        press_ctrl_c(pressing, token)
+        pressing.setattr(sys, "stdin", Terminal("Tell me a story\nAnd then?\n"))
+        run = mla("chat", mla_folder, *options)
+    assert run.status == 0
+    assert signal.getsignal(signal.SIGINT) is before
+
+    tokenizer = AutoTokenizer.from_pretrained(mla_folder)
+    model = AutoModelForCausalLM.from_pretrained(mla_folder)
+
+    def write(messages, count):
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+        ids = ids["input_ids"]
+        return tokenizer.decode(model.generate(ids, max_new_tokens=count, do_sample=False)[0, ids.shape[1] :])
+
+    messages = [{"role": "user", "content": "Tell me a story"}]
+    messages.append({"role": "assistant", "content": write(messages, token)})
+    messages.append({"role": "user", "content": "And then?"})
+    assert run.out == messages[1]["content"] + "\n" + write(messages, 6) + "\n"
+    reused = [int(line.split("(")[1].split()[0]) for line in run.err.splitlines() if "from the cache" in line]
+    assert reused[1] >= len("user: Tell me a story\nassistant: ")
+
+
+@pytest.mark.parametrize(("stdin", "tokens"), [(Terminal, (2, 3)), (io.StringIO, (2,))])
+def test_ctrl_c_twice_or_of_a_script_ends_the_program(mla, mla_folder, monkeypatch, stdin, tokens):
+    press_ctrl_c(monkeypatch, *tokens)
+    # The first press is held back: the model of a terminal computes on, as it does in a long prompt.
+    monkeypatch.setattr("mla.cli.session.StoppingCriteriaList", lambda criteria: None)
+    monkeypatch.setattr(sys, "stdin", stdin("Hello\nMore\n"))
+    run = mla("chat", mla_folder, "--max-new-tokens", 6)
+    assert run.status == 130
+
+
+def test_chat_goes_on_after_a_message_that_is_too_long(mla, mla_folder, monkeypatch):
+    lines = "Hello\n" + "x" * 600 + "\nMore\n"
+    options = ("--max-new-tokens", 6, "--temperature", 0)
+    monkeypatch.setattr(sys, "stdin", Terminal(lines))
+    run = mla("chat", mla_folder, *options)
+    assert run.status == 0
+    assert "the model takes 512 with the answer; /reset starts anew" in run.err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nMore\n"))
+    assert run.out == mla("chat", mla_folder, *options).out
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))  # a script must see it
+    assert mla("chat", mla_folder, *options).status == 2
 
 
 @torch.no_grad()

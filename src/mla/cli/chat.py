@@ -1,12 +1,17 @@
 """``mla chat``: a conversation that keeps its latents between turns."""
 
 import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mla.cli import console
+from mla.errors import MLAError
 
 
 def chat(
@@ -22,9 +27,10 @@ def chat(
     device: console.Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
 ) -> None:
-    """Talk with an MLA model. /reset starts anew, /exit or end of input ends."""
+    """Talk with an MLA model. /reset starts anew, /exit or end of input ends, Ctrl-C stops an answer."""
     from mla.cli.session import Sampling, Session
 
+    typed = sys.stdin.isatty()  # a script has to see what goes wrong
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     start = [] if system is None else [{"role": "system", "content": system}]
     with console.quiet_libraries():
@@ -50,7 +56,16 @@ def chat(
                 continue
             messages.append({"role": "user", "content": line})
             stream = None if as_json else lambda piece: print(piece, end="", flush=True)
-            answer = session.answer(session.encode(messages), sampling, on_text=stream)
+            try:
+                with _stopping(typed) as stopped:
+                    ids = session.encode(messages)
+                    answer = session.answer(ids, sampling, on_text=stream, stopped=stopped)
+            except MLAError as error:
+                if not typed:
+                    raise
+                console.people.print(f"mla: error: {error}; /reset starts anew", markup=False, soft_wrap=True)
+                messages.pop()
+                continue
             messages.append({"role": "assistant", "content": answer.text})
             if as_json:
                 print(json.dumps(asdict(answer), ensure_ascii=False), flush=True)
@@ -60,3 +75,20 @@ def chat(
                 f"[dim]{answer.prompt_tokens} tokens ({answer.reused_tokens} from the cache), "
                 f"{answer.new_tokens} written at {answer.decode_speed:.1f}/s[/]"
             )
+
+
+@contextmanager
+def _stopping(active: bool) -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed while inside; pressed again it ends the program."""
+    before, presses = signal.getsignal(signal.SIGINT), []
+
+    def press(*_: Any) -> None:
+        presses.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    if active:
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(presses)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TextIteratorStreamer
+from transformers import StoppingCriteriaList, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from mla.config import MLAConfig
@@ -105,9 +105,20 @@ class Session:
         return tokens
 
     def answer(
-        self, ids: Tensor, sampling: Sampling, *, on_text: Callable[[str], None] | None = None
+        self,
+        ids: Tensor,
+        sampling: Sampling,
+        *,
+        on_text: Callable[[str], None] | None = None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> Answer:
         """Write the continuation of ``ids`` [1, s]; latents of a common beginning are used again.
+
+        Args:
+            ids: the conversation so far.
+            sampling: how tokens are drawn, and how many.
+            on_text: told the text as it becomes whole words.
+            stopped: asked after every token; the answer ends where it says yes.
 
         Raises:
             MLAError: prompt and answer exceed the limit, or the cache would not fit into memory.
@@ -132,6 +143,9 @@ class Session:
                 max_new_tokens=wanted - s,
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
                 streamer=clock,
+                stopping_criteria=StoppingCriteriaList(
+                    [lambda ids, _, **__: torch.full((len(ids),), stopped(), device=ids.device)]
+                ),
                 **draw,
             )
         written = output[0, s:].tolist()
