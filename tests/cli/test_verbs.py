@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mla.cli.session import Sampling, Session
 from mla.integrations import transformers as integration
 
 
@@ -52,6 +53,14 @@ def test_generate_draws_by_seed(mla, mla_folder):
     options = ("--max-new-tokens", 20, "--temperature", 1.5)
     texts = [mla("generate", mla_folder, "Hi", *options, "--seed", seed).out for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_hot_draws_are_from_all_tokens(mla_folder):
+    """Not from the 50 likeliest only, which is Transformers' default."""
+    session = Session(str(mla_folder), dtype="auto", device="cpu")
+    ids = session.encode([{"role": "user", "content": "Hi"}])
+    draws = (session.answer(ids, Sampling(1, 1e4, 1.0, seed)) for seed in range(120))
+    assert len({answer.text for answer in draws}) > 50
 
 
 def test_generate_reads_standard_input(mla, mla_folder, monkeypatch):

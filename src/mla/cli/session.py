@@ -134,7 +134,13 @@ class Session:
         torch.manual_seed(sampling.seed)
         draw: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if sampling.temperature > 0:
-            draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+            # 0: Transformers would keep the 50 likeliest where neither the user nor the model says so.
+            draw = {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": self.model.generation_config.top_k or 0,
+            }
         with torch.no_grad():  # interrupted, the cache may hold half a step: it is not kept
             output = self.model.generate(
                 ids.to(self.model.device),
