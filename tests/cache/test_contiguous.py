@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from mla.cache import LatentCache
-from mla.cache.contiguous import IndexedLatentLayer, LatentLayer
+from mla.cache.contiguous import IndexedLatentLayer, LatentLayer, _Rows
 from mla.cache.store import copy_prefix
 from mla.config import MLAConfig
 from mla.integrations.transformers import absorb
@@ -174,13 +174,21 @@ def test_a_view_taken_earlier_stays_right_after_growth():
     assert torch.equal(early, c_kv[:, :, :10])
 
 
-def test_offload_and_prefetch():
+def test_offload_and_prefetch(monkeypatch):
+    """To the CPU, and back to the device of the first write; there is one device here, so moves are noted."""
     cache = LatentCache()
     c_kv, k_rope = latents(5)
     cache.update(c_kv, k_rope, 0)
-    cache.layers[0].offload()
-    cache.layers[0].prefetch()
-    assert torch.equal(cache.layers[0].keys, c_kv)
+    layer = cache.layers[0]
+    moves, move = [], _Rows.to
+    monkeypatch.setattr(_Rows, "to", lambda rows, device: moves.append(device) or move(rows, device))
+    layer.offload()
+    layer.prefetch()
+    assert moves == [torch.device("cpu")] * 2
+    assert torch.equal(layer.keys, c_kv)
+    layer._rows.home = torch.device("meta")
+    layer.prefetch()
+    assert layer.keys.device.type == "meta"
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
@@ -310,9 +318,9 @@ def test_gradients_flow_through_the_new_tokens_only(name):
         assert torch.equal(values, cache.layers[0].values)
         total = total + keys.square().sum()
     assert not cache.layers[0].keys.requires_grad
-    if name is None:
-        total.backward()
-        torch.testing.assert_close(weight.grad, 2 * c_kv.square().sum((0, 1, 2)))
+    total.backward()
+    close = {} if name is None else {"rtol": 2e-2, "atol": 1e-2}
+    torch.testing.assert_close(weight.grad, 2 * c_kv.square().sum((0, 1, 2)), **close)
 
 
 def test_int8_refuses_latents_that_carry_gradients():

@@ -180,11 +180,6 @@ def test_the_residual_stream_absorbs_the_change_of_eps(original: torch.nn.Module
         assert float((small(ids).logits - expected).abs().max()) > 1e-3, "the test shows nothing"
 
 
-def test_the_scale_is_folded_into_the_query(student: DeepseekV3ForCausalLM) -> None:
-    config, block = student.config, student.model.layers[0].self_attn
-    assert block.scaling == pytest.approx((config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5)
-
-
 def test_a_split_query_is_the_same_query(original: torch.nn.Module) -> None:
     split = convert(original, rank=12, rope=12, calibration=tokens(4, 24), split_query=True)
     whole = convert(original, rank=12, rope=12, calibration=tokens(4, 24))

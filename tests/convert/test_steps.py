@@ -18,9 +18,9 @@ from mla.convert.rope_split import (
     split_rope,
 )
 from mla.convert.statistics import AttentionWeights, collect, rotate, teacher_block, to_complex
-from mla.convert.text import tokenize_windows, write_windows
+from mla.convert.text import _draw, tokenize_windows, write_windows
 from mla.errors import MLAError
-from tests.convert.tiny import teacher
+from tests.convert.tiny import teacher, tokens
 
 
 def _weights(groups: int = 2) -> AttentionWeights:
@@ -44,11 +44,13 @@ def test_statistics_equal_their_definition(groups: int) -> None:
     output = torch.stack([teacher_block(weights, each) for each in x])
     H, d = 4, 8
     z = x.double() @ found.basis.T
+    torch.testing.assert_close(found.basis @ found.basis.T, torch.eye(len(z[0, 0]), dtype=z.dtype))
     key_cov = torch.zeros_like(found.key_cov)
     value_cov = torch.zeros_like(found.value_cov)
     lags = torch.zeros_like(found.lags)
     turn = torch.zeros_like(found.rotation)
     norm = torch.zeros_like(found.rotation.real)
+    query_moment, pair_moment = torch.zeros_like(found.query_moment), torch.zeros_like(found.pair_moment)
     expected = torch.zeros(2, 7, 24, dtype=torch.float64)
     for b in range(2):
         for h in range(H):
@@ -58,6 +60,7 @@ def test_statistics_equal_their_definition(groups: int) -> None:
             a = logits.masked_fill(~torch.ones(7, 7).tril().bool(), -math.inf).softmax(-1)
             o = weights.o[h].double()
             expected[b] += (a @ v) @ o.T
+            pairs = to_complex(x[b].double() @ weights.k.double().mT)  # [g, s, j]
             for t in range(7):
                 mean_z, mean_v = a[t] @ z[b], a[t] @ v
                 value_cov[h] += torch.outer(mean_z, mean_z)
@@ -68,12 +71,18 @@ def test_statistics_equal_their_definition(groups: int) -> None:
                     power = to_complex(q[t]).abs().square() * to_complex(k[s]).abs().square() * w
                     turn[h] += power * torch.polar(torch.ones(4).double(), weights.inv_freq * (t - s))
                     norm[h] += power
+                    query_moment[h] += w * torch.outer(q[t], q[t])
+                    products = pairs[:, None, s] * pairs[None, :, s].conj()  # [g, f, j]
+                    pair_moment[h] += (w * to_complex(q[t]).abs().square() * products).permute(2, 0, 1)
     close = {"atol": 1e-5, "rtol": 1e-4}
     torch.testing.assert_close(output.double(), expected, **close)
     torch.testing.assert_close(found.key_cov, key_cov / 14, **close)
     torch.testing.assert_close(found.value_cov, value_cov / 14, **close)
     torch.testing.assert_close(found.lags, lags / lags.sum(1, keepdim=True), **close)
     torch.testing.assert_close(found.rotation, turn / norm, **close)
+    torch.testing.assert_close(found.plain_cov, torch.einsum("btm,btn->mn", z, z) / 14, **close)
+    torch.testing.assert_close(found.query_moment, query_moment / lags.sum(1)[:, None, None], **close)
+    torch.testing.assert_close(found.pair_moment, pair_moment / 14, **close)
 
 
 def test_slots_and_residual_rebuild_every_logit_when_nothing_is_static() -> None:
@@ -121,10 +130,31 @@ def test_expected_rotation_turns_pairs() -> None:
 
 
 def test_more_slots_lose_less() -> None:
+    """Of the logits, when the rank is not cut."""
     weights = _weights(2)
-    statistics = collect(weights, torch.randn(4, 32, 24))
-    lost = [split_rope(statistics, weights.inv_freq, ladder(p, 100.0 ** (p / 8))).lost for p in (2, 4, 6, 8)]
-    assert lost == sorted(lost, reverse=True)
+    x = torch.randn(4, 32, 24)
+    statistics = collect(weights, x)
+    group = torch.arange(4) * 2 // 4
+    queries, keys = weights.q.double(), weights.k.double()
+    q, k = (torch.einsum("hdD,btD->bhtd", w, x.double()) for w in (queries, keys[group]))
+    wanted = rotate(q, weights.inv_freq) @ rotate(k, weights.inv_freq).mT
+    lost = []
+    for p in (2, 4, 6, 8):
+        frequencies = ladder(p, 100.0 ** (p / 8))
+        split = split_rope(statistics, weights.inv_freq, frequencies)
+        fixed = torch.einsum("hdD,btD->bhtd", mix_pairs(split.rotation, queries), x.double())
+        left = torch.einsum("gdD,btD->bgtd", residual_keys(split, keys), x.double())[:, group]
+        angles = torch.outer(torch.arange(32, dtype=torch.float64), frequencies)
+        turn = torch.polar(torch.ones_like(angles), angles)
+        slots = [
+            torch.view_as_complex((x.double() @ rows.mT).unflatten(-1, (-1, 2)).contiguous()) * turn
+            for rows in (rotary_queries(split, queries)[None].transpose(0, 1), rotary_keys(split, keys))
+        ]
+        turned = (slots[0] @ slots[1].mH).real.transpose(0, 1)
+        made = turned + fixed @ left.mT
+        lost.append(float(((made - wanted) * torch.ones(32, 32).tril()).square().mean()))
+    nothing = float((wanted * torch.ones(32, 32).tril()).square().mean())
+    assert nothing > lost[0] > lost[1] > lost[2] > lost[3]
 
 
 def _terms() -> Terms:
@@ -282,6 +312,16 @@ def test_the_written_text_follows_the_model(monkeypatch: pytest.MonkeyPatch) -> 
     assert float((seen - chance).abs().sum()) < 0.5  # 400 draws; a uniform draw is 1.4 away
     uniform = torch.full_like(chance, 1 / len(chance))
     assert float((seen - chance).abs().sum()) < float((seen - uniform).abs().sum())
+
+
+def test_text_is_written_on_a_cache_as_without_one() -> None:
+    model, given = teacher(), tokens(2, 40)
+    seen: list[torch.Tensor] = []
+    hook = model.register_forward_hook(lambda *call: seen.append(call[-1].logits))
+    assert torch.equal(_draw(model, given, torch.Generator()), given)
+    hook.remove()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(seen, 1), model(given[:, :-1]).logits, atol=1e-5, rtol=1e-4)
 
 
 def test_a_long_template_leaves_room_for_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:

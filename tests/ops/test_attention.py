@@ -110,6 +110,16 @@ def test_gradients_equal_reference(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_a_mask_of_another_dtype_changes_no_dtype(path):
+    case = Case(s=4, t=9)
+    inputs, mask = case.inputs(), make_mask(case, "float")
+    wanted = PATHS[path](**inputs, scale=case.scale, mask=mask)
+    found = PATHS[path](**inputs, scale=case.scale, mask=mask.double())
+    assert [x.dtype for x in found] == [torch.float32] * 2
+    assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_dropout_keeps_the_expectation(path):
     case = Case(s=4, t=50)
     inputs = case.inputs(torch.float64)

@@ -10,6 +10,7 @@ from mla.nn.layers import Linear
 from mla.ops import linear as module
 from mla.ops import native
 from mla.ops.linear import FEW_ROWS, linear
+from tests.ops.linear_cases import check, make
 from tests.ops.native_cases import ISAS
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="built without kernels")
@@ -19,27 +20,6 @@ by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 33, 131)
 WIDTHS = (1, 2, 3, 15, 16, 31, 32, 33, 63, 88, 100, 128, 129, 257, 576, 1024)
 OUTPUTS = (1, 2, 3, 5, 31, 33, 119, 120, 121, 250)
-
-
-def make(rows, n, k, dtype, seed=0):
-    """Rows and a weight, as parts of wider tensors that hold NaN elsewhere."""
-    chance = torch.Generator().manual_seed(seed)
-    made = []
-    for count in (rows, n):
-        wide = torch.full((count, k + 5), torch.nan, dtype=dtype)
-        wide[:, 2 : k + 2] = torch.randn(count, k, generator=chance).to(dtype)
-        made.append(wide[:, 2 : k + 2])
-    return made
-
-
-def check(x, weight, got):
-    """Against fp64: to rounding of a sum in fp32, and of the result."""
-    want = x.double() @ weight.double().mT
-    size = x.double().abs() @ weight.double().abs().mT
-    assert (got.shape, got.dtype) == (want.shape, x.dtype)
-    rounding = 2**-8 * want.abs() if x.dtype == torch.bfloat16 else 0.0
-    # Numbers are summed in as many parts as a vector has lanes.
-    assert ((got.double() - want).abs() <= 3e-7 * size + rounding).all()
 
 
 @by_isa
@@ -226,6 +206,7 @@ def test_what_the_kernel_does_not_compute_is_left_to_torch(calls):
             assert linear(x, weight).dtype == torch.bfloat16
         assert linear(x.to("meta"), weight.to("meta")).device.type == "meta"
         torch.testing.assert_close(linear(x, weight.mT.contiguous().mT), want)
+        torch.testing.assert_close(linear(x, weight[0]), want[:, 0])
         torch.testing.assert_close(linear(x, weight.relu().to_sparse()), x @ weight.relu().mT)
         torch.testing.assert_close(linear(x.relu().to_sparse(), weight), x.relu() @ weight.mT)
         with pytest.raises(RuntimeError, match="dtype"):

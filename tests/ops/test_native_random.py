@@ -10,12 +10,21 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mla.ops import native
+from tests.ops import linear_cases
 from tests.ops.cases import Case
 from tests.ops.native_cases import FORMATS, ISAS, OPERATORS, Options, check, make_call, make_inputs
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="built without kernels")
 
 FUZZ = int(os.environ.get("MLA_FUZZ", "0"))
+random_calls = settings(
+    max_examples=FUZZ or 150,
+    deadline=None,
+    derandomize=not FUZZ,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 NUMBER_OF_HEADS = st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 33, 48, 64, 127, 128, 129, 130]))
 
 
@@ -44,13 +53,7 @@ def calls(draw):
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-@settings(
-    max_examples=FUZZ or 150,
-    deadline=None,
-    derandomize=not FUZZ,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+@random_calls
 @given(calls(), st.sampled_from(ISAS or ("none",)), st.sampled_from([1, 1, 2, 3, 5]))
 def test_any_call_equals_the_reference(operator, call, isa, threads):
     case, cache, options, sharpness = call
@@ -66,5 +69,25 @@ def test_any_call_equals_the_reference(operator, call, isa, threads):
     torch.set_num_threads(threads)
     try:
         check(made, operator, isa, cache, options.queries, least * any(options.lengths))
+    finally:
+        torch.set_num_threads(before)
+
+
+@random_calls
+@given(
+    rows=st.integers(0, 80),
+    n=st.integers(0, 300),
+    k=st.one_of(st.integers(1, 300), st.integers(1, 3000)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**16),
+    isa=st.sampled_from(ISAS or ("none",)),
+    threads=st.sampled_from([1, 1, 2, 3, 5]),
+)
+def test_any_linear_layer_equals_the_reference(rows, n, k, dtype, seed, isa, threads):
+    x, weight = linear_cases.make(rows, n, k, dtype, seed)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        linear_cases.check(x, weight, native.linear(x, weight, isa=isa))
     finally:
         torch.set_num_threads(before)

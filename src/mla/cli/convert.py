@@ -96,7 +96,8 @@ def convert(
     from mla.convert.explore import check_promise
     from mla.integrations.loading import load_config, load_model, load_tokenizer
 
-    console.check_dtype(dtype, "float32", "bfloat16", "float16")
+    if dtype != "float16":  # known, and refused below with the reason
+        console.check_dtype(dtype, "float32", "bfloat16")
     if device.partition(":")[0] == "mps":
         raise MLAError("--device mps: the conversion needs float64, which mps does not have; take cpu")
     promised = max_kl is not None or max_ppl_increase is not None

@@ -29,7 +29,6 @@ class RopeSplit:
         read: [n, h], factor on the head's query pair for that slot; 0 where unused.
         residual: [j, g, g], what the slots leave of the groups' pairs, as a map of the pairs.
         rotation: [h, j], constant in place of e^{iω_j(t−s)} for the residual.
-        lost: expected squared output error that the split leaves, however large the rank.
     """
 
     pair: Tensor
@@ -37,7 +36,6 @@ class RopeSplit:
     read: Tensor
     residual: Tensor
     rotation: Tensor
-    lost: float
 
 
 def ladder(rope: int, theta: float) -> Tensor:
@@ -135,9 +133,7 @@ def split_rope(
         moment[:, j] = keep @ moment[:, j] @ keep.mH
         rate(j)
 
-    own = torch.einsum("hjgg,hg->hj", moment.real, member)
-    lost = float((own * (1 - rotation.abs().square()).clamp(min=0)).sum()) / (2 * J)
-    return RopeSplit(pair, key_mix, read, residual, rotation, lost / 2)
+    return RopeSplit(pair, key_mix, read, residual, rotation)
 
 
 def mix_pairs(factor: Tensor, weights: Tensor) -> Tensor:

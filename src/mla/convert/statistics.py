@@ -74,7 +74,6 @@ class LayerStatistics:
         pair_moment: complex [h, j, g, g], E Σ_s w_ts |q_hj(t)|² k_gj(s) k_fj(s)*.
         rotation: complex [h, j], weighted mean of e^{iω_j(t−s)}, weight w_ts |q_hj|² |k_gj|².
         lags: [h, T], weight w_ts by lag t − s, sums to one.
-        weight: [h], E Σ_s w_ts.
     """
 
     basis: Tensor
@@ -85,7 +84,6 @@ class LayerStatistics:
     pair_moment: Tensor
     rotation: Tensor
     lags: Tensor
-    weight: Tensor
 
 
 def joint_basis(weights: AttentionWeights) -> Tensor:
@@ -224,5 +222,4 @@ def collect(weights: AttentionWeights, inputs: Tensor) -> LayerStatistics:
         pair_moment=pair_moment / tokens,
         rotation=turned / unturned.clamp(min=tiny),
         lags=lags / weight.clamp(min=tiny)[:, None],
-        weight=weight / tokens,
     )

@@ -32,6 +32,7 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and x.dtype in FEW_ROWS
         and x.numel() <= FEW_ROWS[x.dtype] * x.shape[-1]
         and x.is_cpu
+        and weight.ndim == 2
         and _goes_with(x, weight)
         and (bias is None or _goes_with(x, bias))
         and x.layout is weight.layout is torch.strided

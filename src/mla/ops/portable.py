@@ -196,7 +196,10 @@ def _hide(scores: Tensor, rows: Tile, keys: Tile, offset: int, causal: bool, mas
     """Apply the causal limit (query i sees keys up to i + offset) and the mask to one tile of scores."""
     if mask is not None:
         tile = _tile_of(_tile_of(mask, -2, rows), -1, keys)
-        scores = scores.masked_fill(~tile, -torch.inf) if tile.dtype == torch.bool else scores + tile
+        if tile.dtype == torch.bool:
+            scores = scores.masked_fill(~tile, -torch.inf)
+        else:
+            scores = scores + tile.to(scores.dtype)
     if causal and keys[1] - 1 > rows[0] + offset:
         query = torch.arange(*rows, device=scores.device)[:, None] + offset
         key = torch.arange(*keys, device=scores.device)
