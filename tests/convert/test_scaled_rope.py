@@ -28,6 +28,8 @@ def test_frequencies_are_those_that_transformers_rotates_with(rope: dict[str, ob
     original = teacher(head_dim=width, rope_parameters=rope)
     found = teacher_frequencies(original.config)
     torch.testing.assert_close(found.float(), original.model.rotary_emb.inv_freq, atol=0, rtol=1e-6)
+    with torch.device("meta"):  # as in a conversion on a GPU
+        assert teacher_frequencies(original.config).device.type == "meta"
     # A pair that turns more than high_freq_factor times within the original length keeps its speed exactly.
     fast = ladder(width, 10_000.0) > 2 * torch.pi * 4 / 64
     assert torch.equal(found[fast], ladder(width, 10_000.0)[fast])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 from dataclasses import replace
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DeepseekV3ForCausalLM
 
 from mla.convert import Request, convert, run, workspace
+from mla.convert.evaluation import evaluate
 from mla.convert.text import cut_text, tokenize_windows
 from mla.errors import MLAError
 from tests.convert.tiny import teacher, tokens
@@ -265,6 +268,52 @@ def test_a_request_that_is_refused_removes_nothing(tmp_path: Path, stopped: Any)
     assert stopped(first) == (set(), [])
 
 
+def test_the_same_model_by_another_path_goes_on(tmp_path: Path) -> None:
+    model, request = teacher(), Request(windows=2, window=16)
+    with pytest.raises(StoppedError), workspace(model, Letters(), tmp_path / "out", request, "converting"):
+        raise StoppedError
+    model.config._name_or_path = "/elsewhere/tiny"
+    model.config.quantization_config = {"quant_method": "gguf", "gguf_file": "tiny.gguf"}
+    notices: list[str] = []
+    out = tmp_path / "out"
+    with workspace(model, Letters(), out, request, "converting", on_notice=notices.append):
+        assert notices == []
+
+
+def test_what_the_model_has_written_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between two batches of either text, and the same text comes out."""
+    monkeypatch.setattr("mla.convert.text._BATCH", 2)
+    monkeypatch.setattr("mla.convert.text._PIECE", 16)
+    model, request = teacher(), Request(windows=3, window=16, heal=0.05)
+    with workspace(model, Letters(), tmp_path / "whole", request, "converting") as work:
+        wanted = work
+    text = importlib.import_module("mla.convert.text")
+    draw, drawn = text._draw, []
+
+    def stops(*arguments: Any) -> Any:
+        if len(drawn) in stops_at:
+            stops_at.remove(len(drawn))
+            raise StoppedError
+        drawn.append(len(arguments[1]))
+        return draw(*arguments)
+
+    monkeypatch.setattr(text, "_draw", stops)
+    stops_at = [2, 5]
+    batches = 4 + 2  # of at most two: 3 windows to calibrate on and 4 to measure on, then 4 to heal on
+    for _ in range(3):
+        with (
+            contextlib.suppress(StoppedError),
+            workspace(model, Letters(), tmp_path / "out", request, "converting") as work,
+        ):
+            assert len(drawn) == batches
+            for name in ("calibration", "training", "held_out"):
+                assert torch.equal(getattr(work, name), getattr(wanted, name)), name
+    assert stops_at == []
+    assert len(drawn) == batches
+
+
 def test_finished_layers_are_only_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A healing that goes on does not wait for the calibration text to be read by both models."""
     model, calibration = teacher("qwen2"), tokens(2, 24)  # its biases leave a constant in every layer
@@ -281,6 +330,16 @@ def test_finished_layers_are_only_read_again(tmp_path: Path, monkeypatch: pytest
     other = convert(model, calibration=calibration, cache=0.5, state=tmp_path)
     for name, value in first.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], value, atol=1e-4, rtol=1e-3)
+
+
+def test_the_report_measures_what_is_written(tmp_path: Path) -> None:
+    model, request = teacher(), Request(cache=0.5, windows=2, window=32, dtype="bfloat16")
+    facts = run("tiny", model, Letters(), tmp_path / "out", request)
+    written = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with workspace(model, Letters(), tmp_path / "again", request, "converting") as work:
+        found = evaluate(written, work.held_out, against=model)
+    assert facts["quality"]["kl"] == pytest.approx(found.kl, rel=1e-5)
+    assert facts["quality"]["perplexity"] == pytest.approx(found.perplexity, rel=1e-5)
 
 
 def test_an_exact_conversion_can_be_healed(tmp_path: Path) -> None:

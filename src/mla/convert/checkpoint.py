@@ -133,7 +133,8 @@ def teacher_frequencies(config: Any) -> Tensor:
     plain = RopeConfig(layout="half", theta=theta)
     # Both in fp32, so that the ratio of a pair that the scaling leaves alone is 1 exactly.
     slowed = inverse_frequencies(scaled, d) / inverse_frequencies(plain, d)
-    return ladder(d, theta) * slowed.double()
+    found = ladder(d, theta)
+    return found * slowed.to(found)
 
 
 def has_biases(teacher: PreTrainedModel) -> bool:

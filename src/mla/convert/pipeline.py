@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
@@ -25,6 +25,7 @@ from mla.convert.checkpoint import (
     write_layer,
 )
 from mla.convert.factorise import Terms, factorise
+from mla.convert.parts import store
 from mla.convert.refit import refit, student_block
 from mla.convert.rope_split import (
     RopeSplit,
@@ -129,7 +130,7 @@ def convert(
                 found = factor_layer(weights, collect(weights, theirs[measured]), budget)
                 factors = refit(found, mine, output, theta=budget.theta)
                 if state is not None:
-                    _store(state, layer, factors)
+                    store(_place(state, layer), vars(factors))
             own_output = torch.stack([student_block(factors, x, budget.theta) for x in mine])
             write_layer(student, layer, factors, constant=weights.constant, stream=scale)
             hidden += output + weights.constant
@@ -253,13 +254,6 @@ def feed_forward(block: Any, hidden: Tensor) -> Tensor:
     dtype = block.mlp.gate_proj.weight.dtype
     norm = block.post_attention_layernorm
     return torch.stack([block.mlp(input_norm(norm, window).to(dtype)).float() for window in hidden])
-
-
-def _store(state: Path, layer: int, factors: LayerFactors) -> None:
-    path = _place(state, layer)
-    partial = path.with_suffix(".partial")
-    save_file({name: value.contiguous() for name, value in vars(factors).items()}, partial)
-    partial.replace(path)
 
 
 def _place(state: Path, layer: int) -> Path:

@@ -78,7 +78,7 @@ def _finish(
     overwrite: bool,
     on_progress: Progress | None,
 ) -> dict[str, Any]:
-    started = time.monotonic()
+    dtype = getattr(torch, request.dtype)
     student = convert(
         teacher,
         calibration=work.calibration,
@@ -101,12 +101,15 @@ def _finish(
             state=work.place / "healing.pt",
             on_progress=on_progress,
         )
+    with torch.no_grad():
+        for parameter in student.parameters():  # what is measured is what is written
+            parameter.copy_(parameter.to(dtype))
     facts = _facts(source, teacher, student, request)
     facts["heal"] = None if healing is None else {"minutes": request.heal} | asdict(healing)
     facts["quality"] = _quality(teacher, student, work.held_out, request, on_progress)
     facts["layer_errors"] = layer_errors(student, teacher, work.held_out)
-    facts["seconds"] = round(time.monotonic() - started, 1)
-    save(student, tokenizer, out, report=facts, dtype=getattr(torch, request.dtype), overwrite=overwrite)
+    facts["seconds"] = round(time.monotonic() - work.started, 1)
+    save(student, tokenizer, out, report=facts, dtype=dtype, overwrite=overwrite)
     told: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
     return told
 

@@ -175,13 +175,14 @@ def collect(weights: AttentionWeights, inputs: Tensor) -> LayerStatistics:
         q = torch.einsum("hdD,tD->htd", weights.q, x)
         k = torch.einsum("gdD,tD->gtd", weights.k, x)
         v = torch.einsum("gdD,tD->gtd", weights.v, x)
-        logits = rotate(q, weights.inv_freq) @ rotate(k, weights.inv_freq)[group].mT / math.sqrt(d)
+        q_turned, k_turned = rotate(q, weights.inv_freq) / math.sqrt(d), rotate(k, weights.inv_freq)
         k_pairs = to_complex(k)  # [g, t, j]
         k_powers = k_pairs.abs().square()
         # A few heads at a time: a head's [T, T] matrices are the largest thing here.
         for heads in _portions(H, max(1, _LOGITS // T**2)):
             own = group[heads]
-            a = logits[heads].masked_fill_(hidden_keys, -math.inf).softmax(-1)
+            logits = q_turned[heads] @ k_turned[own].mT
+            a = logits.masked_fill_(hidden_keys, -math.inf).softmax(-1)
             # The square of a tiny probability is a denormal number, which many CPUs multiply in software.
             a = torch.threshold_(a, 1e-12, 0.0)
             metric = output_metric[heads]
@@ -203,8 +204,8 @@ def collect(weights: AttentionWeights, inputs: Tensor) -> LayerStatistics:
 
             q_power = to_complex(q[heads]).abs().square()  # [h, t, j]
             k_power = k_powers[own]
-            k_turned = phase.conj() * k_power
-            wk = torch.complex(w @ k_turned.real, w @ k_turned.imag)
+            k_phase = phase.conj() * k_power
+            wk = torch.complex(w @ k_phase.real, w @ k_phase.imag)
             turned[heads] += (q_power * phase * wk).sum(1)
             unturned[heads] += (q_power * (w @ k_power)).sum(1)
             pair_weight = w.mT @ q_power  # [h, s, j]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from mla.convert.parts import store
 from mla.errors import MLAError
 
 # Tokens of a text that the model writes. Long ones lose their thread, and many short ones are more varied.
@@ -31,6 +34,7 @@ def write_windows(
     length: int,
     *,
     seed: int = 0,
+    state: Path | None = None,
     on_progress: Callable[[str, float, float], None] | None = None,
 ) -> Tensor:
     """Let the model write its own calibration text, drawn at temperature 1.
@@ -47,6 +51,8 @@ def write_windows(
         windows: number of windows.
         length: tokens per window.
         seed: of the drawing.
+        state: file for what is written so far: a call with the same arguments and the same file goes on from
+            there. The caller removes it.
         on_progress: called as (stage, windows done, windows in all).
 
     Returns:
@@ -71,13 +77,21 @@ def write_windows(
         part = given[_ASKED - 1 :: _ASKED, len(first) : len(first) + len(row)]
         part[:] = torch.where(row == _FREE, part, row)
     chance = torch.Generator(model.device).manual_seed(seed)
-    written: list[Tensor] = []
-    for batch in given.chunk(-(-count // _BATCH)):
-        written.append(_draw(model, batch.to(model.device), chance)[:, len(first) :])
+    written = given[:0]
+    if state is not None and state.exists():
+        kept = load_file(state)
+        written = kept["written"]
+        chance.set_state(kept["chance"])
+    size = -(-count // -(-count // _BATCH))
+    for begun in range(len(written), count, size):
+        batch = given[begun : begun + size].to(model.device)
+        written = torch.cat([written, _draw(model, batch, chance)])
+        if state is not None:
+            store(state, {"written": written, "chance": chance.get_state()})
         if on_progress is not None:
-            done = sum(ids.numel() for ids in written) // fresh
+            done = written[:, len(first) :].numel() // fresh
             on_progress("writing calibration text", min(done, windows), windows)
-    rows = torch.cat(written).flatten()[: windows * fresh].view(windows, fresh)
+    rows = written[:, len(first) :].flatten()[: windows * fresh].view(windows, fresh)
     return torch.cat([given[:1, : len(first)].expand(windows, -1), rows], dim=1)
 
 

@@ -12,17 +12,19 @@ import contextlib
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mla import __version__
+from mla.convert.parts import store
 from mla.convert.pipeline import check_split_query
 from mla.convert.text import (
     check_vocabulary,
@@ -41,13 +43,14 @@ Notice = Callable[[str], None]
 
 _WINDOWS = "windows.safetensors"  # what to calibrate on and what to measure on
 _TRAINING = "training.safetensors"  # what to heal on
+_WRITING = "{}-writing.safetensors"  # what the model has written of either so far
 # The parts of the folder, their files, and what of :func:`_identity` they depend on. On "dtype" none does.
 _OF_TEXT = {"mla", "torch", "model", "calibration", "windows", "window", "seed"}
 _OF_LAYERS = _OF_TEXT | {"cache", "rank", "rope"}
 _PARTS = (
-    ("text", _WINDOWS, _OF_TEXT),
+    ("text", "windows*.safetensors", _OF_TEXT),
     ("search", "points", _OF_TEXT),
-    ("text to heal on", _TRAINING, _OF_TEXT | {"heal"}),
+    ("text to heal on", "training*.safetensors", _OF_TEXT | {"heal"}),
     ("layers", "layer-*.safetensors", _OF_LAYERS),
     ("healing", "healing.pt", _OF_LAYERS | {"heal", "split_query"}),
 )
@@ -88,12 +91,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder for finished parts, and token ids [w, t] to calibrate on, to heal on and to measure on."""
+    """A folder for finished parts, token ids [w, t] to calibrate on, to heal on and to measure on, and when
+    work on them began (``time.monotonic``)."""
 
     place: Path
     calibration: Tensor
     training: Tensor
     held_out: Tensor
+    started: float
 
 
 def check_request(request: Request) -> list[str | None]:
@@ -147,6 +152,7 @@ def workspace(
     Raises:
         MLAError: the model or the request cannot be used; then what was there is still there, and no more.
     """
+    started = time.monotonic()
     check_split_query(teacher, request.split_query)
     check_window(teacher.config, request.window)
     texts = _Texts(teacher, tokenizer, request, check_request(request), on_progress)
@@ -156,25 +162,27 @@ def workspace(
     useless, notice = _useless(place, identity)
     new = not place.exists()
     try:
-        if place / _WINDOWS in useless or not (place / _WINDOWS).exists():
-            fitting = texts.fitting() if search is None else load_file(search.place / _WINDOWS)
-        else:
-            fitting = load_file(place / _WINDOWS)
+        cut: dict[str, Tensor] = {}
+        if search is None and (place / _WINDOWS in useless or not (place / _WINDOWS).exists()):
+            cut = texts.cut()
         # Nothing more can be wrong with the request: what it cannot go on with goes only now.
         if useless and on_notice is not None:
             on_notice(notice)
         _enter(place, identity, useless)
-        _keep(place / _WINDOWS, lambda: fitting)
+        fitting = _keep(
+            place / _WINDOWS,
+            lambda: texts.fitting(cut, place) if search is None else load_file(search.place / _WINDOWS),
+        )
         calibration, held_out = (texts.mixed(fitting, name) for name in ("calibration", "held_out"))
         training = calibration
         if request.heal:
-            healing = _keep(place / _TRAINING, lambda: texts.healing(fitting))
+            healing = _keep(place / _TRAINING, lambda: texts.healing(fitting, place))
             training = texts.mixed(_evened(healing), "training")
     except MLAError:
         if new:
             shutil.rmtree(place, ignore_errors=True)
         raise
-    yield Workspace(place, calibration, training, held_out)
+    yield Workspace(place, calibration, training, held_out, started if search is None else search.started)
     shutil.rmtree(place, ignore_errors=True)
 
 
@@ -188,21 +196,28 @@ class _Texts:
     texts: list[str | None]
     on_progress: Progress | None
 
-    def fitting(self) -> dict[str, Tensor]:
-        """Every text's windows to calibrate on and to measure on."""
+    def cut(self) -> dict[str, Tensor]:
+        """Every file's windows to calibrate on and to measure on: what is wrong with them is known before the
+        model has written anything.
+        """
         found: dict[str, Tensor] = {}
-        # Files first: what is wrong with them is known before the model has written anything.
-        for index in sorted(range(len(self.texts)), key=lambda index: self.texts[index] is None):
-            text, (calibrating, measuring) = self.texts[index], self._shares(index)
-            if text is None:
-                ids = self._write(calibrating + measuring, self.request.seed)
-                calibration, held_out = ids[measuring:], ids[:measuring]
-            else:
-                calibration, held_out = self._cut(index, text)
-            found |= {f"calibration {index}": calibration, f"held_out {index}": held_out}
+        for index, text in enumerate(self.texts):
+            if text is not None:
+                found[f"calibration {index}"], found[f"held_out {index}"] = self._cut(index, text)
         return self._checked(found)
 
-    def healing(self, fitting: dict[str, Tensor]) -> dict[str, Tensor]:
+    def fitting(self, cut: dict[str, Tensor], place: Path) -> dict[str, Tensor]:
+        """Those windows, and as many that the model writes where it is asked to."""
+        found = dict(cut)
+        for index, text in enumerate(self.texts):
+            if text is None:
+                calibrating, measuring = self._shares(index)
+                file = place / _WRITING.format("windows")
+                ids = self._write(calibrating + measuring, self.request.seed, file)
+                found[f"calibration {index}"], found[f"held_out {index}"] = ids[measuring:], ids[:measuring]
+        return self._checked(found)
+
+    def healing(self, fitting: dict[str, Tensor], place: Path) -> dict[str, Tensor]:
         """Every text's windows to heal on: of a file all that the time allows to read, of what the model
         writes those that calibrated and more.
         """
@@ -215,7 +230,8 @@ class _Texts:
                 learnt = self._parts(index, text)[0]
                 ids = cut_text(learnt, self.tokenizer, self.request.window, limit=limit)
             elif count := (more + index) // len(self.texts):
-                ids = torch.cat([calibration, self._write(count, self.request.seed + 1)])
+                file = place / _WRITING.format("training")
+                ids = torch.cat([calibration, self._write(count, self.request.seed + 1, file)])
             else:
                 ids = calibration
             found[f"training {index}"] = ids if len(ids) > len(calibration) else calibration
@@ -254,13 +270,14 @@ class _Texts:
             for use, part, windows in uses
         ]
 
-    def _write(self, windows: int, seed: int) -> Tensor:
+    def _write(self, windows: int, seed: int, file: Path) -> Tensor:
         return write_windows(
             self.teacher,
             self.tokenizer,
             windows,
             self.request.window,
             seed=seed,
+            state=file,
             on_progress=self.on_progress,
         )
 
@@ -280,19 +297,21 @@ def _evened(found: dict[str, Tensor]) -> dict[str, Tensor]:
 def _keep(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """What lies in the file, made where it does not lie there yet."""
     if not path.exists():
-        save_file({name: ids.contiguous() for name, ids in make().items()}, path.with_suffix(".partial"))
-        path.with_suffix(".partial").replace(path)
+        store(path, make())
     stored: dict[str, Tensor] = load_file(path)
     return stored
 
 
 def _identity(teacher: PreTrainedModel, request: Request, texts: list[str | None]) -> dict[str, Any]:
-    """Everything that the finished parts depend on: of texts what they say, not where they lie."""
+    """Everything that the finished parts depend on: of model and texts what they are, not where they lie."""
+    config = teacher.config.to_dict()
+    for name in ("_name_or_path", "quantization_config"):  # the path as it was typed, a GGUF file's name
+        config.pop(name, None)
     return {
         **asdict(request),
         "mla": __version__,
         "torch": torch.__version__,
-        "model": digest(canonical(teacher.config.to_dict()), digest_of_weights(teacher).encode()),
+        "model": digest(canonical(config), digest_of_weights(teacher).encode()),
         "calibration": [None if text is None else digest(text.encode()) for text in texts],
     }
 
