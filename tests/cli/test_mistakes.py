@@ -78,6 +78,25 @@ def test_missing_weights(mla, broken):
     says(mla("generate", broken, "Hi"), "does not open")
 
 
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        # Transformers would draw the last layer's weights at random.
+        ({"num_hidden_layers": 3}, ["lacks 9 of the model's tensors (model.layers.2.input_layernorm.weight"]),
+        ({"intermediate_size": 40}, ["down_proj.weight is [32, 48], its config.json makes it [32, 40]"]),
+        ({"hidden_size": 33}, ["does not open", "33) is not a multiple of"]),
+        ({"num_attention_heads": "x"}, ["does not open", "expected int, got str"]),
+    ],
+)
+def test_weights_and_configuration_that_do_not_agree(mla, llama_folder, tmp_path, changes, parts):
+    folder = shutil.copytree(llama_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    text = tmp_path / "text"
+    text.write_text("Once upon a time. " * 20)
+    says(mla("eval", folder, "--text", text, "--window", 32), *parts)
+
+
 def test_not_an_mla_model(mla, llama_folder):
     for verb in (("generate", llama_folder, "Hi"), ("chat", llama_folder), ("doctor", llama_folder)):
         says(mla(*verb), "is not an MLA model", "mla convert MODEL OUT")

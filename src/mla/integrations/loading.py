@@ -1,11 +1,13 @@
 """Open a model and its tokenizer from a folder, a GGUF file or a Hub id; refuse early, in one line."""
 
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -45,7 +47,11 @@ def load_model(source: str, *, dtype: DtypeName = "auto", device: str = "cpu") -
         count, stored = size
         needed = count * (stored if chosen == "auto" else chosen.itemsize)
         require_memory(needed, f"the weights of {source}")
-    model = _load(AutoModelForCausalLM, path, {**options, "config": config, "dtype": chosen})
+    options |= {"config": config, "dtype": chosen}
+    # Transformers' own error for shapes that do not fit names none of them.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = _load(AutoModelForCausalLM, path, options)
+    _check_complete(source, found["missing_keys"], found["mismatched_keys"])
     return model.to(device).eval()
 
 
@@ -151,8 +157,25 @@ def _load(cls: Any, path: str, options: dict[str, Any]) -> Any:
                 "reading a .gguf file needs gguf and accelerate: pip install gguf accelerate"
             ) from error
         raise MLAError(f"{path} needs a package that is not installed: {_first_line(error)}") from error
+    except StrictDataclassError as error:  # a configuration with a wrong type, or that contradicts itself
+        raise MLAError(f"{path} does not open: {' '.join(str(error).split())}") from error
     except (OSError, ValueError, SafetensorError) as error:
         raise MLAError(f"{path} does not open: {_first_line(error)}") from error
+
+
+def _check_complete(source: str, missing: Iterable[str], misfits: Iterable[tuple[str, Any, Any]]) -> None:
+    """Transformers draws weights that are missing at random, and says so in a warning."""
+    for name, stored, wanted in sorted(misfits):
+        raise MLAError(
+            f"{source} does not open: {name} is {list(stored)}, its config.json makes it {list(wanted)}"
+        )
+    names = sorted(missing)
+    if names:
+        shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+        why = "a file is missing, or it is no language model"
+        if source.endswith(".gguf"):
+            why = "the parts of a split file must be merged first, by llama-gguf-split --merge"
+        raise MLAError(f"{source} lacks {len(names)} of the model's tensors ({shown}): {why}")
 
 
 def _weight_bytes(source: str) -> tuple[int, int] | None:
