@@ -47,6 +47,58 @@ def test_a_bias_or_another_layer_type_is_refused_and_nothing_changed(model):
     assert all("expand_kv" not in vars(module) for module in latent_attentions(model).values())
 
 
+def test_an_adapter_that_comes_after_absorb_is_refused(model):
+    """Its base layer's weight alone would be used, in silence."""
+    absorb(model)
+    attention = list(latent_attentions(model).values())[-1]
+    attention.kv_b_proj = torch.nn.Sequential(attention.kv_b_proj)
+    with pytest.raises(MLAError, match=r"layer 2\.kv_b_proj: expected a plain linear layer"):
+        model(token_ids(1, 4))
+
+
+@torch.no_grad()
+def test_models_that_share_a_config(model):
+    ids = token_ids(1, 8)
+    other = type(model)(model.config).eval()
+    wanted = other(ids).logits
+    absorb(model)
+    torch.testing.assert_close(other(ids).logits, wanted)  # not absorbed
+    absorb(other)
+    torch.testing.assert_close(other(ids).logits, wanted, atol=1e-4, rtol=1e-4)
+    restore(model)
+    with pytest.raises(MLAError, match=r"set to sdpa since absorb.* absorb.model. again"):
+        other(ids)
+    torch.testing.assert_close(absorb(other)(ids).logits, wanted, atol=1e-4, rtol=1e-4)
+    restore(other)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+def test_sparse_attention_is_not_lost_by_a_shared_config():
+    model = build("deepseek_v32")
+    other = type(model)(model.config).eval()
+    absorb(model)
+    with pytest.raises(MLAError, match="has sparse indices or sinks and shares its config with an absorbed"):
+        other(token_ids(1, 40))
+    absorb(other)(token_ids(1, 40))
+
+
+@torch.no_grad()
+def test_a_trace_holds_for_other_masks(model):
+    absorb(model.requires_grad_(False), path="expanded")
+    ids, full = token_ids(2, 8), torch.ones(2, 8, dtype=torch.int64)
+    padded = full.clone()
+    padded[1, :3] = 0
+
+    def run(ids, mask):
+        return model(ids, attention_mask=mask, use_cache=False).logits
+
+    traced = torch.jit.trace(run, (ids, full), check_trace=False)
+    for mask in (full, padded):
+        wanted = run(ids, mask)
+        torch.testing.assert_close(traced(ids, mask)[mask.bool()], wanted[mask.bool()], atol=1e-5, rtol=1e-4)
+
+
 def test_a_model_without_the_seam_is_refused(model, monkeypatch):
     kind = type(next(iter(latent_attentions(model).values())))
     monkeypatch.delattr(kind, "expand_kv")

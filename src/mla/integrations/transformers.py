@@ -88,10 +88,10 @@ def absorb(model: Model, *, path: Path | Literal["auto"] = "auto") -> Model:
     record = _Absorbed(
         tuple(modules.values()),
         take_over(model),
-        tuple((config, config._attn_implementation) for config in configs.values()),
+        tuple((config, _implementation(config)) for config in configs.values()),
     )
     for module in record.modules:
-        module.expand_kv = _keep_latents
+        module.expand_kv = partial(_keep_latents, module.config)
         module._mla_path = path
     for config, _ in record.implementations:
         config._attn_implementation = IMPLEMENTATION
@@ -140,8 +140,13 @@ def up_projections(weight: Tensor, h: int, n: int) -> tuple[Tensor, Tensor]:
     return per_head[:, :n], per_head[:, n:]
 
 
-def _keep_latents(c_kv: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+def _keep_latents(config: PreTrainedConfig, c_kv: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
     """What an absorbed module has for ``expand_kv``: [b, 1, t, r] and [b, 1, t, p] pass as they are."""
+    if config._attn_implementation != IMPLEMENTATION:
+        raise MLAError(
+            f"this model's attention was set to {config._attn_implementation} since absorb(), or by "
+            "restore() of a model with the same config object: absorb(model) again, or restore(model)"
+        )
     return c_kv, k_rope
 
 
@@ -160,6 +165,11 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The attention interface: query [b, h, s, n + p], latents [b, 1, t, r] as key, [b, 1, t, p] as value."""
     if not hasattr(module, "_mla_path"):
+        if indices is not None or s_aux is not None:
+            raise MLAError(
+                f"{type(module).__name__} has sparse indices or sinks and shares its config with an absorbed "
+                "model: absorb this model, too, or give it a config of its own"
+            )
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
         return _other_attention(module, query, key, value, attention_mask, options)
     for name, given in kwargs.items():
@@ -167,6 +177,8 @@ def _attention(
             raise NotImplementedError(f"absorbed attention has no {name}; restore(model) to run without it")
     if scaling is None:
         raise ValueError("absorbed attention needs the softmax scale of the family (scaling)")
+    if type(module.kv_b_proj) is not nn.Linear:
+        _check_up_projection(f"layer {module.layer_idx}", module)
     h, s, p = query.shape[1], query.shape[2], value.shape[-1]
     n = query.shape[-1] - p
     w_uk, w_uv = up_projections(module.kv_b_proj.weight, h, n)
@@ -261,7 +273,7 @@ def _attention_mask(
         and not isinstance(q_offset, Tensor)
         and kv_offset + kv_length == q_offset + q_length
         and (local_size is None or kv_length < local_size)
-        and (attention_mask is None or bool(attention_mask.all()))
+        and (attention_mask is None or (not _is_traced() and bool(attention_mask.all())))
     ):
         return None
     mask: Tensor | None = sdpa_mask(
@@ -276,6 +288,12 @@ def _attention_mask(
         **kwargs,
     )
     return mask
+
+
+def _is_traced() -> bool:
+    """Whether what runs now is recorded for other masks. (torch.compile guards what it saw.)"""
+    exported = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return exported or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _prepare_latent_cache(
@@ -297,6 +315,12 @@ def _prepare_latent_cache(
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
+
+
+def _implementation(config: PreTrainedConfig) -> str | None:
+    """What a config had before ours, which it has already where it is that of another absorbed model."""
+    name: str | None = config._attn_implementation
+    return "sdpa" if name == IMPLEMENTATION else name
 
 
 def _check_up_projection(name: str, module: Any) -> None:

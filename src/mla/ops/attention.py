@@ -288,7 +288,8 @@ def _simple_mask(mask: Tensor | None, causal: bool, s: int, t: int) -> tuple[Ten
         return None
     if mask.shape[2] == 1:
         return mask[:, 0, 0], causal
-    if torch.compiler.is_compiling():  # a trace knows no mask's values
+    # A trace knows no mask's values.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return None
     if torch._C._functorch.is_functorch_wrapped_tensor(mask):  # many masks in one, by vmap: no one answer
         return None

@@ -118,7 +118,11 @@ def test_tools_are_refused_where_no_call_could_be_read(client):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("options", "names"), [({}, "fg"), ({"parallel_tool_calls": False}, "f")])
+@pytest.mark.parametrize(
+    ("options", "names"),
+    # A stop string ends what is said: within a call it is a part of the call.
+    [({}, "fg"), ({"parallel_tool_calls": False}, "f"), ({"stop": ["x", "arg"]}, "fg")],
+)
 def test_tool_calls(client, engine, monkeypatch, stream, options, names):
     text = "".join(f'<tool_call>{{"name": "{name}", "arguments": {{"x": 1}}}}</tool_call>' for name in "fg")
 

@@ -18,6 +18,7 @@ from transformers.cli.serving.utils import (
     BaseGenerateManager,
     InferenceThread,
     ToolCall,
+    build_response_parser,
     response_events_to_chunks,
 )
 
@@ -330,7 +331,12 @@ class Generation(BaseGenerateManager):  # type: ignore[misc]
         self, model: Any, processor: Any, inputs: dict[str, Any], gen_config: Any, request_id: str
     ) -> tuple[str, int, list[int]]:
         """(text, tokens in the prompt, tokens of the answer); raises ApiError."""
-        queue, stream = self.generate_streaming(model, processor, inputs, gen_config, request_id)
+        # Stop strings end what is said, not what is thought or called: the parser tells them apart. What
+        # completions go on with is text alone.
+        parser = None
+        if not self.request.continues:
+            parser = build_response_parser(processor, model, inputs["input_ids"])
+        queue, stream = self.generate_streaming(model, processor, inputs, gen_config, request_id, parser)
         return await read_all(queue, stream), inputs["input_ids"].shape[1], stream.written
 
     def stop(self) -> None:
@@ -338,10 +344,10 @@ class Generation(BaseGenerateManager):  # type: ignore[misc]
 
 
 async def read_all(queue: asyncio.Queue[Any], stream: Stream) -> str:
-    """The whole text of an answer; raises ApiError where generation failed."""
+    """The whole text of an answer, without reasoning and calls; raises ApiError where generation failed."""
     text = ""
     while (item := await queue.get()) is not None:
-        text += item
+        text += item if type(item) is str else ""
     if stream.failure is not None:
         raise stream.failure
     return text

@@ -23,6 +23,7 @@ from vllm.v1.attention.backend import AttentionMetadataBuilder, MultipleOf
 from mla.formats import cache_format
 from mla.integrations.loading import computes_in_half
 from mla.integrations.vllm import pages, settings
+from mla.ops import arguments
 from mla.ops.attention import make_plan
 
 
@@ -189,7 +190,8 @@ class Impl(MLACommonImpl):
             self.qk_nope_head_dim,
             self.v_head_dim,
         )  # [r, h, n], [r, h, v]
-        self.w_uk, self.w_uv = (x.permute(1, 2, 0) for x in (w_uk, w_uv))
+        # Rows as the kernels read them: weights that were quantised come the other way round.
+        self.w_uk, self.w_uv = (arguments.rows(x.permute(1, 2, 0)) for x in (w_uk, w_uv))
         if act_dtype != torch.bfloat16 or not computes_in_half("cpu"):
             self.w_uk, self.w_uv = (x.float().contiguous() for x in (self.w_uk, self.w_uv))
 
