@@ -76,7 +76,7 @@ $(VLLM)/.installed: $(VLLM)/.engine pyproject.toml CMakeLists.txt $(wildcard csr
 	touch $@
 
 # A few windows: the tests compare engines, not quality.
-$(VLLM)/smollm2-mla/config.json: | setup
+$(VLLM)/smollm2-mla/config.json: $(shell find src/mla/convert -name "*.py") | setup
 	$(BIN)/mla convert "$$($(BIN)/python -c 'from examples.demo import find_model; print(find_model())')" \
 	  $(@D) --windows 2 --overwrite
 

@@ -220,6 +220,8 @@ def main(arguments: list[str] | None = None) -> None:
     if chosen.worker:
         worker(json.loads(chosen.worker), chosen.answers)
         return
+    if chosen.tokens < 2:
+        parser.error("--tokens: expected 2 or more: decoding is timed from the first one on")
     # vLLM's linear layers take seconds per token in bf16 on a CPU without such products.
     chosen.dtype = chosen.dtype or ("bfloat16" if computes_in_half("cpu") else "float32")
     if chosen.quick:
@@ -240,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
         options = {
             "model": path,
             "dtype": chosen.dtype,
-            "max_model_len": max(chosen.context) + chosen.tokens,
+            "max_model_len": max(case.context for case in cases) + chosen.tokens,
             "enforce_eager": not chosen.compile,
             "skip_tokenizer_init": True,
             # vLLM's own rotary operator reads MLA's queries wrongly; the plugin works around it.

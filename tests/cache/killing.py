@@ -77,10 +77,10 @@ def kill_savers(folder: Path) -> None:
         seen.add(len(tokens))
     left = list(folder.glob(".mla-saving-*"))
     assert left, "no saver was killed in the middle: the test has shown nothing"
-    for file_left in left:
-        os.utime(file_left, (0, 0))
+    for saving in left:
+        os.utime(saving, (0, 0))
     save_cache(file, filled(contents[0]), contents[0], FINGERPRINT)
-    assert not list(folder.glob(".mla-saving-*"))
+    assert list(folder.iterdir()) == [file]
     print(f"100 killed, {len(left)} of them half-way; {len(seen)} contents seen")
 
 

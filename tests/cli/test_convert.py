@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
+from mla.convert import exclusive
+
 SMALL = ("--windows", 2, "--window", 32)
 
 
@@ -93,6 +95,15 @@ def test_convert_writes_bfloat16(mla, llama_folder, tmp_path):
     assert mla("convert", llama_folder, tmp_path / "out", "--dtype", "bfloat16", *SMALL).status == 0
     model = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert str(model.dtype) == "torch.bfloat16"
+
+
+def test_one_conversion_at_a_time_to_one_place(mla, llama_folder, tmp_path):
+    with exclusive(tmp_path / "out"):
+        run = mla("convert", llama_folder, tmp_path / "there" / ".." / "out", *SMALL)
+        assert run.status == 2
+        assert "is running: wait for it, or end it first" in run.err
+        assert mla("convert", llama_folder, tmp_path / "other", *SMALL).status == 0
+    assert mla("convert", llama_folder, tmp_path / "out", *SMALL).status == 0
 
 
 def test_the_largest_seed(mla, llama_folder, tmp_path):

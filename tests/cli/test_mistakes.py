@@ -1,5 +1,6 @@
 """A user's mistake: one clear line, exit status 2, no traceback."""
 
+import io
 import json
 import os
 import shutil
@@ -145,6 +146,18 @@ def test_not_enough_memory_for_the_weights(mla, mla_folder, monkeypatch):
 )
 def test_options_out_of_range(mla, mla_folder, options, message):
     says(mla("generate", mla_folder, "Hi", *options), message)
+
+
+def test_eval_of_no_tokens(mla, mla_folder, tmp_path):
+    (tmp_path / "text").write_text("Once upon a time. " * 20)
+    for count in (0, -5):
+        run = mla("eval", mla_folder, "--text", tmp_path / "text", "--window", 32, "--max-tokens", count)
+        says(run, f"--max-tokens: expected at least 1, got {count}")
+
+
+def test_standard_input_that_is_no_text(mla, mla_folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe" * 9), encoding="utf-8"))
+    says(mla("eval", mla_folder, "--text", "-", "--window", 32), "standard input is not readable as text")
 
 
 def test_text_files(mla, mla_folder, tmp_path):

@@ -8,6 +8,7 @@ from transformers import (
     DeepseekV3Config,
     GPT2Config,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     PreTrainedConfig,
     Qwen2Config,
@@ -16,6 +17,7 @@ from transformers import (
 
 from mla.convert import budget_for, calibration_size, check_convertible, convert
 from mla.convert.budget import choose_budget
+from mla.convert.text import check_window
 from mla.errors import MLAError
 
 from .tiny import teacher, tokens
@@ -127,6 +129,12 @@ def test_small_caches_are_calibrated_on_more_text(cache: float, windows: int) ->
     config = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
     budget = budget_for(config, cache=cache, rank=None, rope=None)
     assert calibration_size(config, budget) == (windows, 1024)
+
+
+def test_a_model_without_positions_reads_any_window() -> None:
+    check_window(MambaConfig(), 10**6)
+    with pytest.raises(MLAError, match="window: expected 2 or more, got 1"):
+        check_window(MambaConfig(), 1)
 
 
 def test_what_is_given_of_the_calibration_stays() -> None:

@@ -18,6 +18,13 @@ def test_avx512_alone_multiplies_no_bf16(monkeypatch, machine, bf16, amx):
     assert computes_in_half("cpu") is (bf16 or amx)
 
 
+def test_apples_torch_has_no_operator_to_ask(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    assert computes_in_half("cpu") is False
+
+
 def test_elsewhere_half_is_computed(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)

@@ -130,8 +130,8 @@ class PrefixFolder:
         for file, status in files:
             if total <= self.limit:
                 return
-            _remove(file)
-            total -= status.st_size
+            if _remove(file):
+                total -= status.st_size
 
 
 def _common(one: Tensor, other: Tensor) -> int:
@@ -141,6 +141,9 @@ def _common(one: Tensor, other: Tensor) -> int:
     return int(different[0]) if len(different) else length
 
 
-def _remove(file: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        file.unlink()
+def _remove(file: Path) -> bool:
+    """Whether the file is gone: in a folder that users share it may be another one's to remove."""
+    with contextlib.suppress(OSError):
+        file.unlink(missing_ok=True)
+        return True
+    return False

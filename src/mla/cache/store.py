@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -220,18 +221,17 @@ def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
     folder = path.absolute().parent
     _remove_abandoned(folder)
-    # In the folder of the file itself, under a name of its own: a rename replaces a file in one step, and
-    # several processes may save at once.
-    handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=folder)
-    os.close(handle)
+    # In the folder of the file itself, in a folder of its own: a rename replaces a file in one step, several
+    # processes may save at once, and safetensors puts a file of a name of its own beside what it writes.
+    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder))
     try:
-        save_file(tensors, temporary, metadata=header)
-        _flush(Path(temporary))
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+        file = temporary / path.name
+        save_file(tensors, file, metadata=header)
+        file.chmod(0o600)
+        _flush(file)
+        os.replace(file, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     if os.name == "posix":  # elsewhere a folder cannot be opened
         _flush(folder)
 
@@ -246,8 +246,8 @@ def _flush(path: Path) -> None:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Delete what killed processes left half written."""
-    for file in folder.glob(f"{_TEMPORARY}*"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - file.stat().st_mtime > _ABANDONED:
-                file.unlink()
+    """Delete what killed processes left half written; another user's stays."""
+    for left in folder.glob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(left)

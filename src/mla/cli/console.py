@@ -52,7 +52,12 @@ def check_dtype(dtype: str, *known: str) -> Any:
 
 def read_text(path: str) -> str:
     """The text of a file, or of standard input for "-"."""
-    return sys.stdin.read() if path == "-" else textfile.read_text(path)
+    if path != "-":
+        return textfile.read_text(path)
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise MLAError(f"standard input is not readable as text: {error}") from error
 
 
 def print_json(value: Any) -> None:

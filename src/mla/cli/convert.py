@@ -90,6 +90,7 @@ def convert(
         check_convertible,
         check_output,
         check_request,
+        exclusive,
         run,
         workspace,
     )
@@ -114,7 +115,9 @@ def convert(
         raise MLAError("--explore writes no model: leave out --dtype, --split-query")
     if not (sized or explore or promised):
         cache, sized = 0.5, True
-    with console.quiet_libraries():
+    with ExitStack() as stack:
+        stack.enter_context(console.quiet_libraries())
+        stack.enter_context(exclusive(out))
         # Everything that the configuration alone can refuse comes before the weights are read.
         if explore:
             check_page(out, overwrite=overwrite, source=model)
@@ -142,52 +145,51 @@ def convert(
         check_request(request)
         tokenizer = load_tokenizer(model)
         teacher = load_model(model, dtype="float32", device=device)
-        with ExitStack() as stack:
-            work = None
-            if explore or promised:
-                # The search does not heal, and calibrates on the same windows whatever the minutes.
-                search = replace(request, heal=0.0)
-                with console.progress("writing calibration text") as advance:
-                    work = stack.enter_context(
-                        workspace(
-                            teacher,
-                            tokenizer,
-                            out,
-                            search,
-                            "exploring",
-                            on_progress=console.teller(advance),
-                            on_notice=console.people.print,
-                        )
+        work = None
+        if explore or promised:
+            # The search does not heal, and calibrates on the same windows whatever the minutes.
+            search = replace(request, heal=0.0)
+            with console.progress("writing calibration text") as advance:
+                work = stack.enter_context(
+                    workspace(
+                        teacher,
+                        tokenizer,
+                        out,
+                        search,
+                        "exploring",
+                        on_progress=console.teller(advance),
+                        on_notice=console.people.print,
                     )
-                texts, state = (work.calibration, work.held_out), work.place / "points"
-            if explore:
-                explore_command(
-                    teacher,
-                    *texts,
-                    source=model,
-                    out=out,
-                    overwrite=overwrite,
-                    state=state,
-                    as_json=as_json,
                 )
-                return
-            if promised:
-                point = choose_command(
-                    teacher, *texts, max_kl=max_kl, max_ppl_increase=max_ppl_increase, state=state
-                )
-                request = replace(request, rank=point.rank, rope=point.rope)
-            with console.progress("converting") as advance:
-                facts = run(
-                    model,
-                    teacher,
-                    tokenizer,
-                    out,
-                    request,
-                    overwrite=overwrite,
-                    search=work,
-                    on_progress=console.teller(advance),
-                    on_notice=console.people.print,
-                )
+            texts, state = (work.calibration, work.held_out), work.place / "points"
+        if explore:
+            explore_command(
+                teacher,
+                *texts,
+                source=model,
+                out=out,
+                overwrite=overwrite,
+                state=state,
+                as_json=as_json,
+            )
+            return
+        if promised:
+            point = choose_command(
+                teacher, *texts, max_kl=max_kl, max_ppl_increase=max_ppl_increase, state=state
+            )
+            request = replace(request, rank=point.rank, rope=point.rope)
+        with console.progress("converting") as advance:
+            facts = run(
+                model,
+                teacher,
+                tokenizer,
+                out,
+                request,
+                overwrite=overwrite,
+                search=work,
+                on_progress=console.teller(advance),
+                on_notice=console.people.print,
+            )
     if as_json:
         console.print_json(facts)
         return

@@ -34,6 +34,8 @@ def evaluate(
     from mla.integrations.loading import load_config, load_model, load_tokenizer
     from mla.integrations.transformers import absorb, latent_attentions
 
+    if max_tokens is not None and max_tokens < 1:
+        raise MLAError(f"--max-tokens: expected at least 1, got {max_tokens}")
     checked = console.check_dtype(dtype)
     with console.quiet_libraries():
         check_window(load_config(model), window)

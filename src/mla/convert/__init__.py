@@ -3,7 +3,7 @@
 from mla.convert.check import check_convertible
 from mla.convert.pipeline import budget_for, calibration_size, convert
 from mla.convert.run import run
-from mla.convert.saving import check_output, save
+from mla.convert.saving import check_output, exclusive, save
 from mla.convert.text import tokenize_windows, write_windows
 from mla.convert.workspace import Request, check_request, workspace
 
@@ -15,6 +15,7 @@ __all__ = [
     "check_output",
     "check_request",
     "convert",
+    "exclusive",
     "run",
     "save",
     "tokenize_windows",

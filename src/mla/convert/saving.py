@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from huggingface_hub import save_torch_state_dict
 from transformers import DeepseekV3ForCausalLM, PreTrainedTokenizerBase
 
 from mla import __version__
 from mla.convert.report import card, page
+from mla.digest import digest
 from mla.errors import MLAError
 from mla.reading import local_path
 
@@ -92,6 +97,25 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return out
+
+
+@contextlib.contextmanager
+def exclusive(out: Path) -> Iterator[None]:
+    """Nobody else on this machine who asks for it converts to ``out`` while inside.
+
+    Two conversions to one place would take each other's finished parts for their own.
+
+    Raises:
+        MLAError: somebody does.
+    """
+    # Not beside it: that would leave a file, or folders that nobody asked for, where a request is refused.
+    place = digest(os.path.realpath(out).encode())
+    lock = FileLock(Path(tempfile.gettempdir(), f"mla-{getpass.getuser()}-{place}.lock"), timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout as error:
+        raise MLAError(f"another conversion to {out} is running: wait for it, or end it first") from error
 
 
 def check_output(

@@ -252,11 +252,12 @@ def check_window(config: Any, length: int) -> None:
     """Refuse windows that a model with this ``config`` does not read whole.
 
     Raises:
-        MLAError: fewer than two tokens, or more than the model has positions.
+        MLAError: fewer than two tokens, or more than the model has positions, where it has a number of them.
     """
-    most = config.get_text_config(decoder=True).max_position_embeddings
-    if not 2 <= length <= most:
-        raise MLAError(f"window: expected 2 to {most} tokens, which is what the model takes, got {length}")
+    most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if length < 2 or (most is not None and length > most):
+        expected = "2 or more" if most is None else f"2 to {most} tokens, which is what the model takes"
+        raise MLAError(f"window: expected {expected}, got {length}")
 
 
 def check_vocabulary(ids: Tensor, vocabulary: int) -> None:
