@@ -73,6 +73,18 @@ def test_models_that_share_a_config(model):
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_a_shared_config_is_not_left_without_sinks():
+    """This family's sinks are unknown to sdpa, which takes them and does nothing."""
+    model = build("hy_v4")
+    assert model.config._attn_implementation == "eager"
+    other = type(model)(model.config)
+    for each in (model, other):
+        absorb(each)
+    for each in (model, other):
+        restore(each)
+    assert model.config._attn_implementation == "eager"
+
+
 @torch.no_grad()
 def test_sparse_attention_is_not_lost_by_a_shared_config():
     model = build("deepseek_v32")

@@ -32,6 +32,10 @@ CONTEXT = torch.zeros(2, 5, 19)
             {"attention_mask": torch.ones(2, 1, 3, 3).int()},
             "expected bool or a floating dtype, got torch.int",
         ),
+        (
+            {"attention_mask": torch.ones(2, 3, device="meta").int()},
+            "expected one on cpu, .* got one on meta",
+        ),
         ({"path": "fast"}, 'expected path "auto", "absorbed" or "expanded"'),
     ],
 )
@@ -75,6 +79,23 @@ def test_misuse_of_a_cached_context():
     cache.reset()
     module(X, context=CONTEXT[:, :4], cache=cache)
     assert cache.get_seq_length() == 4
+
+
+def test_a_context_is_no_earlier_tokens_of_a_self_attention():
+    cache = LatentCache()
+    build(context_size=19)(X, context=CONTEXT, cache=cache)
+    with pytest.raises(ValueError, match=r"nothing in layer 0, got the context of a cross-attention"):
+        build()(X, cache=cache)
+    assert cache.get_seq_length() == 5
+    assert cache.holds_context(0)
+
+
+def test_an_adapter_is_not_left_out():
+    module = build()
+    module.kv_b_proj = torch.nn.Sequential(module.kv_b_proj)
+    module.kv_b_proj.weight = module.kv_b_proj[0].weight
+    with pytest.raises(ValueError, match=r"kv_b_proj: expected a linear layer, .* got Sequential"):
+        module(X)
 
 
 def test_the_tokens_of_a_self_attention_are_no_context():

@@ -92,19 +92,25 @@ def test_sinks(path, name):
     torch.testing.assert_close(lse, want_lse, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("path", PATHS)
-def test_gradients_equal_reference(path):
+def test_gradients_equal_reference(path, kind):
     case = Case(b=2, s=9, t=13)
-    mask = make_mask(case, "bool")
-    sinks = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    mask = make_mask(case, kind)
+    if kind == "float":  # and learns; no query is without keys here, whose gradient the reference makes NaN
+        mask = torch.where(torch.arange(case.s)[:, None] < case.s - 1, mask, 0.0).double()
+        mask += torch.randn(mask.shape, generator=torch.Generator().manual_seed(2))
+        mask[..., 0] = 0.5
     grads = {}
     for name, run in {"reference": reference.expanded, path: PATHS[path]}.items():
         inputs = case.inputs(torch.float64, requires_grad=True)
+        inputs["sinks"] = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+        inputs["mask"] = mask.clone().requires_grad_(kind == "float")
         tiles = {} if name == "reference" else {"query_tile": 4, "key_tile": 5}
-        out, lse = run(**inputs, scale=case.scale, causal=True, mask=mask, sinks=sinks, **tiles)
+        out, lse = run(**inputs, scale=case.scale, causal=True, **tiles)
         visible = lse > -torch.inf
         (out.square().sum() + lse[visible].sin().sum()).backward()
-        grads[name] = {k: x.grad for k, x in inputs.items()}
+        grads[name] = {k: x.grad for k, x in inputs.items() if x.requires_grad}
     for key, want in grads["reference"].items():
         torch.testing.assert_close(grads[path][key], want, atol=1e-10, rtol=1e-10, msg=key)
 
@@ -112,11 +118,12 @@ def test_gradients_equal_reference(path):
 @pytest.mark.parametrize("path", PATHS)
 def test_a_mask_of_another_dtype_changes_no_dtype(path):
     case = Case(s=4, t=9)
-    inputs, mask = case.inputs(), make_mask(case, "float")
-    wanted = PATHS[path](**inputs, scale=case.scale, mask=mask)
-    found = PATHS[path](**inputs, scale=case.scale, mask=mask.double())
-    assert [x.dtype for x in found] == [torch.float32] * 2
-    assert all(map(torch.equal, found, wanted))
+    inputs, mask = case.inputs(), make_mask(case, "float").double()
+    wanted = reference.expanded(**inputs, scale=case.scale, mask=mask)
+    found = PATHS[path](**inputs, scale=case.scale, mask=mask)
+    for have, want in zip(found, wanted, strict=True):
+        assert have.dtype == want.dtype == torch.float32
+        torch.testing.assert_close(have, want, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -440,8 +447,8 @@ def test_a_query_without_keys_has_finite_gradients_beside_sinks(path, sink):
 def test_weights_may_have_another_dtype_than_queries(path):
     case = Case(s=3, t=4)
     inputs = case.inputs()
-    want, _ = PATHS[path](**inputs, scale=case.scale)
     rounded = {key: x.bfloat16() if key in ("w_uk", "w_uv") else x for key, x in inputs.items()}
+    want, _ = reference.expanded(**rounded, scale=case.scale)
     out, _ = PATHS[path](**rounded, scale=case.scale)
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out, want, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(out, want, atol=2e-5, rtol=2e-5)

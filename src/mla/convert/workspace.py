@@ -43,7 +43,8 @@ Notice = Callable[[str], None]
 
 _WINDOWS = "windows.safetensors"  # what to calibrate on and what to measure on
 _TRAINING = "training.safetensors"  # what to heal on
-_WRITING = "{}-writing.safetensors"  # what the model has written of either so far
+# What the model has written of either so far; a generator of one kind of device is of no use on another.
+_WRITING = "{}-writing-{}.safetensors"
 # The parts of the folder, their files, and what of :func:`_identity` they depend on. On "dtype" none does.
 _OF_TEXT = {"mla", "torch", "model", "calibration", "windows", "window", "seed"}
 _OF_LAYERS = _OF_TEXT | {"cache", "rank", "rope"}
@@ -212,8 +213,7 @@ class _Texts:
         for index, text in enumerate(self.texts):
             if text is None:
                 calibrating, measuring = self._shares(index)
-                file = place / _WRITING.format("windows")
-                ids = self._write(calibrating + measuring, self.request.seed, file)
+                ids = self._write(calibrating + measuring, self.request.seed, place, "windows")
                 found[f"calibration {index}"], found[f"held_out {index}"] = ids[measuring:], ids[:measuring]
         return self._checked(found)
 
@@ -230,8 +230,7 @@ class _Texts:
                 learnt = self._parts(index, text)[0]
                 ids = cut_text(learnt, self.tokenizer, self.request.window, limit=limit)
             elif count := (more + index) // len(self.texts):
-                file = place / _WRITING.format("training")
-                ids = torch.cat([calibration, self._write(count, self.request.seed + 1, file)])
+                ids = torch.cat([calibration, self._write(count, self.request.seed + 1, place, "training")])
             else:
                 ids = calibration
             found[f"training {index}"] = ids if len(ids) > len(calibration) else calibration
@@ -270,14 +269,14 @@ class _Texts:
             for use, part, windows in uses
         ]
 
-    def _write(self, windows: int, seed: int, file: Path) -> Tensor:
+    def _write(self, windows: int, seed: int, place: Path, use: str) -> Tensor:
         return write_windows(
             self.teacher,
             self.tokenizer,
             windows,
             self.request.window,
             seed=seed,
-            state=file,
+            state=place / _WRITING.format(use, self.teacher.device.type),
             on_progress=self.on_progress,
         )
 

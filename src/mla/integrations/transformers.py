@@ -88,7 +88,7 @@ def absorb(model: Model, *, path: Path | Literal["auto"] = "auto") -> Model:
     record = _Absorbed(
         tuple(modules.values()),
         take_over(model),
-        tuple((config, _implementation(config)) for config in configs.values()),
+        tuple((config, _implementation(model, config)) for config in configs.values()),
     )
     for module in record.modules:
         module.expand_kv = partial(_keep_latents, module.config)
@@ -291,7 +291,7 @@ def _attention_mask(
 
 
 def _is_traced() -> bool:
-    """Whether what runs now is recorded for other masks. (torch.compile guards what it saw.)"""
+    """Whether what runs now is recorded for other masks; torch.compile breaks its graph to see each."""
     exported = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
     return exported or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
@@ -317,10 +317,12 @@ def _prepare_latent_cache(
         model_kwargs["past_key_values"] = cache
 
 
-def _implementation(config: PreTrainedConfig) -> str | None:
-    """What a config had before ours, which it has already where it is that of another absorbed model."""
+def _implementation(model: PreTrainedModel, config: PreTrainedConfig) -> str | None:
+    """What a config had before ours; the family's usual one where it is that of another absorbed model."""
     name: str | None = config._attn_implementation
-    return "sdpa" if name == IMPLEMENTATION else name
+    if name != IMPLEMENTATION:
+        return name
+    return "sdpa" if model._supports_sdpa else "eager"
 
 
 def _check_up_projection(name: str, module: Any) -> None:

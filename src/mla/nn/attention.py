@@ -31,7 +31,8 @@ class MultiheadLatentAttention(nn.Module):
     loads as it is. Long inputs are attended in the expanded form, short ones (decoding) in the absorbed form,
     by operation count (:func:`mla.ops.attention.make_plan`); the results are equal to rounding.
 
-    ``kv_b_proj`` is used through its weight, never called: hooks on it do not run.
+    ``kv_b_proj`` is used through its weight, never called: hooks on it do not run, adapters around it are
+    refused.
 
     Args:
         config: dimensions, RoPE and softmax scale. ``config.attention_bias`` gives ``q_a_proj``,
@@ -42,7 +43,8 @@ class MultiheadLatentAttention(nn.Module):
             (cross-attention), which is not causal.
         recompute_kv: keep only the queries and the latents for the backward pass, and rebuild keys, values
             and scores there, a few heads at a time. Gradients are the same; it costs one more forward pass
-            of the attention, none of the projections.
+            of the attention, none of the projections. Not under torch.func's grad and vjp, which forbid the
+            hooks that it takes.
         attention_dropout: probability with which an attention weight is dropped in training mode.
         device, dtype: of the parameters.
 
@@ -167,7 +169,13 @@ class MultiheadLatentAttention(nn.Module):
                     "common order, got True; pass a [b, 1, s, t] attention_mask instead"
                 )
         causal = self.context_size is None if is_causal is None else is_causal
-        mask, padding = _read_mask(attention_mask, (b, config.num_attention_heads, s, t))
+        if not isinstance(self.kv_b_proj, nn.Linear):  # an adapter's base weight would be used without it
+            raise ValueError(
+                f"kv_b_proj: expected a linear layer, which is used by its weight, got {self.kv_b_proj}; "
+                "merge an adapter into it first"
+            )
+        shape = (b, config.num_attention_heads, s, t)
+        mask, padding = _read_mask(attention_mask, shape, hidden_states.device)
         # Everything that can be refused is refused before the cache changes.
         query_positions, key_positions = self._positions(
             position_ids, context_position_ids, padding, b, s, t, cached_context=source is None
@@ -212,6 +220,11 @@ class MultiheadLatentAttention(nn.Module):
                 raise ValueError(
                     "context: expected None, because the module was built without context_size, got "
                     f"shape {tuple(context.shape)}"
+                )
+            if cache is not None and cache.holds_context(self.layer_idx):
+                raise ValueError(
+                    f"cache: expected earlier tokens or nothing in layer {self.layer_idx}, got the context "
+                    "of a cross-attention; the two need different layer_idx, or different caches"
                 )
             return hidden_states
         # Not by its length: a context may have no tokens, and tokens may be those of a self-attention.
@@ -409,13 +422,17 @@ def _refuse_what_is_not_built(config: MLAConfig, *, crosses: bool) -> None:
 
 
 def _read_mask(
-    attention_mask: Tensor | None, shape: tuple[int, int, int, int]
+    attention_mask: Tensor | None, shape: tuple[int, int, int, int], device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
     """The mask in four dimensions, and the [b, t] padding mask (True is a real token) if it is one."""
     b, _, _, t = shape
     if attention_mask is None:
         return None, None
     have, dtype = tuple(attention_mask.shape), attention_mask.dtype
+    if attention_mask.device != device:
+        raise ValueError(
+            f"attention_mask: expected one on {device}, as hidden_states, got one on {attention_mask.device}"
+        )
     if attention_mask.ndim == 2:
         if have != (b, t):
             raise ValueError(

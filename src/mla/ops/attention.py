@@ -116,8 +116,9 @@ def prefill(
         plan: from :func:`make_plan`; made here when None.
 
     Returns:
-        out [b, s, h, v] in the dtype of ``q_nope``, and lse [b, s, h] in fp32: the natural log-sum-exp of
-        the scaled, masked scores without the sink. A query that sees no key gives out = 0, lse = -inf.
+        out [b, s, h, v] in the dtype of ``q_nope``, and lse [b, s, h] in fp32 (fp64 beside fp64): the natural
+        log-sum-exp of the scaled, masked scores without the sink. A query that sees no key gives out = 0, lse
+        = -inf.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together: which tensor, what was expected, what

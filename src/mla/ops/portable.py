@@ -78,9 +78,10 @@ def absorbed(
 
             state.add(scores, weigh)
     out_latent, lse = _finish(states, queries, sinks, (b, h, r), q_nope.device)
-    # Back to the weights' dtype for the product: the result is rounded to it anyway.
-    flat_out = out_latent.to(w_uv.dtype).permute(1, 0, 2, 3).reshape(h, b * s, r)
-    out = torch.matmul(flat_out, w_uv.transpose(1, 2)).view(h, b, s, w_uv.shape[1])
+    # In the wider of the queries' dtype, which the result has, and the weights'.
+    wide = torch.promote_types(q_nope.dtype, w_uv.dtype)
+    flat_out = out_latent.to(wide).permute(1, 0, 2, 3).reshape(h, b * s, r)
+    out = torch.matmul(flat_out, w_uv.to(wide).transpose(1, 2)).view(h, b, s, w_uv.shape[1])
     return out.permute(1, 2, 0, 3).to(q_nope.dtype), lse
 
 

@@ -88,7 +88,8 @@ def _softmax(
         hidden = torch.ones(s, t, dtype=torch.bool, device=scores.device).triu(t - s + 1)
         scores = scores.masked_fill(hidden, -torch.inf)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        hides = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, -torch.inf) if hides else scores + mask.to(scores.dtype)
     lse = torch.logsumexp(scores, dim=-1)  # [b, h, s]
     total = lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None])
     probs = torch.exp(scores - total.masked_fill(total == -torch.inf, 0.0)[..., None])
