@@ -8,6 +8,8 @@ from mla.errors import MLAError
 from mla.families import LAYER_PATTERNS
 from mla.plan import Question, get_hardware, make_plan, read_shape
 from mla.plan.layers import _READ, RULES
+from mla.plan.shape import _CLASS_DEFAULTS
+from mla.plan.weights import _FIRST_DENSE, parameters
 
 BASE = {"hidden_size": 64, "num_hidden_layers": 13, "num_attention_heads": 4, "num_key_value_heads": 2}
 BASE |= {"vocab_size": 99, "intermediate_size": 64, "head_dim": 16}
@@ -90,6 +92,12 @@ def test_windows_and_states_in_the_cache():
         {"sparse_attention_config": {"block": 1}},
         {"v_head_dim": 8},
         {"sliding_window": 128},
+        {"attn_layer_indices": [9]},  # Bamba
+        {"_block_types": ["recurrent", "attention"]},  # RecurrentGemma
+        {"layer_group_size": 5},  # Ring-linear
+        {"cross_attention_layers": [3]},  # Llama 3.2 Vision
+        {"use_cla": True},  # Hunyuan-Large
+        {"mamba_d_ssm": 64},  # Falcon-H1
     ],
     ids=lambda strange: next(iter(strange)),
 )
@@ -130,3 +138,35 @@ def test_key_value_heads(raw, kind, groups):
     assert (found.kind, found.groups[0]["own_groups"]) == (kind, groups)
     answer = make_plan(found, get_hardware("h100"), Question(context=10))
     assert answer[f"token_bytes_{kind.lower()}"] == 13 * groups * 32 * 2
+
+
+@pytest.mark.parametrize("model_type", [name for name, row in _CLASS_DEFAULTS.items() if "head_dim" in row])
+def test_heads_are_as_wide_as_the_class_makes_them(model_type):
+    wide = CONFIG_MAPPING[model_type]().get_text_config().head_dim
+    raw = {name: value for name, value in BASE.items() if name != "head_dim"}
+    found = read_shape(
+        {**raw, "model_type": model_type, "layer_types": ["full_attention"] * 13}, name="x", source="x"
+    )
+    assert wide != 64 // 4
+    assert {group["w"] for group in found.groups} == {wide}
+
+
+@pytest.mark.parametrize(
+    ("alone", "wrapped"), [("glm5_next", "glm5_next_text"), ("dots3_note", "dots3_note_text")]
+)
+def test_a_wrapper_has_as_many_dense_layers(alone, wrapped):
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    for first in ({}, {"first_k_dense_replace": 2}):
+        both = [
+            parameters({**BASE, **experts, **first, "model_type": name}, layers=13, notes=[])
+            for name in (alone, wrapped)
+        ]
+        assert both[0] == both[1]
+    assert _FIRST_DENSE[alone] > 0
+
+
+def test_ranks_keep_their_proportion():
+    raw = {"model_type": "dots3_note", "num_hidden_layers": 8, "vocab_size": 1000}
+    usual, half = (read_shape(raw, name="x", source="x", rank=rank) for rank in (None, 256))
+    assert {group["r"] for group in usual.groups} == {512, 1024}
+    assert [group["r"] * 2 for group in half.groups] == [group["r"] for group in usual.groups]

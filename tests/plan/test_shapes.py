@@ -100,6 +100,8 @@ def test_mtp_layers_are_counted_apart():
     assert v3["mtp_bytes"] == 1152
     assert v3["token_bytes_mla"] == 61 * 1152
     assert plan("kimi-k2")["mtp_bytes"] == 0
+    sparse = plan("deepseek-v3.2")  # with an indexer of its own
+    assert sparse["mtp_bytes"] == 1152 + 128 * 2 == sparse["token_bytes_mla"] / 61
 
 
 def test_windows():

@@ -13,15 +13,23 @@ from mla.reading import expect_list, integer
 Raw = Mapping[str, Any]
 Rule = Callable[[Raw, int], Sequence[str]]
 KINDS = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
-#: Keys of attentions that the planner's columns cannot hold: other widths or heads in some layers, or sparse.
+#: Keys of attentions that the planner's columns cannot hold: other widths, heads or contexts in some layers,
+#: none, shared ones, sparse ones, or ones beside another kind of layer.
 _STRANGE = (
+    "_block_types",
+    "attn_layer_indices",
+    "block_types",
+    "cross_attention_layers",
     "global_head_dim",
     "index_head_dim",
+    "layer_group_size",
+    "mamba_d_ssm",
     "num_global_key_value_heads",
     "num_key_value_heads_per_layer",
     "sparse_attention_config",
     "swa_head_dim",
     "swa_num_key_value_heads",
+    "use_cla",
 )
 
 
@@ -156,6 +164,7 @@ def _refuse_strange(full: Raw, model_type: str) -> None:
         value = full.get(key)
         # In MiniMax's list, 1 is softmax attention.
         plain = key == "attn_type_list" and isinstance(value, list) and set(map(str, value)) == {"1"}
+        plain = plain or (key == "layer_group_size" and value == 1)
         if value and not plain and model_type not in _READ.get(key, ()):
             raise MLAError(
                 f"{key}: the planner does not know what layers of {model_type!r} see and store by it; "

@@ -273,12 +273,13 @@ function drawTable(values, inputs) {
     const t = wholeWords(values.value("context_mla_" + column)), b = wholeWords(values.value("batch_mla_" + column));
     return `${DATA.titles[column]}: context ${t}, batch ${b}`;
   });
+  const many = values.value("queries_crossing");
   $("crossings").textContent = "Where a step with MLA absorbed and another first take equally long: " + turns.join("; ")
-    + ". Expanded takes fewer operations above " + wholeWords(values.value("queries_crossing")) + " query tokens.";
+    + (Number.isFinite(many) ? `. Expanded takes fewer operations from ${wholeWords(many)} query tokens on.` : ".");
 }
 
 function drawCards(values, inputs) {
-  const saved = values.value("token_bytes_mha") / values.value("token_bytes_mla");
+  const saved = values.value("cache_bytes_mha") / values.value("cache_bytes_mla");
   const cards = [
     [byteWords(values.value("cache_bytes_mla")), "cache as MLA"],
     [byteWords(values.value("cache_bytes_mha")), "cache as MHA, " + saved.toFixed(1) + " times as much"],

@@ -35,25 +35,33 @@ _GEMMA3 = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, 
 _GEMMA3 |= {"max_position_embeddings": 131072}
 #: What the classes of models without latents take where a config.json is silent and people leave it so.
 _CLASS_DEFAULTS: Mapping[str, Raw] = {
-    "afmoe": {"sliding_window": 1024},
+    "afmoe": {"sliding_window": 1024, "head_dim": 128},
     "cohere2": {"sliding_window": 4096},
+    "ernie4_5": {"head_dim": 128},
     "ernie4_5_moe": {"moe_layer_interval": 1, "moe_layer_start_index": 1, "moe_num_shared_experts": 2},
     "exaone4": {"sliding_window": 4096},
     "falcon": {"max_position_embeddings": 2048},
-    "gemma2": {"sliding_window": 4096},
+    "gemma": {"head_dim": 256},
+    "gemma2": {"sliding_window": 4096, "head_dim": 256},
     "gemma3": {"sliding_window": 4096, **_GEMMA3},
     "gemma3_text": {"sliding_window": 4096, **_GEMMA3},
-    "gpt_oss": {"sliding_window": 128},
+    "glm": {"head_dim": 128},
+    "glm4": {"head_dim": 128},
+    "gpt_oss": {"sliding_window": 128, "head_dim": 64},
+    "helium": {"head_dim": 128},
     "hunyuan_v1_moe": {"num_shared_expert": 1},
     "llama4": _LLAMA4,
     "llama4_text": _LLAMA4,
     "ministral": {"sliding_window": 4096},
+    "ministral3": {"head_dim": 128},
     "mistral": {"sliding_window": 4096},
     "olmo3": {"sliding_window": 4096},
     "qwen2": {"sliding_window": 4096},
-    "qwen3": {"sliding_window": 4096},
+    "qwen3": {"sliding_window": 4096, "head_dim": 128},
     "qwen3_moe": {"sliding_window": 4096},
-    "vaultgemma": {"sliding_window": 4096},
+    "qwen3_next": {"head_dim": 256},
+    "seed_oss": {"head_dim": 128},
+    "vaultgemma": {"sliding_window": 4096, "head_dim": 256},
 }
 
 
@@ -100,7 +108,9 @@ def read_shape(raw: Raw, *, name: str, source: str, rank: int | None = None) -> 
         full = {**find_family(text).defaults, **text}
         groups, linear_layers = _latent_groups(config, full, notes)
         if rank is not None:
-            groups = [{**group, "r": rank} for group in groups]
+            # Groups with another rank keep their proportion to the main one, as on the page.
+            scale = rank / groups[0]["r"]
+            groups = [{**group, "r": max(1, int(group["r"] * scale + 0.5))} for group in groups]
         kind, hidden, layers = "MLA", config.hidden_size, config.num_hidden_layers
         latest = config.max_position_embeddings if "max_position_embeddings" in full else None
     else:

@@ -60,12 +60,19 @@ ROWS.add(
     layer=True,
 )
 ROWS.add(
-    "index_bytes",
-    """total(indexers * (index_width * index_number_bytes
-    + where(index_number_bytes < 2, scales_index * scale_bytes, 0)))""",
+    "index_layer_bytes",
+    "index_width * index_number_bytes + where(index_number_bytes < 2, scales_index * scale_bytes, 0)",
     "B",
-    "keys of the sparse indexer cached per token, all layers; those of one byte have scales",
+    "key of a sparse indexer cached per token; one of one byte per number has scales",
     "DeepSeek-V3.2 technical report, section 2: one key per token, shared by the indexer's heads",
+    layer=True,
+)
+ROWS.add(
+    "index_bytes",
+    "total(indexers * index_layer_bytes)",
+    "B",
+    "keys of the sparse indexers cached per token, all layers",
+    COUNTED,
 )
 ROWS.each(
     SIDE_BY_SIDE,
@@ -110,7 +117,8 @@ ROWS.each(
 ROWS.each(SIDE_BY_SIDE, "cache_bytes_{a}", "b * sequence_bytes_{a}", "B", "cache of the batch", COUNTED)
 ROWS.add(
     "mtp_bytes",
-    "mtp_layers * main(where(latent > 0, layer_bytes_mla, layer_bytes_gqa))",
+    """mtp_layers * main(where(latent > 0, layer_bytes_mla + where(indexers > 0, index_layer_bytes, 0),
+    own_groups * ((w + v) * number_bytes + (scales_key + scales_value) * scale_bytes)))""",
     "B",
     "per token, if the multi-token-prediction layers run as a drafter; not in any other figure",
     "DeepSeek-V3, arXiv:2412.19437, section 2.2: a layer like the others",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mla.errors import MLAError
+from mla.families import ALIASES
 from mla.reading import expect_list, integer, section
 
 Raw = Mapping[str, Any]
@@ -132,7 +133,8 @@ def _sparse_layers(full: Raw, layers: int) -> int:
         return sum(start <= i <= last and (i + 1) % step == 0 for i in range(layers))
     if isinstance(full.get("moe_layer_freq"), list):
         return sum(bool(flag) for flag in full["moe_layer_freq"][:layers])
-    usual = _FIRST_DENSE.get(str(full.get("model_type")), 0)
+    name = str(full.get("model_type"))
+    usual = _FIRST_DENSE.get(name, _FIRST_DENSE.get(ALIASES.get(name, ""), 0))
     step = integer(full, "moe_layer_freq", least=1, default=1)
     first = integer(full, "first_k_dense_replace", "num_dense_layers", default=usual)
     return sum(i >= first and i % step == 0 for i in range(layers))
