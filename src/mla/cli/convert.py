@@ -40,12 +40,16 @@ def convert(
     explore: Annotated[
         bool,
         typer.Option(
-            "--explore", help="Convert nothing: draw quality against cache size, several conversions."
+            "--explore",
+            help="Write no model: draw quality against cache size into the page OUT; fifteen conversions.",
         ),
     ] = False,
     max_kl: Annotated[
         float | None,
-        typer.Option(help="Choose the smallest cache whose KL to the original stays below this, in nats."),
+        typer.Option(
+            help="Choose the smallest cache whose KL to the original, on held-out text and before any "
+            "healing, stays below this, in nats per token; up to six conversions."
+        ),
     ] = None,
     max_ppl_increase: Annotated[
         float | None,
@@ -53,9 +57,7 @@ def convert(
     ] = None,
     windows: Annotated[
         int | None,
-        typer.Option(
-            help="Windows of calibration text: 24,576 tokens, or 65,536 and 131,072 for small caches."
-        ),
+        typer.Option(help="How many windows of calibration text: 24, or 64 and 128 for small caches."),
     ] = None,
     window: Annotated[
         int | None, typer.Option(help="Tokens per window: 1024, or the longest that the model takes.")
