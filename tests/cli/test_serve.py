@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import openai
 import psutil
@@ -403,7 +404,7 @@ def test_the_vllm_engine_is_vllms_own_server(mla, mla_folder, monkeypatch):
     (_, command, environment), *_ = became
     assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", str(mla_folder)]
     assert " ".join(command[5:]) == (
-        "--host 127.0.0.1 --port 9000 --dtype auto --max-model-len 256 --kv-cache-memory-bytes 500000000"
+        "--host 127.0.0.1 --port 9000 --dtype float32 --max-model-len 256 --kv-cache-memory-bytes 500000000"
     )
     assert environment["MLA_CACHE_FORMAT"] == "int8"
     assert "VLLM_CPU_KVCACHE_SPACE" not in environment  # vLLM would heed it rather than the option
@@ -422,6 +423,48 @@ def test_the_vllm_engine_is_vllms_own_server(mla, mla_folder, monkeypatch):
     assert 0 < int(became[-1][1][-1]) < psutil.virtual_memory().available
     assert "auto, fp32, bf16, int8, got fp16" in mla("serve", mla_folder, "--cache-format", "fp16").err
     assert "--engine transformers" in mla("serve", mla_folder, "--cache-dir", "x").err
+
+
+@pytest.fixture
+def became(monkeypatch):
+    """The commands and environments that this process was replaced by, vLLM installed."""
+    from mla.cli import serve
+
+    commands = []
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(serve.os, "execve", lambda *command: commands.append(command[1:]) or exit(0))
+    for name in ("MLA_CACHE_FORMAT", "VLLM_CPU_KVCACHE_SPACE"):
+        monkeypatch.delenv(name, raising=False)
+    return commands
+
+
+def test_vllm_keeps_fp32_and_gets_what_fits_beside_the_weights(mla, mla_folder, monkeypatch, became):
+    weights = (mla_folder / "model.safetensors").stat().st_size  # and a header
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=weights + 10**6))
+    mla("serve", mla_folder)
+    ((command, environment),) = became
+    assert command[command.index("--dtype") + 1] == "float32"  # it would take bf16 by itself
+    assert environment["MLA_CACHE_FORMAT"] == "fp32"
+    assert 500_000 <= int(command[command.index("--kv-cache-memory-bytes") + 1]) < 510_000
+
+
+def test_vllm_takes_quantised_weights_as_it_does(mla, mla_folder, tmp_path, became):
+    folder = shutil.copytree(mla_folder, tmp_path / "quantised")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    mla("serve", folder)
+    assert became[0][0][became[0][0].index("--dtype") + 1] == "auto"
+
+
+def test_a_vllm_for_gpus_is_told_nothing_of_the_cpu(mla, mla_folder, monkeypatch, became):
+    from mla.cli import serve
+
+    monkeypatch.setattr(serve.importlib.metadata, "version", lambda name: "0.32.0")
+    mla("serve", mla_folder)
+    ((command, environment),) = became
+    assert command[-4:] == ["--dtype", "auto", "--max-model-len", "auto"]
+    assert "MLA_CACHE_FORMAT" not in environment
 
 
 def test_vllm_computes_as_the_other_engine_does(mla, mla_folder, tmp_path, monkeypatch):

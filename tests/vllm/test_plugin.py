@@ -80,6 +80,9 @@ def test_an_untested_version_warns(monkeypatch, log, vllm):
     assert installed
     (line,) = log.messages
     assert line.startswith(f"mla was tested with vLLM {', '.join(plugin.TESTED)}, this is 9.9")
+    monkeypatch.setattr(vllm, "__version__", f"{plugin.TESTED[0]}+cpu")  # vLLM's own build of it
+    plugin.register()
+    assert log.messages == [line]
 
 
 def test_biases_that_vllm_would_leave_out_are_refused():

@@ -1,5 +1,6 @@
 """``mla serve``: an OpenAI-compatible server, on Transformers' or on vLLM's own."""
 
+import importlib.metadata
 import importlib.util
 import os
 import socket
@@ -149,10 +150,11 @@ def _become_vllm(
 
     if cache_format not in _VLLM_FORMATS:
         raise MLAError(f"--cache-format: vLLM takes {', '.join(_VLLM_FORMATS)}, got {cache_format}")
-    environment = dict(os.environ)
-    if console.check_dtype(dtype) == "auto":
-        from mla.integrations.loading import settle_auto
+    from mla.integrations.loading import settle_auto, weight_bytes
 
+    environment = dict(os.environ)
+    on_cpu = _is_for_cpus()
+    if console.check_dtype(dtype) == "auto" and on_cpu:
         dtype, usual_format = settle_auto(model)
         if usual_format != "auto":
             environment.setdefault("MLA_CACHE_FORMAT", usual_format)
@@ -161,11 +163,13 @@ def _become_vllm(
     options += ["--max-model-len", "auto" if max_model_len is None else str(max_model_len)]
     if cache_format != "auto":
         environment["MLA_CACHE_FORMAT"] = cache_format
-    if budget is not None or "VLLM_CPU_KVCACHE_SPACE" not in environment:
-        # vLLM by itself asks for nine tenths of the machine, and ends where others use more than the rest.
-        # The variable would win over the option.
+    if budget is not None or (on_cpu and "VLLM_CPU_KVCACHE_SPACE" not in environment):
+        # vLLM by itself asks for nine tenths of the machine, and ends where others use more than the rest, or
+        # where the weights leave less than what it was told. The variable would win over the option.
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
-        budget = psutil.virtual_memory().available // 2 if budget is None else budget
+        if budget is None:
+            free = psutil.virtual_memory().available - weight_bytes(model, console.check_dtype(dtype))
+            budget = max(free, 0) // 2
         options += ["--kv-cache-memory-bytes", str(budget)]
     if api_key is not None:  # not on the command line, where every user of the machine can read it
         environment["VLLM_API_KEY"] = api_key
@@ -173,6 +177,14 @@ def _become_vllm(
     # The command line of vllm-cpu asks for the version of a package called vllm, and ends.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options]
     os.execve(command[0], command, environment)
+
+
+def _is_for_cpus() -> bool:
+    """Whether the vLLM that is installed is built for CPUs, as it tells itself; another one knows its GPU."""
+    try:
+        return "cpu" in importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:  # it is called vllm-cpu
+        return True
 
 
 def _warn_of_strangers(host: str, api_key: str | None) -> None:

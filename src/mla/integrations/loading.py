@@ -67,14 +67,24 @@ def load_config(source: str) -> Any:
 def settle_auto(source: str) -> tuple[DtypeName, str]:
     """What "auto" is for ``source`` on this CPU, by :func:`load_model` and :func:`choose_cache_format`.
 
-    The dtype and the cache format where the checkpoint's own dtype is not computed in, else ("auto", "auto").
+    The dtype and the cache format of a folder that is computed in float32, because it is stored so or because
+    the checkpoint's own dtype is not computed in; else ("auto", "auto"). vLLM would take bf16 for the first.
     """
     size = _weight_bytes(source)
     if size is not None:
         config = load_config(source)
-        if _choose_dtype("auto", config, "cpu", size) is torch.float32:
+        stored = getattr(config.get_text_config(decoder=True), "dtype", None)
+        # Quantised weights are computed in what their kernels know.
+        plain = getattr(config, "quantization_config", None) is None
+        if plain and torch.float32 in (stored, _choose_dtype("auto", config, "cpu", size)):
             return "float32", choose_cache_format("auto", config, torch.float32)
     return "auto", "auto"
+
+
+def weight_bytes(source: str, dtype: DtypeName) -> int:
+    """Bytes of a folder's weights, in ``dtype`` or as they are stored for "auto"; 0 where nobody knows."""
+    count, stored = _weight_bytes(source) or (0, 0)
+    return count * (stored if dtype == "auto" else getattr(torch, dtype).itemsize)
 
 
 def load_tokenizer(source: str) -> Any:

@@ -13,6 +13,11 @@ class TransformersForCausalLM(transformers.TransformersForCausalLM):
     """
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        if vllm_config.model_config.trust_remote_code:
+            raise ValueError(
+                "MiniCPM3 runs on latents by Transformers' own code, and --trust-remote-code asks for the "
+                'checkpoint\'s: leave it out, or leave mla out (VLLM_PLUGINS="")'
+            )
         config = vllm_config.model_config.hf_text_config
         config.logit_scale = config.dim_model_base / config.hidden_size
         super().__init__(vllm_config=vllm_config, prefix=prefix)

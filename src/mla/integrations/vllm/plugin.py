@@ -112,7 +112,7 @@ def register() -> None:
     except (ImportError, AttributeError, TypeError) as error:
         _stand_aside(f"{unfit}: {error}")
         return
-    if vllm.__version__ not in TESTED:
+    if vllm.__version__.partition("+")[0] not in TESTED:  # 0.32.0+cpu is vLLM's own build of it
         _log.warning(
             "mla was tested with vLLM %s, this is %s: compare its answers before you rely on them",
             ", ".join(TESTED),
