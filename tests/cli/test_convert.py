@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,12 +99,15 @@ def test_convert_writes_bfloat16(mla, llama_folder, tmp_path):
     assert str(model.dtype) == "torch.bfloat16"
 
 
-def test_one_conversion_at_a_time_to_one_place(mla, llama_folder, tmp_path):
+def test_one_conversion_at_a_time_to_one_place(mla, llama_folder, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     with exclusive(tmp_path / "out"):
         run = mla("convert", llama_folder, tmp_path / "there" / ".." / "out", *SMALL)
         assert run.status == 2
         assert "is running: wait for it, or end it first" in run.err
         assert mla("convert", llama_folder, tmp_path / "other", *SMALL).status == 0
+    assert not list(Path(tempfile.gettempdir()).glob("mla-*.lock"))
     assert mla("convert", llama_folder, tmp_path / "out", *SMALL).status == 0
 
 

@@ -140,15 +140,16 @@ def test_key_value_heads(raw, kind, groups):
     assert answer[f"token_bytes_{kind.lower()}"] == 13 * groups * 32 * 2
 
 
-@pytest.mark.parametrize("model_type", [name for name, row in _CLASS_DEFAULTS.items() if "head_dim" in row])
+@pytest.mark.parametrize("model_type", sorted({*RULES, *_CLASS_DEFAULTS} & {*CONFIG_MAPPING}))
 def test_heads_are_as_wide_as_the_class_makes_them(model_type):
-    wide = CONFIG_MAPPING[model_type]().get_text_config().head_dim
-    raw = {name: value for name, value in BASE.items() if name != "head_dim"}
-    found = read_shape(
-        {**raw, "model_type": model_type, "layer_types": ["full_attention"] * 13}, name="x", source="x"
+    config = CONFIG_MAPPING[model_type]().get_text_config()
+    width = (
+        type(config)(hidden_size=64, num_attention_heads=4, num_key_value_heads=2).to_dict().get("head_dim")
     )
-    assert wide != 64 // 4
-    assert {group["w"] for group in found.groups} == {wide}
+    raw = {name: value for name, value in BASE.items() if name != "head_dim"}
+    raw |= {"model_type": model_type, "layer_types": ["full_attention"] * 13}
+    found = read_shape(raw, name="x", source="x")
+    assert {group["w"] for group in found.groups} == {width or 64 // 4}
 
 
 @pytest.mark.parametrize(

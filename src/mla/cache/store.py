@@ -250,4 +250,4 @@ def _remove_abandoned(folder: Path) -> None:
     for left in folder.glob(f"{_TEMPORARY}*"):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > _ABANDONED:
-                shutil.rmtree(left)
+                shutil.rmtree(left) if left.is_dir() else left.unlink()

@@ -32,7 +32,7 @@ def serve(
     cache_format: console.CacheFormat = "auto",
     memory: Annotated[
         str | None,
-        typer.Option(help="Memory for all caches: 8GiB, 500MB. By default half of what is free."),
+        typer.Option(help="Memory for all caches: 8GiB, 500MB. By default half of what weights leave free."),
     ] = None,
     api_key: Annotated[
         str | None,
@@ -150,7 +150,7 @@ def _become_vllm(
 
     if cache_format not in _VLLM_FORMATS:
         raise MLAError(f"--cache-format: vLLM takes {', '.join(_VLLM_FORMATS)}, got {cache_format}")
-    from mla.integrations.loading import settle_auto, weight_bytes
+    from mla.integrations.loading import require_memory, settle_auto, weight_bytes
 
     environment = dict(os.environ)
     on_cpu = _is_for_cpus()
@@ -168,8 +168,9 @@ def _become_vllm(
         # where the weights leave less than what it was told. The variable would win over the option.
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
         if budget is None:
-            free = psutil.virtual_memory().available - weight_bytes(model, console.check_dtype(dtype))
-            budget = max(free, 0) // 2
+            weights, free = weight_bytes(model, console.check_dtype(dtype)), psutil.virtual_memory().available
+            require_memory(weights + 1, f"the weights of {model}")
+            budget = (free - weights) // 2
         options += ["--kv-cache-memory-bytes", str(budget)]
     if api_key is not None:  # not on the command line, where every user of the machine can read it
         environment["VLLM_API_KEY"] = api_key
@@ -180,7 +181,9 @@ def _become_vllm(
 
 
 def _is_for_cpus() -> bool:
-    """Whether the vLLM that is installed is built for CPUs, as it tells itself; another one knows its GPU."""
+    """Whether the vLLM that is installed computes on CPUs, as it tells itself; another one knows its GPU."""
+    if os.environ.get("VLLM_TARGET_DEVICE") == "cpu" or sys.platform == "darwin":
+        return True
     try:
         return "cpu" in importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:  # it is called vllm-cpu

@@ -101,21 +101,29 @@ def save(
 
 @contextlib.contextmanager
 def exclusive(out: Path) -> Iterator[None]:
-    """Nobody else on this machine who asks for it converts to ``out`` while inside.
+    """No other conversion by this user on this machine goes to ``out`` while inside, if it asks for it, too.
 
     Two conversions to one place would take each other's finished parts for their own.
 
     Raises:
-        MLAError: somebody does.
+        MLAError: one does, or there is nowhere to say so.
     """
     # Not beside it: that would leave a file, or folders that nobody asked for, where a request is refused.
-    place = digest(os.path.realpath(out).encode())
-    lock = FileLock(Path(tempfile.gettempdir(), f"mla-{getpass.getuser()}-{place}.lock"), timeout=0)
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+    file = Path(tempfile.gettempdir(), f"mla-{user}-{digest(os.fsencode(os.path.realpath(out)))}.lock")
+    lock = FileLock(file, timeout=0)
     try:
-        with lock:
-            yield
+        lock.acquire()
     except Timeout as error:
         raise MLAError(f"another conversion to {out} is running: wait for it, or end it first") from error
+    except OSError as error:
+        raise MLAError(f"{file} cannot be locked for this conversion: {error}") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows keeps a file that is open
+            file.unlink()
+        lock.release()
 
 
 def check_output(

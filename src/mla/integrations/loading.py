@@ -83,8 +83,13 @@ def settle_auto(source: str) -> tuple[DtypeName, str]:
 
 def weight_bytes(source: str, dtype: DtypeName) -> int:
     """Bytes of a folder's weights, in ``dtype`` or as they are stored for "auto"; 0 where nobody knows."""
-    count, stored = _weight_bytes(source) or (0, 0)
-    return count * (stored if dtype == "auto" else getattr(torch, dtype).itemsize)
+    folder, size = local_path(source), _weight_bytes(source)
+    if folder is None or size is None:
+        return 0
+    if dtype == "auto":
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    itemsize: int = getattr(torch, dtype).itemsize
+    return size[0] * itemsize
 
 
 def load_tokenizer(source: str) -> Any:

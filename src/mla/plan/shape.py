@@ -30,7 +30,12 @@ _INDEXER = {"index_topk": 2048, "index_head_dim": 128, "index_n_heads": 64}
 _INDEX_HEADS = {"glm_moe_dsa": 32, "mistral_large4": 32, "glm5_next": 32, "axk2": 16, "hy_v4": 16}
 #: Tokens that share one key of the indexer, where a family pools them and its config.json does not say.
 _INDEX_POOL = {"glm5_next": 16, "glm5_next_text": 16}
-_LLAMA4 = {"attention_chunk_size": 8192, "intermediate_size_mlp": 16384, "interleave_moe_layer_step": 1}
+_LLAMA4 = {
+    "head_dim": 128,
+    "attention_chunk_size": 8192,
+    "intermediate_size_mlp": 16384,
+    "interleave_moe_layer_step": 1,
+}
 _GEMMA3 = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208}
 _GEMMA3 |= {"max_position_embeddings": 131072}
 #: What the classes of models without latents take where a config.json is silent and people leave it so.
@@ -52,6 +57,7 @@ _CLASS_DEFAULTS: Mapping[str, Raw] = {
     "hunyuan_v1_moe": {"num_shared_expert": 1},
     "llama4": _LLAMA4,
     "llama4_text": _LLAMA4,
+    "minimax_m2": {"head_dim": 128},
     "ministral": {"sliding_window": 4096},
     "ministral3": {"head_dim": 128},
     "mistral": {"sliding_window": 4096},
@@ -59,6 +65,10 @@ _CLASS_DEFAULTS: Mapping[str, Raw] = {
     "qwen2": {"sliding_window": 4096},
     "qwen3": {"sliding_window": 4096, "head_dim": 128},
     "qwen3_moe": {"sliding_window": 4096},
+    "qwen3_5": {"head_dim": 256},
+    "qwen3_5_moe": {"head_dim": 256},
+    "qwen3_5_moe_text": {"head_dim": 256},
+    "qwen3_5_text": {"head_dim": 256},
     "qwen3_next": {"head_dim": 256},
     "seed_oss": {"head_dim": 128},
     "vaultgemma": {"sliding_window": 4096, "head_dim": 256},
