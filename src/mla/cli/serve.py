@@ -154,11 +154,12 @@ def _become_vllm(
 
     environment = dict(os.environ)
     on_cpu = _is_for_cpus()
-    if console.check_dtype(dtype) == "auto" and on_cpu:
-        dtype, usual_format = settle_auto(model)
+    settled = console.check_dtype(dtype)
+    if settled == "auto" and on_cpu:
+        settled, usual_format = settle_auto(model)
         if usual_format != "auto":
             environment.setdefault("MLA_CACHE_FORMAT", usual_format)
-    options = ["--host", host, "--port", str(port), "--dtype", dtype]
+    options = ["--host", host, "--port", str(port), "--dtype", settled]
     # Without "auto" vLLM ends where the model's full length does not fit, instead of taking what does.
     options += ["--max-model-len", "auto" if max_model_len is None else str(max_model_len)]
     if cache_format != "auto":
@@ -168,7 +169,7 @@ def _become_vllm(
         # where the weights leave less than what it was told. The variable would win over the option.
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
         if budget is None:
-            weights, free = weight_bytes(model, console.check_dtype(dtype)), psutil.virtual_memory().available
+            weights, free = weight_bytes(model, settled), psutil.virtual_memory().available
             require_memory(weights + 1, f"the weights of {model}")
             budget = (free - weights) // 2
         options += ["--kv-cache-memory-bytes", str(budget)]

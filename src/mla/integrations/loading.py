@@ -73,7 +73,7 @@ def settle_auto(source: str) -> tuple[DtypeName, str]:
     size = _weight_bytes(source)
     if size is not None:
         config = load_config(source)
-        stored = getattr(config.get_text_config(decoder=True), "dtype", None)
+        stored = _stored_dtype(config)
         # Quantised weights are computed in what their kernels know.
         plain = getattr(config, "quantization_config", None) is None
         if plain and torch.float32 in (stored, _choose_dtype("auto", config, "cpu", size)):
@@ -108,7 +108,7 @@ def choose_cache_format(name: str, config: Any, dtype: torch.dtype) -> str:
         MLAError: an unknown format; the known ones are named.
     """
     if name == "auto":
-        stored = getattr(config.get_text_config(decoder=True), "dtype", None)
+        stored = _stored_dtype(config)
         return "bf16" if stored == torch.bfloat16 else DTYPE_FORMATS.get(dtype, "fp32")
     cache_format(name)
     return name
@@ -220,13 +220,19 @@ def _weight_bytes(source: str) -> tuple[int, int] | None:
     return (count, stored) if count else None
 
 
+def _stored_dtype(config: Any) -> torch.dtype | None:
+    """What a config says that its checkpoint is stored in, None where it says nothing."""
+    stored: torch.dtype | None = getattr(config.get_text_config(decoder=True), "dtype", None)
+    return stored
+
+
 def _choose_dtype(
     dtype: DtypeName, config: Any, device: str, size: tuple[int, int] | None
 ) -> torch.dtype | Literal["auto"]:
     if dtype != "auto":
         named: torch.dtype = getattr(torch, dtype)
         return named
-    stored = getattr(config.get_text_config(decoder=True), "dtype", None)
+    stored = _stored_dtype(config)
     if stored in (torch.bfloat16, torch.float16) and not computes_in_half(device) and size is not None:
         spare = psutil.virtual_memory().available
         if size[0] * 4 < spare // 2:
