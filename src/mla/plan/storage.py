@@ -42,10 +42,18 @@ for _vector, _width in (("latent", "r"), ("key", "w"), ("value", "v"), ("index",
         "docs/planning.md",
         layer=True,
     )
+ROWS.add(
+    "head_bytes",
+    "(w + v) * number_bytes + (scales_key + scales_value) * scale_bytes",
+    "B",
+    "key and value of one head cached per token",
+    COUNTED,
+    layer=True,
+)
 ROWS.each(
     CLASSIC,
     "layer_bytes_{a}",
-    "kv_{a} * ((w + v) * number_bytes + (scales_key + scales_value) * scale_bytes)",
+    "kv_{a} * head_bytes",
     "B",
     "cached per token and layer",
     COUNTED,
@@ -118,7 +126,7 @@ ROWS.each(SIDE_BY_SIDE, "cache_bytes_{a}", "b * sequence_bytes_{a}", "B", "cache
 ROWS.add(
     "mtp_bytes",
     """mtp_layers * main(where(latent > 0, layer_bytes_mla + where(indexers > 0, index_layer_bytes, 0),
-    own_groups * ((w + v) * number_bytes + (scales_key + scales_value) * scale_bytes)))""",
+    own_groups * head_bytes))""",
     "B",
     "per token, if the multi-token-prediction layers run as a drafter; not in any other figure",
     "DeepSeek-V3, arXiv:2412.19437, section 2.2: a layer like the others",
