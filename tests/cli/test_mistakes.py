@@ -8,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import Run
 
@@ -83,7 +85,9 @@ def test_missing_weights(mla, broken):
     ("changes", "parts"),
     [
         # Transformers would draw the last layer's weights at random.
-        ({"num_hidden_layers": 3}, ["lacks 9 of the model's tensors (model.layers.2.input_layernorm.weight"]),
+        ({"num_hidden_layers": 3}, ["lacks 9 tensors (model.layers.2.input_layernorm.weight"]),
+        # ... and leave one that is there aside.
+        ({"num_hidden_layers": 1}, ["holds 9 tensors (model.layers.1.", "config.json would not use"]),
         ({"intermediate_size": 40}, ["down_proj.weight is [32, 48], its config.json makes it [32, 40]"]),
         ({"hidden_size": 33}, ["does not open", "33) is not a multiple of"]),
         ({"num_attention_heads": "x"}, ["does not open", "expected int, got str"]),
@@ -96,6 +100,23 @@ def test_weights_and_configuration_that_do_not_agree(mla, llama_folder, tmp_path
     text = tmp_path / "text"
     text.write_text("Once upon a time. " * 20)
     says(mla("eval", folder, "--text", text, "--window", 32), *parts)
+
+
+def test_weights_that_may_be_left_aside(mla, mla_folder, tmp_path):
+    """Drafters after the last layer, towers of images; not a norm of the queries."""
+    folder = shutil.copytree(mla_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    weights = load_file(folder / "model.safetensors")
+    aside = {f"model.layers.{layers}.eh_proj.weight", "vision_tower.blocks.0.w", "model.mtp.0.w"}
+    save_file(
+        weights | {name: torch.zeros(1) for name in aside}, folder / "model.safetensors", {"format": "pt"}
+    )
+    assert mla("generate", folder, "Hi", "--max-new-tokens", 1).status == 0
+    norm = "model.layers.0.self_attn.q_norm.weight"
+    save_file(weights | {norm: torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
+    says(mla("generate", folder, "Hi"), f"holds 1 tensor ({norm}) that a deepseek_v3 model")
 
 
 def test_not_an_mla_model(mla, llama_folder):
@@ -122,7 +143,7 @@ def test_not_enough_memory_for_the_cache(mla, mla_folder, monkeypatch):
     from mla.integrations import loading
 
     monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: Memory)
-    monkeypatch.setattr(loading, "_weight_bytes", lambda source: None)
+    monkeypatch.setattr(loading, "_size", lambda source, config: None)
     run = mla("generate", mla_folder, "x" * 400, "--raw")
     says(run, "a cache of 512 tokens would need 0.00 GiB of memory, 0.00 GiB are available")
 

@@ -39,7 +39,7 @@ def test_the_vllm_engine_is_vllms_own_server(mla, mla_folder, monkeypatch):
     (_, command, environment), *_ = became
     assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", str(mla_folder)]
     assert " ".join(command[5:]) == (
-        "--host 127.0.0.1 --port 9000 --dtype float32 --max-model-len 256 --kv-cache-memory-bytes 500000000"
+        "--host 127.0.0.1 --port 9000 --max-model-len 256 --dtype float32 --kv-cache-memory-bytes 500000000"
     )
     assert environment["MLA_CACHE_FORMAT"] == "int8"
     assert "VLLM_CPU_KVCACHE_SPACE" not in environment  # vLLM would heed it rather than the option
@@ -49,15 +49,57 @@ def test_the_vllm_engine_is_vllms_own_server(mla, mla_folder, monkeypatch):
     assert warning in mla("serve", mla_folder, "--host", "0.0.0.0").err
     assert warning not in mla("serve", mla_folder, "--host", "0.0.0.0", "--api-key", KEY).err
     assert warning not in mla("serve", mla_folder).err
-    assert " ".join(became[-1][1][-2:]) == "--max-model-len auto"
+    assert " ".join(became[-1][1][-4:]) == "--max-model-len auto --dtype float32"
     assert became[-1][2]["VLLM_CPU_KVCACHE_SPACE"] == "7"
     assert "--kv-cache-memory-bytes" not in became[-1][1]
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
     mla("serve", mla_folder)
     assert became[-1][1][-2] == "--kv-cache-memory-bytes"
     assert 0 < int(became[-1][1][-1]) < psutil.virtual_memory().available
-    assert "auto, fp32, bf16, int8, got fp16" in mla("serve", mla_folder, "--cache-format", "fp16").err
-    assert "--engine transformers" in mla("serve", mla_folder, "--cache-dir", "x").err
+    count = len(became)
+    asked = ("serve", mla_folder, "--engine", "vllm")
+    assert "auto, fp32, bf16, int8, got fp16; take --engine t" in mla(*asked, "--cache-format", "fp16").err
+    assert "--cache-dir: vLLM keeps prefixes in its own way; take" in mla(*asked, "--cache-dir", "x").err
+    assert len(became) == count
+
+
+def test_vllms_own_options_follow_ours(mla, mla_folder, became):
+    mla("serve", mla_folder, "--served-model-name", "small", "--", "--tensor-parallel-size", 2, "--seed=3")
+    ((command, _),) = became
+    assert command[command.index("--served-model-name") + 1] == "small"
+    assert command[-3:] == ["--tensor-parallel-size", "2", "--seed=3"]
+    run = mla("serve", mla_folder, "--engine", "transformers", "--", "--seed=3")
+    assert (run.status, "--seed=3: options after -- are vLLM's; take --engine vllm" in run.err) == (2, True)
+
+
+def test_what_no_server_could_serve_is_refused_before_vllm_starts(mla, mla_folder, llama_folder, became):
+    for folder, options, words in (
+        ("./nothing", (), "no such folder or file"),
+        (llama_folder, (), "is not an MLA model"),
+        (mla_folder, ("--max-model-len", 10**6), "--max-model-len: expected 1 to 512"),
+    ):
+        run = mla("serve", folder, *options)
+        assert (run.status, words in run.err, run.err.count("\n")) == (2, True, 1)
+    assert not became
+
+
+def test_what_vllm_cannot_serve_is_left_to_transformers(mla, mla_folder, tmp_path, monkeypatch, became):
+    from mla.cli import serve
+
+    monkeypatch.setattr(serve, "_load", lambda *arguments: None)
+    monkeypatch.setattr(serve, "_run", lambda *arguments: exit(7))
+    biased = shutil.copytree(mla_folder, tmp_path / "biased")
+    config = json.loads((biased / "config.json").read_text())
+    (biased / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
+    for folder, options, reason in (
+        (mla_folder, ("--cache-dir", tmp_path), "vLLM keeps prefixes in its own way"),
+        (mla_folder, ("--cache-format", "fp16"), "vLLM takes auto, fp32, bf16, int8, got fp16"),
+        (biased, (), "has biases in its attention, for which vLLM has no place"),
+    ):
+        run = mla("serve", folder, "--port", 0, *options)
+        assert (run.status, f"{reason}; Transformers serves" in run.err) == (7, True)
+        assert mla("serve", folder, *options, "--engine", "vllm").status == 2
+    assert not became
 
 
 def test_vllm_keeps_fp32_and_gets_what_fits_beside_the_weights(mla, mla_folder, monkeypatch, became):
@@ -85,7 +127,7 @@ def test_a_vllm_for_gpus_is_told_nothing_of_the_cpu(mla, mla_folder, monkeypatch
     monkeypatch.setattr(serve.importlib.metadata, "version", lambda name: "0.32.0")
     mla("serve", mla_folder)
     ((command, environment),) = became
-    assert command[-4:] == ["--dtype", "auto", "--max-model-len", "auto"]
+    assert command[-4:] == ["--max-model-len", "auto", "--dtype", "auto"]
     assert "MLA_CACHE_FORMAT" not in environment
 
 

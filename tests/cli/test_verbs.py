@@ -162,6 +162,20 @@ def test_ctrl_c_stops_an_answer(mla, mla_folder, monkeypatch, token):
     assert reused[1] >= len("user: Tell me a story\nassistant: ")
 
 
+def test_ctrl_c_while_a_long_message_is_read(mla, mla_folder, monkeypatch):
+    """It is as if the message had not been sent, and what was read of it is not read again."""
+    monkeypatch.setattr("mla.integrations.prefixes._STEP", 16)
+    options = ("--max-new-tokens", 6, "--temperature", 0)
+    with monkeypatch.context() as pressing:
+        press_ctrl_c(pressing, 2)  # the second step of many
+        pressing.setattr(sys, "stdin", Terminal("Tell me a story of a fox and a dog\nTell me nothing\n"))
+        run = mla("chat", mla_folder, *options)
+    assert run.status == 0
+    monkeypatch.setattr(sys, "stdin", Terminal("Tell me nothing\n"))
+    assert run.out == mla("chat", mla_folder, *options).out
+    assert f"({len('user: Tell me ')} from the cache)" in run.err
+
+
 @pytest.mark.parametrize(("stdin", "tokens"), [(Terminal, (2, 3)), (io.StringIO, (2,))])
 def test_ctrl_c_twice_or_of_a_script_ends_the_program(mla, mla_folder, monkeypatch, stdin, tokens):
     press_ctrl_c(monkeypatch, *tokens)
@@ -248,10 +262,3 @@ def test_doctor_leaves_the_model_as_it_was(mla_folder):
     with pytest.raises(ZeroDivisionError):
         diagnose(model, torch.randint(256, (1, 20)), on_progress=lambda done, total: 1 / 0)
     assert integration.absorbed_path(model) == "absorbed"
-
-
-@pytest.mark.parametrize("verb", ["generate", "chat", "convert", "eval", "doctor"])
-def test_help_of_each_verb(mla, verb):
-    run = mla(verb, "--help")
-    assert run.status == 0
-    assert "Usage: mla" in run.out

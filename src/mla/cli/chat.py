@@ -28,7 +28,7 @@ def chat(
     as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
 ) -> None:
     """Talk with an MLA model. /reset starts anew, /exit or end of input ends, Ctrl-C stops an answer."""
-    from mla.cli.session import Sampling, Session
+    from mla.cli.session import Sampling, Session, StoppedReading
 
     typed = sys.stdin.isatty()  # a script has to see what goes wrong
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
@@ -44,7 +44,7 @@ def chat(
         messages = list(start)
         while True:
             try:
-                line = console.people.input("[bold]> [/]").strip()
+                line = console.people.input("> ").strip()
             except EOFError:
                 return
             if line == "/exit":
@@ -57,13 +57,16 @@ def chat(
             messages.append({"role": "user", "content": line})
             stream = None if as_json else lambda piece: print(piece, end="", flush=True)
             try:
-                with _stopping(typed) as stopped:
+                with _stopping(typed) as stopped, console.long_progress("reading") as advance:
                     ids = session.encode(messages)
-                    answer = session.answer(ids, sampling, on_text=stream, stopped=stopped)
+                    answer = session.answer(ids, sampling, on_read=advance, on_text=stream, stopped=stopped)
+            except StoppedReading:
+                messages.pop()
+                continue
             except MLAError as error:
                 if not typed:
                     raise
-                console.people.print(f"mla: error: {error}; /reset starts anew", markup=False, soft_wrap=True)
+                console.people.print(f"mla: error: {error}; /reset starts anew")
                 messages.pop()
                 continue
             messages.append({"role": "assistant", "content": answer.text})
@@ -72,8 +75,9 @@ def chat(
                 continue
             print()
             console.people.print(
-                f"[dim]{answer.prompt_tokens} tokens ({answer.reused_tokens} from the cache), "
-                f"{answer.new_tokens} written at {answer.decode_speed:.1f}/s[/]"
+                f"{answer.prompt_tokens} tokens ({answer.reused_tokens} from the cache), "
+                f"{answer.new_tokens} written at {answer.decode_speed:.1f}/s",
+                style="dim",
             )
 
 

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import Annotated, Any
 
@@ -14,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mla import textfile
 from mla.errors import MLAError
 
-# People read standard error; standard output carries the answer, so that it can be piped.
-people = Console(stderr=True, highlight=False)
+# People read standard error; standard output carries the answer, so that it can be piped. What they are told
+# may be a path with brackets, or a command to copy.
+people = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 answers = Console(highlight=False)
 
 # Seconds in which steps tell the speed: it takes two, and a layer of a large model takes minutes.
@@ -89,14 +90,38 @@ def progress(label: str) -> Iterator[Any]:
 
 
 @contextmanager
+def long_progress(label: str) -> Iterator[Callable[[float, float], None]]:
+    """A bar from the first of several steps to the last one; yields ``advance(done, total)``."""
+    with ExitStack() as stack:
+        bars: list[Any] = []
+
+        def advance(done: float, total: float) -> None:
+            if done >= total:
+                stack.close()
+                return
+            if not bars:
+                bars.append(stack.enter_context(progress(label)))
+            bars[0](done, total)
+
+        yield advance
+
+
+@contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep the libraries' own notices and bars off the screen; errors still come as exceptions."""
+    """Keep the libraries' notices and bars off the screen, but for those of downloads; errors still come as
+    exceptions."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    downloads = not are_progress_bars_disabled()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # those of downloads, too
+    if downloads:
+        enable_progress_bars()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -57,7 +57,8 @@ def generate(
                 print(f"mla: {error}; the prefix is computed again", file=sys.stderr)
         ids = session.encode([{"role": "user", "content": text}], raw=raw)
         stream = None if as_json else lambda piece: print(piece, end="", flush=True)
-        answer = session.answer(ids, sampling, on_text=stream)
+        with console.long_progress("reading") as advance:
+            answer = session.answer(ids, sampling, on_read=advance, on_text=stream)
         if save_cache is not None:
             session.prefixes.save(save_cache, identity)
     if as_json:
@@ -66,7 +67,8 @@ def generate(
     print()
     reused = f" ({answer.reused_tokens} from the cache)" if answer.reused_tokens else ""
     console.people.print(
-        f"[dim]{answer.prompt_tokens} tokens{reused} read at {answer.prefill_speed:.0f}/s, "
+        f"{answer.prompt_tokens} tokens{reused} read at {answer.prefill_speed:.0f}/s, "
         f"{answer.new_tokens} written at {answer.decode_speed:.1f}/s, "
-        f"{answer.cache_bytes_per_token:.0f} cache bytes per token[/]"
+        f"{answer.cache_bytes_per_token:.0f} cache bytes per token",
+        style="dim",
     )

@@ -45,7 +45,14 @@ def serve(
     cache_dir_size: Annotated[
         str, typer.Option(help="Largest size of that folder; the prefix not used for longest goes first.")
     ] = "10GiB",
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What clients call the model; by default MODEL as it is written here.")
+    ] = None,
     dtype: console.Dtype = "auto",
+    vllm_options: Annotated[
+        list[str] | None,
+        typer.Argument(help="After --: options for vLLM's server, such as -- --tensor-parallel-size 2."),
+    ] = None,
 ) -> None:
     """Serve an MLA model over the OpenAI interface: chat completions, completions, models, streaming."""
     if engine not in _ENGINES:
@@ -56,18 +63,20 @@ def serve(
         raise MLAError("--api-key: expected a key, got an empty one")
     budget = None if memory is None else _bytes("--memory", memory)
     folder_size = _bytes("--cache-dir-size", cache_dir_size)
-    has_vllm = importlib.util.find_spec("vllm") is not None
-    if engine == "vllm" and not has_vllm:
-        raise MLAError("--engine vllm: vLLM is not installed here; see docs/vllm.md")
-    if engine == "vllm" or (engine == "auto" and has_vllm):
-        if cache_dir is not None:
-            raise MLAError("--cache-dir: vLLM keeps prefixes in its own way; take --engine transformers")
-        _become_vllm(model, host, port, max_model_len, cache_format, budget, api_key, dtype)
+    name = served_model_name or model
     with ExitStack() as stack:
-        listener = stack.enter_context(_listen(host, port))
         stack.enter_context(console.quiet_libraries())
-        app = _load(model, dtype, cache_format, max_model_len, budget, api_key, cache_dir, folder_size)
-        _run(app, listener, model, host, api_key)
+        if _takes_vllm(engine, model, max_model_len, cache_format, cache_dir, vllm_options):
+            _warn_of_strangers(host, api_key or os.environ.get("VLLM_API_KEY"))
+            # Without "auto" vLLM ends where the model's full length does not fit, and takes nothing less.
+            length = "auto" if max_model_len is None else str(max_model_len)
+            options = ["--host", host, "--port", str(port), "--max-model-len", length]
+            options += [] if served_model_name is None else ["--served-model-name", served_model_name]
+            _become_vllm(model, options, vllm_options or [], cache_format, budget, api_key, dtype)
+        listener = stack.enter_context(_listen(host, port))
+        asked = (dtype, cache_format, max_model_len, budget, api_key, cache_dir, folder_size)
+        app = _load(model, name, *asked)
+        _run(app, listener, name, host, api_key)
 
 
 def _bytes(option: str, text: str) -> int:
@@ -81,6 +90,7 @@ def _bytes(option: str, text: str) -> int:
 
 def _load(
     model: str,
+    name: str,
     dtype: str,
     cache_format: str,
     max_model_len: int | None,
@@ -98,6 +108,7 @@ def _load(
 
     served = load_engine(
         model,
+        name=name,
         dtype=console.check_dtype(dtype),
         cache_format=cache_format,
         max_model_len=max_model_len,
@@ -135,11 +146,44 @@ def _run(app: Any, listener: socket.socket, model: str, host: str, api_key: str 
     uvicorn.Server(config).run(sockets=[listener])
 
 
+def _takes_vllm(
+    engine: str,
+    model: str,
+    max_model_len: int | None,
+    cache_format: str,
+    cache_dir: Path | None,
+    vllm_options: list[str] | None,
+) -> bool:
+    """Whether vLLM serves. What it cannot do is refused beforehand; "auto" leaves it to Transformers."""
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    if engine == "vllm" and not has_vllm:
+        raise MLAError("--engine vllm: vLLM is not installed here; see docs/vllm.md")
+    if engine == "transformers" or not has_vllm:
+        if vllm_options:
+            raise MLAError(f"{' '.join(vllm_options)}: options after -- are vLLM's; take --engine vllm")
+        return False
+    from mla.integrations.loading import load_mla_config
+
+    config, _ = load_mla_config(model, max_model_len=max_model_len)
+    reason = None
+    if cache_dir is not None:
+        reason = "--cache-dir: vLLM keeps prefixes in its own way"
+    elif cache_format not in _VLLM_FORMATS:
+        reason = f"--cache-format: vLLM takes {', '.join(_VLLM_FORMATS)}, got {cache_format}"
+    elif getattr(config.get_text_config(decoder=True), "attention_bias", False):
+        reason = f"{model} has biases in its attention, for which vLLM has no place"
+    if reason is None:
+        return True
+    if engine == "vllm" or vllm_options:
+        raise MLAError(f"{reason}; take --engine transformers")
+    _say(f"{reason}; Transformers serves")
+    return False
+
+
 def _become_vllm(
     model: str,
-    host: str,
-    port: int,
-    max_model_len: int | None,
+    options: list[str],
+    further: list[str],
     cache_format: str,
     budget: int | None,
     api_key: str | None,
@@ -148,8 +192,6 @@ def _become_vllm(
     """Replace this process by vLLM's server, which finds our plugin by itself."""
     import psutil
 
-    if cache_format not in _VLLM_FORMATS:
-        raise MLAError(f"--cache-format: vLLM takes {', '.join(_VLLM_FORMATS)}, got {cache_format}")
     from mla.integrations.loading import require_memory, settle_auto, weight_bytes
 
     environment = dict(os.environ)
@@ -159,9 +201,7 @@ def _become_vllm(
         settled, usual_format = settle_auto(model)
         if usual_format != "auto":
             environment.setdefault("MLA_CACHE_FORMAT", usual_format)
-    options = ["--host", host, "--port", str(port), "--dtype", settled]
-    # Without "auto" vLLM ends where the model's full length does not fit, instead of taking what does.
-    options += ["--max-model-len", "auto" if max_model_len is None else str(max_model_len)]
+    options = [*options, "--dtype", settled]
     if cache_format != "auto":
         environment["MLA_CACHE_FORMAT"] = cache_format
     if budget is not None or (on_cpu and "VLLM_CPU_KVCACHE_SPACE" not in environment):
@@ -175,10 +215,9 @@ def _become_vllm(
         options += ["--kv-cache-memory-bytes", str(budget)]
     if api_key is not None:  # not on the command line, where every user of the machine can read it
         environment["VLLM_API_KEY"] = api_key
-    _warn_of_strangers(host, environment.get("VLLM_API_KEY"))
     # The command line of vllm-cpu asks for the version of a package called vllm, and ends.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options]
-    os.execve(command[0], command, environment)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    os.execve(command[0], [*command, *options, *further], environment)
 
 
 def _is_for_cpus() -> bool:

@@ -10,16 +10,15 @@ from torch import Tensor
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from mla.config import MLAConfig
 from mla.errors import MLAError
 from mla.integrations.loading import (
     DtypeName,
     choose_cache_format,
-    load_config,
+    load_mla_config,
     load_model,
     load_tokenizer,
 )
-from mla.integrations.prefixes import Prefixes
+from mla.integrations.prefixes import Prefixes, read_prompt
 from mla.integrations.transformers import absorb
 
 
@@ -55,6 +54,10 @@ class Answer:
     cache_bytes_per_token: float
 
 
+class StoppedReading(Exception):  # noqa: N818 - not an error
+    """Whoever asked does not want the answer any more, of which not a word has been written."""
+
+
 class Session:
     """A model, its tokenizer and one conversation's cache.
 
@@ -77,12 +80,8 @@ class Session:
         max_model_len: int | None = None,
         cache_format: str = "auto",
     ) -> None:
-        config = load_config(source)
-        self.config = MLAConfig.from_transformers(config)  # refuse before loading weights
-        longest = self.config.max_position_embeddings
-        if max_model_len is not None and not 1 <= max_model_len <= longest:
-            raise MLAError(f"--max-model-len: expected 1 to {longest}, got {max_model_len}")
-        self.limit = max_model_len or longest
+        config, self.config = load_mla_config(source, max_model_len=max_model_len)
+        self.limit = max_model_len or self.config.max_position_embeddings
         # An unknown name is refused before the weights are read.
         choose_cache_format(cache_format, config, torch.float32)
         self.model = absorb(load_model(source, dtype=dtype, device=device))
@@ -109,6 +108,7 @@ class Session:
         ids: Tensor,
         sampling: Sampling,
         *,
+        on_read: Callable[[int, int], object] = lambda read, total: None,
         on_text: Callable[[str], None] | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> Answer:
@@ -117,20 +117,35 @@ class Session:
         Args:
             ids: the conversation so far.
             sampling: how tokens are drawn, and how many.
+            on_read: told (tokens read, tokens in all) while a long prompt is read, last when all of it is.
             on_text: told the text as it becomes whole words.
-            stopped: asked after every token; the answer ends where it says yes.
+            stopped: asked between steps of a long prompt and after every token; the answer ends where it says
+                yes.
 
         Raises:
             MLAError: prompt and answer exceed the limit, or the cache would not fit into memory.
+            StoppedReading: it was stopped before its first word. What was read is kept.
         """
         s = ids.shape[1]
         wanted = s + sampling.max_new_tokens
         if s >= self.limit:
             raise MLAError(f"the prompt has {s} tokens, the model takes {self.limit} with the answer")
         wanted = min(wanted, self.limit)
-        cache = self.prefixes.take(ids[0].tolist(), wanted)
+        tokens = ids[0].tolist()
+        cache = self.prefixes.take(tokens, wanted)
         reused = cache.get_seq_length()
         clock = _Clock(self.tokenizer, on_text)
+
+        def check(read: int, total: int) -> None:
+            on_read(read, total)
+            if stopped():
+                raise StoppedReading
+
+        try:
+            read_prompt(self.model, tokens, cache, check)
+        except StoppedReading:
+            self.prefixes.keep(tokens, cache)
+            raise
         torch.manual_seed(sampling.seed)
         draw: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if sampling.temperature > 0:

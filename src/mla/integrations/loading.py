@@ -1,6 +1,8 @@
 """Open a model and its tokenizer from a folder, a GGUF file or a Hub id; refuse early, in one line."""
 
+import copy
 import platform
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from mla.config import MLAConfig
 from mla.errors import MLAError
 from mla.formats import cache_format
 from mla.integrations.gguf_rope import restore_scaling
@@ -22,6 +25,9 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 GIB = 2**30
 # What mla.formats, which knows no torch, calls the dtype of a cache.
 DTYPE_FORMATS = {dtype: name for name, dtype in FORMAT_DTYPES.items()}
+# Weights that a language model may leave aside, beside those that its own class names: drafters, and the
+# towers of other media.
+_ASIDE = re.compile(r"(^|\.)(mtp|vision_tower|vision_model|visual|audio_tower|\w*projector)\b")
 
 
 def load_model(source: str, *, dtype: DtypeName = "auto", device: str = "cpu") -> Any:
@@ -41,7 +47,7 @@ def load_model(source: str, *, dtype: DtypeName = "auto", device: str = "cpu") -
     _check_device(device)
     path, options = _locate(source)
     config = load_config(source)
-    size = _weight_bytes(source)
+    size = _size(source, config)
     chosen = _choose_dtype(dtype, config, device, size)
     if device == "cpu" and size is not None:
         count, stored = size
@@ -52,6 +58,7 @@ def load_model(source: str, *, dtype: DtypeName = "auto", device: str = "cpu") -
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = _load(AutoModelForCausalLM, path, options)
     _check_complete(source, found["missing_keys"], found["mismatched_keys"])
+    _check_used(source, config, found["unexpected_keys"])
     return model.to(device).eval()
 
 
@@ -64,32 +71,48 @@ def load_config(source: str) -> Any:
     return config
 
 
+def load_mla_config(source: str, *, max_model_len: int | None = None) -> tuple[Any, MLAConfig]:
+    """The configuration of an MLA model, as Transformers and as we read it; refused before weights are read.
+
+    Args:
+        source: as for :func:`load_model`.
+        max_model_len: a limit on prompt plus answer that the model has to allow.
+
+    Raises:
+        MLAError: as for :func:`load_model`; the model is not MLA, or does not go up to that limit.
+    """
+    stored = load_config(source)
+    config = MLAConfig.from_transformers(stored)
+    longest = config.max_position_embeddings
+    if max_model_len is not None and not 1 <= max_model_len <= longest:
+        raise MLAError(f"--max-model-len: expected 1 to {longest}, got {max_model_len}")
+    return stored, config
+
+
 def settle_auto(source: str) -> tuple[DtypeName, str]:
     """What "auto" is for ``source`` on this CPU, by :func:`load_model` and :func:`choose_cache_format`.
 
-    The dtype and the cache format of a folder that is computed in float32, because it is stored so or because
+    The dtype and the cache format of a model that is computed in float32, because it is stored so or because
     the checkpoint's own dtype is not computed in; else ("auto", "auto"). vLLM would take bf16 for the first.
     """
-    size = _weight_bytes(source)
-    if size is not None:
-        config = load_config(source)
-        stored = _stored_dtype(config)
-        # Quantised weights are computed in what their kernels know.
-        plain = getattr(config, "quantization_config", None) is None
-        if plain and torch.float32 in (stored, _choose_dtype("auto", config, "cpu", size)):
+    config = load_config(source)
+    # Quantised weights are computed in what their kernels know.
+    if not _is_quantised(config):
+        chosen = _choose_dtype("auto", config, "cpu", _size(source, config))
+        if torch.float32 in (_stored_dtype(config), chosen):
             return "float32", choose_cache_format("auto", config, torch.float32)
     return "auto", "auto"
 
 
 def weight_bytes(source: str, dtype: DtypeName) -> int:
-    """Bytes of a folder's weights, in ``dtype`` or as they are stored for "auto"; 0 where nobody knows."""
-    folder, size = local_path(source), _weight_bytes(source)
-    if folder is None or size is None:
-        return 0
-    if dtype == "auto":
+    """Bytes of the weights, in ``dtype`` or as they are stored for "auto"; 0 where nobody knows."""
+    folder, size = local_path(source), _size(source, load_config(source))
+    if dtype == "auto" and folder is not None:
         return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    itemsize: int = getattr(torch, dtype).itemsize
-    return size[0] * itemsize
+    if size is None:
+        return 0
+    count, stored = size
+    return count * (stored if dtype == "auto" else getattr(torch, dtype).itemsize)
 
 
 def load_tokenizer(source: str) -> Any:
@@ -188,23 +211,55 @@ def _check_complete(source: str, missing: Iterable[str], misfits: Iterable[tuple
         )
     names = sorted(missing)
     if names:
-        shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
         why = "a file is missing, or it is no language model"
         if source.endswith(".gguf"):
             why = "the parts of a split file must be merged first, by llama-gguf-split --merge"
-        raise MLAError(f"{source} lacks {len(names)} of the model's tensors ({shown}): {why}")
+        raise MLAError(f"{source} lacks {_some(names)} of the model: {why}")
 
 
-def _weight_bytes(source: str) -> tuple[int, int] | None:
-    """(count of numbers, bytes of one) in a folder's safetensors, read from the headers; None if unknown.
+def _check_used(source: str, config: Any, unused: Iterable[str]) -> None:
+    """Weights that nothing reads make another model than the one that was trained."""
+    if _is_quantised(config):  # its scales have names of its own
+        return
+    text = config.get_text_config(decoder=True)
+    first = text.num_hidden_layers
+    drafters = range(first, first + (getattr(text, "num_nextn_predict_layers", None) or 0))
+    numbers = "|".join(map(str, drafters)) or "none"
+    drafter = re.compile(rf"(^|\.)layers\.({numbers})\.")
+    names = sorted(name for name in unused if not _ASIDE.search(name) and not drafter.search(name))
+    if names:
+        raise MLAError(
+            f"{source} holds {_some(names)} that a {text.model_type} model of its config.json would not use: "
+            "another architecture, or a config.json that says less than there is"
+        )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+    return f"{len(names)} tensor{'s' * (len(names) != 1)} ({shown})"
+
+
+def _size(source: str, config: Any) -> tuple[int, int] | None:
+    """(count of the weights' numbers, bytes of one); None where nobody knows.
+
+    From the headers of a folder's safetensors; of a GGUF file, whose weights become plain ones, and of a Hub
+    id, whose files may not be here yet, from the shapes that the configuration makes.
 
     Raises:
         MLAError: a file is truncated or not safetensors.
     """
     folder = local_path(source)
-    if folder is None or not folder.is_dir():
-        return None
-    count, stored = 0, 2
+    if folder is None or folder.is_file():
+        if _is_quantised(config) and folder is None:
+            return None
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        except ValueError:  # no language model: opening it says so
+            return None
+        stored = _stored_dtype(config) or torch.float32
+        return sum(each.numel() for each in model.parameters()), stored.itemsize
+    count, size = 0, 2
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as weights:
@@ -214,10 +269,14 @@ def _weight_bytes(source: str) -> tuple[int, int] | None:
                     for extent in part.get_shape():
                         numbers *= extent
                     count += numbers
-                    stored = {"F32": 4, "F64": 8}.get(part.get_dtype(), stored)
+                    size = {"F32": 4, "F64": 8}.get(part.get_dtype(), size)
         except SafetensorError as error:
             raise MLAError(f"{file} is damaged: {_first_line(error)}; fetch or convert it again") from error
-    return (count, stored) if count else None
+    return (count, size) if count else None
+
+
+def _is_quantised(config: Any) -> bool:
+    return getattr(config, "quantization_config", None) is not None
 
 
 def _stored_dtype(config: Any) -> torch.dtype | None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mla.cache import LatentCache
 from mla.cache.folder import PrefixFolder
 from mla.cache.store import copy_prefix, is_storable, load_cache, save_cache
@@ -14,6 +16,8 @@ from mla.digest import canonical, digest, digest_of_weights
 from mla.errors import MLAError
 from mla.integrations.loading import require_memory
 
+#: Tokens of a prompt that run at once: what a step needs beside the cache does not grow with the prompt.
+_STEP = 1024
 #: So many tokens more must a file have in common with a prompt than memory has, to be read for it.
 _WORTH_READING = 32
 #: So many tokens may a kept conversation lose by being cut back for another; beyond that it is copied.
@@ -203,6 +207,26 @@ class Prefixes:
                 )
         if self._model.device.type == "cpu":
             require_memory(needed - held, f"a cache of {tokens} tokens")
+
+
+@torch.no_grad()
+def read_prompt(
+    model: Any, tokens: list[int], cache: LatentCache, check: Callable[[int, int], object]
+) -> None:
+    """Read what the cache does not hold of a prompt, but for the last step, which is left to ``generate``.
+
+    Args:
+        model: an absorbed model.
+        tokens: the whole prompt.
+        cache: what of it was read before; it holds whole steps whenever ``check`` is called.
+        check: called as (tokens read, tokens in all) before every step, and with the prompt's length for both
+            when none is left; what it raises ends the reading.
+    """
+    for first in range(cache.get_seq_length(), len(tokens) - _STEP, _STEP):
+        check(first, len(tokens))
+        ids = torch.tensor([tokens[first : first + _STEP]], device=model.device)
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    check(len(tokens), len(tokens))
 
 
 def require_storable(model: Any) -> None:

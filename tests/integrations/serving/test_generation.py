@@ -200,7 +200,7 @@ def test_models_with_other_layers_are_served_without_reuse():
 @pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v32", "minicpm3", "kimi_linear"])
 def test_long_prompts_are_read_in_steps(family, monkeypatch):
     want = complete(make_engine(family), "abcdefg" * 20, max_tokens=12)["choices"]
-    monkeypatch.setattr("mla.integrations.serving.generation._STEP", 16)
+    monkeypatch.setattr("mla.integrations.prefixes._STEP", 16)
     assert complete(make_engine(family), "abcdefg" * 20, max_tokens=12)["choices"] == want
 
 

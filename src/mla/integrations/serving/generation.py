@@ -24,14 +24,13 @@ from transformers.cli.serving.utils import (
 
 from mla.cache import LatentCache
 from mla.errors import MLAError
-from mla.integrations.prefixes import Prefixes
+from mla.integrations.prefixes import Prefixes, read_prompt
 from mla.integrations.serving.requests import ApiError, Request, check_tokens
 
 _log = logging.getLogger(__name__)
 
-#: Tokens read in one step: between steps a request whose client has gone ends. Scores of the prompt take a
-#: number per word of the vocabulary, so steps are shorter then.
-_STEP, _SCORED_STEP = 1024, 128
+#: Tokens read in one step where scores of the prompt are kept: a number per word of the vocabulary each.
+_SCORED_STEP = 128
 #: Tokens of the answer for which room is made at a time: most answers end long before their limit.
 _ANSWER_ROOM = 256
 #: Below this temperature the most likely token is the only one; the logits over it would be infinite.
@@ -359,34 +358,32 @@ def _run(engine: Engine, tokens: list[int], request: Request, config: Any, strea
         return
     room = len(tokens) + min(config.max_new_tokens, _ANSWER_ROOM)
     # The scores of a prompt need all of it to be read anew.
-    anew = request.echo and request.logprobs is not None
-    cache = engine.prefixes.new(room) if anew else engine.prefixes.take(tokens, room)
+    scores = request.logprobs if request.echo else None
+    cache = engine.prefixes.take(tokens, room) if scores is None else engine.prefixes.new(room)
     stream.reused = cache.get_seq_length()
     with contextlib.suppress(_Gone):
-        _read(engine, tokens, request, stream, cache)
+        if scores is not None:
+            _score_prompt(engine, tokens, scores, stream, cache)
+        else:
+            read_prompt(engine.model, tokens, cache, lambda *_: stream.check())
         _write(engine, tokens, request, config, stream, cache)
     # Gone or not: the stream ends generation between two steps only, when the cache holds whole tokens.
-    if not anew:
+    if scores is None:
         engine.prefixes.keep(tokens + stream.written, cache)
 
 
 @torch.no_grad()
-def _read(engine: Engine, tokens: list[int], request: Request, stream: Stream, cache: LatentCache) -> None:
-    """Read a prompt but for its last step, which is left to ``generate``; keep its scores if asked for."""
-    scored = request.echo and request.logprobs is not None
-    step, end = (_SCORED_STEP, len(tokens) - 1) if scored else (_STEP, len(tokens) - _STEP)
-    if scored:
-        stream.prompt_scores.append(Scored(tokens[0], None))
-    for first in range(cache.get_seq_length(), end, step):
+def _score_prompt(engine: Engine, tokens: list[int], top: int, stream: Stream, cache: LatentCache) -> None:
+    """Read a prompt but for its last token, which is left to ``generate``, and keep its scores."""
+    stream.prompt_scores.append(Scored(tokens[0], None))
+    for first in range(0, len(tokens) - 1, _SCORED_STEP):
         stream.check()
-        last = min(first + step, len(tokens) - 1)
+        last = min(first + _SCORED_STEP, len(tokens) - 1)
         ids = torch.tensor([tokens[first:last]], device=engine.model.device)
-        keep = last - first if scored else 1
-        output = engine.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep)
-        if scored:
-            stream.prompt_scores += score(
-                output.logits[0], tokens[first + 1 : last + 1], request.logprobs or 0
-            )
+        output = engine.model(
+            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last - first
+        )
+        stream.prompt_scores += score(output.logits[0], tokens[first + 1 : last + 1], top)
 
 
 def _write(

@@ -14,7 +14,7 @@ from mla.integrations.loading import (
     GIB,
     DtypeName,
     choose_cache_format,
-    load_config,
+    load_mla_config,
     load_model,
     load_tokenizer,
 )
@@ -48,6 +48,7 @@ class Served:
 def load_engine(
     source: str,
     *,
+    name: str,
     dtype: DtypeName,
     cache_format: str,
     max_model_len: int | None,
@@ -60,6 +61,7 @@ def load_engine(
 
     Args:
         source, dtype: as for ``load_model``. cache_format: as for ``choose_cache_format``.
+        name: what clients call the model.
         max_model_len: tokens of prompt and answer; None takes what model and budget allow.
         budget: bytes for all caches; None takes half of what is free once the weights are loaded: the rest
             is for the steps of long prompts, and for others.
@@ -69,11 +71,7 @@ def load_engine(
     Raises:
         MLAError: as for ``load_model``; or not a single token fits; or the model's prefixes cannot be kept.
     """
-    stored = load_config(source)
-    config = MLAConfig.from_transformers(stored)  # refuse before loading weights
-    longest = config.max_position_embeddings
-    if max_model_len is not None and not 1 <= max_model_len <= longest:
-        raise MLAError(f"--max-model-len: expected 1 to {longest}, got {max_model_len}")
+    stored, config = load_mla_config(source, max_model_len=max_model_len)
     choose_cache_format(cache_format, stored, torch.float32)
     model = absorb(load_model(source, dtype=dtype))
     chosen = choose_cache_format(cache_format, stored, model.get_input_embeddings().weight.dtype)
@@ -83,14 +81,14 @@ def load_engine(
         folder = PrefixFolder(cache_dir, fingerprint(model, chosen), cache_dir_size, note)
     budget = psutil.virtual_memory().available // 2 if budget is None else budget
     per_token = config.cache_bytes_per_token(chosen)
-    limit = min(max_model_len or longest, _fitting(config, chosen, budget))
+    limit = min(max_model_len or config.max_position_embeddings, _fitting(config, chosen, budget))
     if limit < (max_model_len or 1):
         raise MLAError(
             f"--memory: {budget / GIB:.2f} GiB hold {limit} tokens of this model, "
             f"expected room for {max_model_len or 1}"
         )
     prefixes = Prefixes(model, config, chosen, budget=budget, folder=folder, note=note)
-    engine = Engine(model, load_tokenizer(source), source, prefixes, limit)
+    engine = Engine(model, load_tokenizer(source), name, prefixes, limit)
     return Served(engine, budget, per_token)
 
 
