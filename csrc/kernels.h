@@ -50,12 +50,12 @@ void linear(const Linear& call) {
     Layer<HalfWeights, Type::bf16>::run(call);
 }
 
-#if defined(MLA_EMULATE_AVX512) // its vectors are wider than any register here
-#define MLA_REGISTER(x) "+m"(x)
-#elif defined(__aarch64__)
+#if defined(__aarch64__)
 #define MLA_REGISTER(x) "+w"(x)
-#else
+#elif defined(__x86_64__) && !defined(MLA_EMULATE_AVX512)
 #define MLA_REGISTER(x) "+x"(x)
+#else // the vectors of an emulation are wider than any register
+#define MLA_REGISTER(x) "+m"(x)
 #endif
 
 double ceiling(int64_t rounds) {

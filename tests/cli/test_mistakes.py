@@ -135,14 +135,10 @@ def test_empty_prompt(mla, mla_folder):
     says(mla("generate", mla_folder, "", "--raw"), "the prompt is empty")
 
 
-class Memory:
-    available = 100_000
-
-
 def test_not_enough_memory_for_the_cache(mla, mla_folder, monkeypatch):
     from mla.integrations import loading
 
-    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: Memory)
+    monkeypatch.setattr(loading, "free_memory", lambda: 100_000)
     monkeypatch.setattr(loading, "_size", lambda source, config: None)
     run = mla("generate", mla_folder, "x" * 400, "--raw")
     says(run, "a cache of 512 tokens would need 0.00 GiB of memory, 0.00 GiB are available")
@@ -151,7 +147,7 @@ def test_not_enough_memory_for_the_cache(mla, mla_folder, monkeypatch):
 def test_not_enough_memory_for_the_weights(mla, mla_folder, monkeypatch):
     from mla.integrations import loading
 
-    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: Memory)
+    monkeypatch.setattr(loading, "free_memory", lambda: 100_000)
     says(mla("generate", mla_folder, "Hi"), "the weights of", "would need")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -104,7 +103,7 @@ def test_what_vllm_cannot_serve_is_left_to_transformers(mla, mla_folder, tmp_pat
 
 def test_vllm_keeps_fp32_and_gets_what_fits_beside_the_weights(mla, mla_folder, monkeypatch, became):
     weights = (mla_folder / "model.safetensors").stat().st_size  # and a header
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=weights + 10**6))
+    monkeypatch.setattr("mla.cli.serve.free_memory", lambda: weights + 10**6)
     mla("serve", mla_folder)
     ((command, environment),) = became
     assert command[command.index("--dtype") + 1] == "float32"  # it would take bf16 by itself

@@ -223,6 +223,7 @@ def test_queries_served_part_by_part(monkeypatch, isa, cache, queries, options):
     torch.testing.assert_close(lse, want_lse, atol=2e-6 if kind == "fp32" else 1e-2, rtol=1e-6)
 
 
+@needs_kernels
 @by_operator
 @pytest.mark.parametrize("lengths", [(-1, 3), (21, 3), (3, -5)])
 def test_lengths_are_checked_before_any_part(monkeypatch, operator, lengths):
@@ -342,6 +343,8 @@ import importlib.abc, logging, sys
 class Blocker(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name == "mla._kernels":
+            if "broken" in sys.argv:
+                raise ImportError("GLIBCXX_3.4.99 not found")
             raise ModuleNotFoundError("No module named 'mla._kernels'", name=name)
 sys.meta_path.insert(0, Blocker())
 logging.basicConfig(format="%(name)s: %(message)s")
@@ -364,3 +367,11 @@ def test_without_kernels_torch_runs_alone():
     assert done.returncode == 0, done.stderr
     assert "isa: expected an instruction set of this machine (none: mla was installed without" in done.stdout
     assert done.stderr.count("mla was installed without its C++ kernels") == 1
+
+
+def test_kernels_that_do_not_load_are_not_called_missing():
+    done = run_python(WITHOUT, "broken", MLA_ISA="")
+    assert done.returncode == 0, done.stderr
+    why = "mla's C++ kernels do not load (GLIBCXX_3.4.99 not found)"
+    assert f"isa: expected an instruction set of this machine (none: {why})" in done.stdout
+    assert done.stderr.count(f"{why}: attention runs on torch alone") == 1

@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import io
+import os
 import platform
 import sys
 from typing import Annotated
@@ -12,6 +13,7 @@ import typer
 from mla import __version__
 from mla.cli import chat, convert, doctor, evaluate, generate, plan, serve
 from mla.errors import MLAError
+from mla.machine import core_quota
 
 app = typer.Typer(
     name="mla",
@@ -75,6 +77,9 @@ def _options(
 
 def main() -> None:
     """Run the command line: a user's mistake is one line and exit status 2, an interruption 130."""
+    if (quota := core_quota()) is not None:
+        # Threads beyond a container's quota would be stopped with all others. torch reads this when it loads.
+        os.environ.setdefault("OMP_NUM_THREADS", str(quota))
     for stream in (sys.stdin, sys.stdout):
         # Files and pipes hold UTF-8 whatever the locale says; what a terminal shows the locale knows.
         if isinstance(stream, io.TextIOWrapper) and not stream.isatty():

@@ -13,6 +13,7 @@ import typer
 
 from mla.cli import console
 from mla.errors import MLAError
+from mla.machine import free_memory
 
 _ENGINES = ("auto", "transformers", "vllm")
 _VLLM_FORMATS = ("auto", "fp32", "bf16", "int8")
@@ -190,8 +191,6 @@ def _become_vllm(
     dtype: str,
 ) -> None:
     """Replace this process by vLLM's server, which finds our plugin by itself."""
-    import psutil
-
     from mla.integrations.loading import require_memory, settle_auto, weight_bytes
 
     environment = dict(os.environ)
@@ -209,7 +208,7 @@ def _become_vllm(
         # where the weights leave less than what it was told. The variable would win over the option.
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
         if budget is None:
-            weights, free = weight_bytes(model, settled), psutil.virtual_memory().available
+            weights, free = weight_bytes(model, settled), free_memory()
             require_memory(weights + 1, f"the weights of {model}")
             budget = (free - weights) // 2
         options += ["--kv-cache-memory-bytes", str(budget)]

@@ -1,13 +1,14 @@
 """Open a model and its tokenizer from a folder, a GGUF file or a Hub id; refuse early, in one line."""
 
 import copy
+import json
+import math
 import platform
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import psutil
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,7 @@ from mla.config import MLAConfig
 from mla.errors import MLAError
 from mla.formats import cache_format
 from mla.integrations.gguf_rope import restore_scaling
+from mla.machine import free_memory
 from mla.ops.latent import FORMAT_DTYPES
 from mla.reading import local_path
 
@@ -35,8 +37,8 @@ def load_model(source: str, *, dtype: DtypeName = "auto", device: str = "cpu") -
 
     Args:
         source: a folder with config.json and safetensors, a .gguf file, or a Hub id ("namespace/name").
-        dtype: "auto" keeps the checkpoint's dtype, except on a CPU without bf16 or fp16 arithmetic and with
-            memory to spare: there float32 is several times faster.
+        dtype: "auto" keeps the checkpoint's dtype, except on a CPU with memory to spare: there float16, and
+            bfloat16 where the CPU has no such arithmetic, become float32, which is several times faster.
         device: any torch device.
 
     Raises:
@@ -50,8 +52,7 @@ def load_model(source: str, *, dtype: DtypeName = "auto", device: str = "cpu") -
     size = _size(source, config)
     chosen = _choose_dtype(dtype, config, device, size)
     if device == "cpu" and size is not None:
-        count, stored = size
-        needed = count * (stored if chosen == "auto" else chosen.itemsize)
+        needed = size.nbytes if chosen == "auto" else size.numbers * chosen.itemsize
         require_memory(needed, f"the weights of {source}")
     options |= {"config": config, "dtype": chosen}
     # Transformers' own error for shapes that do not fit names none of them.
@@ -106,13 +107,10 @@ def settle_auto(source: str) -> tuple[DtypeName, str]:
 
 def weight_bytes(source: str, dtype: DtypeName) -> int:
     """Bytes of the weights, in ``dtype`` or as they are stored for "auto"; 0 where nobody knows."""
-    folder, size = local_path(source), _size(source, load_config(source))
-    if dtype == "auto" and folder is not None:
-        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    size = _size(source, load_config(source))
     if size is None:
         return 0
-    count, stored = size
-    return count * (stored if dtype == "auto" else getattr(torch, dtype).itemsize)
+    return size.nbytes if dtype == "auto" else size.numbers * getattr(torch, dtype).itemsize
 
 
 def load_tokenizer(source: str) -> Any:
@@ -143,7 +141,7 @@ def require_memory(needed: int, purpose: str) -> None:
     Raises:
         MLAError: ``needed`` bytes are more than what is available now; both are named.
     """
-    available = psutil.virtual_memory().available
+    available = free_memory()
     if needed > available:
         raise MLAError(
             f"{purpose} would need {needed / GIB:.2f} GiB of memory, {available / GIB:.2f} GiB are available"
@@ -239,8 +237,15 @@ def _some(names: list[str]) -> str:
     return f"{len(names)} tensor{'s' * (len(names) != 1)} ({shown})"
 
 
-def _size(source: str, config: Any) -> tuple[int, int] | None:
-    """(count of the weights' numbers, bytes of one); None where nobody knows.
+class _Size(NamedTuple):
+    """Of a model's weights: how many numbers they are, and their bytes as they are stored."""
+
+    numbers: int
+    nbytes: int
+
+
+def _size(source: str, config: Any) -> _Size | None:
+    """The size of a model's weights, None where nobody knows.
 
     From the headers of a folder's safetensors; of a GGUF file, whose weights become plain ones, and of a Hub
     id, whose files may not be here yet, from the shapes that the configuration makes.
@@ -257,22 +262,29 @@ def _size(source: str, config: Any) -> tuple[int, int] | None:
                 model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
         except ValueError:  # no language model: opening it says so
             return None
-        stored = _stored_dtype(config) or torch.float32
-        return sum(each.numel() for each in model.parameters()), stored.itemsize
-    count, size = 0, 2
-    for file in sorted(folder.glob("*.safetensors")):
+        numbers = sum(each.numel() for each in model.parameters())
+        return _Size(numbers, numbers * (_stored_dtype(config) or torch.float32).itemsize)
+    numbers, nbytes = 0, 0
+    for file in _weight_files(folder):
         try:
             with safe_open(file, framework="pt") as weights:
                 for name in weights.keys():  # noqa: SIM118 - not a mapping
-                    part = weights.get_slice(name)
-                    numbers = 1
-                    for extent in part.get_shape():
-                        numbers *= extent
-                    count += numbers
-                    size = {"F32": 4, "F64": 8}.get(part.get_dtype(), size)
+                    numbers += math.prod(weights.get_slice(name).get_shape())
         except SafetensorError as error:
             raise MLAError(f"{file} is damaged: {_first_line(error)}; fetch or convert it again") from error
-    return (count, size) if count else None
+        nbytes += file.stat().st_size
+    return _Size(numbers, nbytes) if numbers else None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a folder that Transformers reads: the weights may lie there in another form, too."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # none, or opening the model says so
+        names = {"model.safetensors"}
+    files = [folder / str(name) for name in sorted(names)]
+    return [file for file in files if file.is_file()]
 
 
 def _is_quantised(config: Any) -> bool:
@@ -286,16 +298,16 @@ def _stored_dtype(config: Any) -> torch.dtype | None:
 
 
 def _choose_dtype(
-    dtype: DtypeName, config: Any, device: str, size: tuple[int, int] | None
+    dtype: DtypeName, config: Any, device: str, size: _Size | None
 ) -> torch.dtype | Literal["auto"]:
     if dtype != "auto":
         named: torch.dtype = getattr(torch, dtype)
         return named
     stored = _stored_dtype(config)
-    if stored in (torch.bfloat16, torch.float16) and not computes_in_half(device) and size is not None:
-        spare = psutil.virtual_memory().available
-        if size[0] * 4 < spare // 2:
-            return torch.float32
+    # No CPU kernel of ours takes float16.
+    slow = stored == torch.float16 or (stored == torch.bfloat16 and not computes_in_half(device))
+    if device == "cpu" and slow and size is not None and size.numbers * 4 < free_memory() // 2:
+        return torch.float32
     return "auto"
 
 

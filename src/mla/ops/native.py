@@ -6,6 +6,7 @@ where the package was built without a compiler. Shapes are in the alphabet of ``
 """
 
 import functools
+import importlib
 import logging
 import os
 from typing import Any
@@ -16,11 +17,14 @@ from torch import Tensor
 from mla.errors import MLAError
 from mla.ops import arguments
 
+_kernels: Any = None
+_why_not = "mla was installed without its C++ kernels"
 try:
-    from mla import _kernels as _built
-except ImportError:
-    _built = None
-_kernels: Any = _built
+    _kernels = importlib.import_module("mla._kernels")
+except ModuleNotFoundError:
+    pass
+except ImportError as error:  # built for another libstdc++ than the one that is loaded, for one
+    _why_not = f"mla's C++ kernels do not load ({error})"
 
 _log = logging.getLogger(__name__)
 
@@ -292,7 +296,7 @@ def _choose(isa: str | None) -> str:
 
 
 def _expected(available: tuple[str, ...]) -> str:
-    have = ", ".join(available) or "none: mla was installed without its C++ kernels"
+    have = ", ".join(available) or f"none: {_why_not}"
     return f"expected an instruction set of this machine ({have})"
 
 
@@ -352,8 +356,9 @@ def _find_best(available: tuple[str, ...]) -> str | None:
         raise MLAError(f"environment variable MLA_ISA: {_expected(available)}, got {wanted}; {remedy}")
     if not available:
         _log.warning(
-            "mla was installed without its C++ kernels: attention runs on torch alone; "
-            "for the kernels install a C++ compiler and Python's headers, then mla again"
+            "%s: attention runs on torch alone; for the kernels install a C++ compiler and Python's headers, "
+            "then mla again",
+            _why_not,
         )
     return wanted or next(iter(available), None)
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from mla.cache.folder import PrefixFolder
@@ -21,6 +20,7 @@ from mla.integrations.loading import (
 from mla.integrations.prefixes import Prefixes, fingerprint, require_storable
 from mla.integrations.serving.generation import Engine
 from mla.integrations.transformers import absorb
+from mla.machine import free_memory
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def load_engine(
     if cache_dir is not None:
         require_storable(model)
         folder = PrefixFolder(cache_dir, fingerprint(model, chosen), cache_dir_size, note)
-    budget = psutil.virtual_memory().available // 2 if budget is None else budget
+    budget = free_memory() // 2 if budget is None else budget
     per_token = config.cache_bytes_per_token(chosen)
     limit = min(max_model_len or config.max_position_embeddings, _fitting(config, chosen, budget))
     if limit < (max_model_len or 1):

@@ -99,7 +99,7 @@ def register() -> None:
             _stand_aside("mla serves vLLM on CPUs only")
         return
     if native.best() is None:
-        _stand_aside("mla was installed without its C++ kernels")
+        _stand_aside("mla runs without its C++ kernels here")
         return
     unfit = f"mla does not fit vLLM {vllm.__version__} (tested with {', '.join(TESTED)})"
     missing = missing_seams(_SEAMS)
