@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mla.convert.budget import Budget
+from mla.budget import Budget
 from mla.convert.checkpoint import attention_weights, empty_student, stream_scale, student_config, write_layer
 from mla.convert.pipeline import budget_for, factor_layer, input_norm
 from mla.convert.refit import refit, student_block

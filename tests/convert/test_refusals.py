@@ -15,8 +15,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from mla.budget import choose_budget
 from mla.convert import budget_for, calibration_size, check_convertible, convert
-from mla.convert.budget import choose_budget
 from mla.convert.text import check_window
 from mla.errors import MLAError
 

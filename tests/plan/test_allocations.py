@@ -5,10 +5,10 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from mla.cache import LatentCache
-from mla.convert.budget import choose_budget
+from mla.convert import budget_for
+from mla.errors import MLAError
 from mla.integrations.transformers import absorb
-from mla.plan import Question, get_hardware, make_plan, read_shape
-from mla.plan.shape import conversion_rule
+from mla.plan import Question, get_hardware, load_shape, make_plan, read_shape
 from tests.families import FAMILY_NAMES, VARIANTS, Variant, build, make_config, token_ids
 
 CASES = [Variant(name, "base", {}) for name in FAMILY_NAMES]
@@ -115,14 +115,23 @@ def test_parameters_of_hybrid_and_sparse_models(name):
     assert planned(model, 8)["parameters_mla"] == pytest.approx(counted, rel=0.02)
 
 
+@pytest.mark.parametrize("asked", [{"cache": 0.5}, {"rank": 128}, {"rank": 20}], ids=str)
 @pytest.mark.parametrize(
-    ("kv", "width", "hidden"), [(8, 128, 4096), (3, 64, 576), (32, 64, 2048), (1, 128, 4096)]
+    ("kv", "width", "hidden"),
+    [(8, 128, 4096), (3, 64, 576), (32, 64, 2048), (1, 128, 4096), (16, 256, 3072)],
+    ids=["llama-3-8b", "smollm2", "mha", "mqa", "gemma-7b"],
 )
-def test_the_rule_of_conversion_is_the_converters(kv, width, hidden):
-    budget = choose_budget(
-        cache=0.5, rank=None, rope=None, groups=kv, head_dim=width, hidden=hidden, theta=1e4
-    )
-    assert conversion_rule(kv, width, hidden) == (budget.rank, budget.rope)
+def test_the_mla_column_is_what_the_converter_makes(kv, width, hidden, asked):
+    config = LlamaConfig(hidden_size=hidden, num_attention_heads=kv, num_key_value_heads=kv, head_dim=width)
+    made = budget_for(config, **{"cache": None, "rank": None, "rope": None, **asked})
+    shape = read_shape(config.to_dict(), name="x", source="x", rank=asked.get("rank"))
+    assert [(group["r"], group["p"]) for group in shape.groups] == [(made.rank, made.rope)]
+    assert any(f"rank {made.rank}, rotary key {made.rope}" in note for note in shape.notes)
+
+
+def test_a_rank_that_the_converter_refuses_is_no_column():
+    with pytest.raises(MLAError, match=r"rank 2000 and rope 128 are 2128 numbers .* original's 2048"):
+        load_shape("llama-3.1-8b", rank=2000)
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)

@@ -168,7 +168,7 @@ def test_indexers_are_copied_to_every_device():
 
 def test_the_note_tells_the_rank_that_is_shown():
     shape = load_shape("llama-3.1-8b", rank=100)
-    assert any("rank 100, rotary key 96" in note for note in shape.notes)
+    assert any("rank 100, rotary key 32" in note for note in shape.notes)
     assert not any("928" in note for note in shape.notes)
     assert any("rank 928, rotary key 96" in note for note in load_shape("llama-3.1-8b").notes)
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
-from mla.convert.budget import Budget, choose_budget
+from mla.budget import Budget, choose_budget
 from mla.convert.check import check_convertible
 from mla.convert.checkpoint import (
     LayerFactors,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mla.budget import Budget, choose_budget
 from mla.config import MLAConfig
 from mla.errors import MLAError
 from mla.families import (
@@ -237,7 +238,8 @@ def _classic_groups(
     softmax = [window for window in seen if window is not None]
     if not softmax:
         raise MLAError("layer_types: expected at least one layer of softmax attention")
-    own_rank, rope = conversion_rule(kv, width, hidden)
+    half = converted(kv, width, hidden)
+    sizes = half if rank is None else converted(kv, width, hidden, rank)
     groups: list[dict[str, float]] = [
         {
             "layers": count,
@@ -245,10 +247,10 @@ def _classic_groups(
             "indexers": 0,
             "h": h,
             "n": width,
-            "p": rope,
+            "p": sizes.rope,
             "v": width,
-            "r": own_rank if rank is None else rank,
-            "r0": own_rank,
+            "r": sizes.rank,
+            "r0": half.rank,
             "q_rank": 0,
             "w": width,
             "own_groups": kv,
@@ -262,25 +264,31 @@ def _classic_groups(
         }
         for window, count in sorted(Counter(softmax).items())
     ]
-    chosen = (
-        "the sizes that `mla convert` chooses at half its cache" if rank is None else "the rank asked for"
-    )
+    chosen = "at half its cache" if rank is None else "for the rank asked for"
     notes.append(
-        f"Not an MLA model: the MLA column has {chosen} (rank {groups[0]['r']:.0f}, rotary key {rope}); "
-        "--rank chooses another. Which models `mla convert` converts, and what that costs in quality: "
-        "docs/conversion.md."
+        f"Not an MLA model: the MLA column has the sizes that `mla convert` chooses {chosen} (rank "
+        f"{sizes.rank}, rotary key {sizes.rope}); --rank chooses another. Which models `mla convert` "
+        "converts, and what that costs in quality: docs/conversion.md."
     )
     return groups, len(seen) - len(softmax)
 
 
-def conversion_rule(kv: int, width: int, hidden: int) -> tuple[int, int]:
-    """Latent rank and rotary width that ``mla convert`` takes at half the cache of ``kv`` heads of ``width``.
+def converted(kv: int, width: int, hidden: int, rank: int | None = None) -> Budget:
+    """What ``mla convert`` makes of ``kv`` key-value heads of ``width``: at half their cache, or at a rank.
 
-    Source: docs/conversion.md; a test compares it with the converter.
+    Raises:
+        MLAError: a rank whose cache is larger than the model's own.
     """
-    half = kv * width
-    rope = max(2, min(int(0.75 * width), half // 2) // 2 * 2)
-    return min(half - rope, hidden), rope
+    # The rotary base changes no size.
+    return choose_budget(
+        cache=0.5 if rank is None else None,
+        rank=rank,
+        rope=None,
+        groups=kv,
+        head_dim=width,
+        hidden=hidden,
+        theta=1e4,
+    )
 
 
 def _tell_layers(groups: list[dict[str, float]], inputs: Mapping[str, float], notes: list[str]) -> None:
