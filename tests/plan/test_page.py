@@ -1,5 +1,6 @@
 """The page as text: self-contained, safe to open, with the numbers of the plan."""
 
+import json
 import re
 
 from mla.plan import Question, get_hardware, make_plan, read_shape
@@ -39,3 +40,12 @@ def test_times_are_not_said_to_be_bounds():
     assert v3["step_time_mla"] > 1.05 * max(moved, computed)
     assert "without overlap" in v3.figure("step_time_mla").meaning
     assert "sooner" not in page(v3)
+
+
+def test_rotary_keys_of_every_rank_are_those_of_the_command():
+    keys = dict(json.loads(re.search(r'"rotaryKeys": (\[.*?\]\])', page(plan("llama-3.1-8b")))[1]))
+    assert [keys[from_] for from_ in sorted(keys)] == list(range(2, 130, 2))
+    for rank in (1, 20, 128, 700, 1856):
+        shown = keys[max(from_ for from_ in keys if from_ <= rank)]
+        assert shown == plan("llama-3.1-8b", rank=rank).shape.groups[0]["p"]
+    assert '"rotaryKeys": []' in page(plan("deepseek-v3"))

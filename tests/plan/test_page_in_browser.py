@@ -116,6 +116,13 @@ def test_the_address_keeps_the_question(show):
     same(document, plan("deepseek-v2-lite", "h100", context=2000001, batch=70000, rank=1300))
 
 
+def test_a_converted_models_rotary_key_follows_the_rank(show):
+    text = page(plan("llama-3.1-8b", "h100"))
+    for rank in (None, 128, 700):
+        document, _ = show(text, "" if rank is None else f"rank={rank}")
+        same(document, plan("llama-3.1-8b", "h100", rank=rank))
+
+
 def test_everything_is_drawn(show):
     document, _ = show(page(plan("deepseek-v3", "h200", context=131072)))
     for part in ("cache", "roofline"):

@@ -119,8 +119,11 @@ function current() {
     memory: machine.memory, bandwidth: machine.bandwidth,
     peak_weights: machine.peak_weights, peak_attention: machine.peak_attention,
   };
+  // A converted model's rotary key depends on the rank that is asked for, as with --rank.
+  const keys = DATA.rotaryKeys.filter(([from]) => from <= rank), key = keys.length ? keys[keys.length - 1][1] : undefined;
   // Groups with another rank keep their proportion to the main one.
-  const groups = DATA.groups.map((group) => ({ ...group, r: scale === 1 ? group.r : Math.round(group.r * scale) }));
+  const groups = DATA.groups.map((group) => scale === 1 ? group
+    : { ...group, r: Math.round(group.r * scale), p: key ?? group.p });
   return { values: new Values(inputs, groups), inputs, machine, rank };
 }
 

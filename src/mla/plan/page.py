@@ -14,6 +14,7 @@ from mla.plan import formulas
 from mla.plan.hardware import Hardware, all_hardware
 from mla.plan.planner import Plan, weight_peak
 from mla.plan.report import column_titles, own_column
+from mla.plan.shape import converted
 from mla.plan.steps import SHEET
 from mla.plan.words import count_words
 
@@ -34,6 +35,7 @@ def page(plan: Plan) -> str:
     data = {
         "inputs": {name: value for name, value in plan.values.inputs.items() if math.isfinite(value)},
         "groups": list(shape.groups),
+        "rotaryKeys": _rotary_keys(plan),
         "machines": [_machine(plan, hardware) for hardware in _machines(plan)],
         "own": own_column(plan),
         "titles": column_titles(plan),
@@ -77,6 +79,21 @@ def _machine(plan: Plan, hardware: Hardware) -> dict[str, Any]:
         "peak_attention": hardware.peak("fp32" if plan.question.cache_format == "fp32" else "bf16"),
         "source": hardware.source,
     }
+
+
+def _rotary_keys(plan: Plan) -> list[tuple[int, int]]:
+    """(rank, rotary key) of a converted model wherever the key changes; MLA models keep theirs: none."""
+    if plan.shape.kind == "MLA":
+        return []
+    main, hidden = plan.shape.groups[0], int(plan.shape.inputs["d"])
+    kv, width = int(main["own_groups"]), int(main["w"])
+    found: list[tuple[int, int]] = []
+    # A cache no larger than the model's own has room for these ranks beside the widest key.
+    for rank in range(1, 2 * kv * width - max(2, width) + 1):
+        rope = converted(kv, width, hidden, rank).rope
+        if not found or found[-1][1] != rope:
+            found.append((rank, rope))
+    return found
 
 
 def _setting(plan: Plan) -> str:
