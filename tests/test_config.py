@@ -121,6 +121,23 @@ def test_released_json_keys_mean_what_the_class_makes_of_them(name: str, keys: d
     assert MLAConfig.from_dict({"model_type": text_class.model_type, **raw}) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "lists"),
+    [
+        ("glm_moe_dsa", {"indexer_types": ["full"] * 3, "layer_types": ["indexed_attention"] * 3}),
+        ("glm_moe_dsa", {"index_topk_pattern": "FSF"}),
+        ("glm5_next", {"layer_types": ["linear_attention"] + ["full_attention"] * 2}),
+        ("dots3_note", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"]}),
+        ("mistral_large4", {"kv_source_layers": [0, 0, 2], "no_rope_layers": [1, 1, 0]}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
+)
+def test_lists_longer_than_the_model(name: str, lists: dict[str, Any]) -> None:
+    raw = {"model_type": name, "num_hidden_layers": 2}
+    cut = {key: entries[:2] for key, entries in lists.items()}
+    assert MLAConfig.from_dict({**raw, **lists}) == MLAConfig.from_dict({**raw, **cut})
+
+
 def test_plm() -> None:
     text = {**DEEPSEEK_V3, "model_type": "plm", "rope_scaling": None}
     del text["q_lora_rank"]

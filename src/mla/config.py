@@ -321,13 +321,10 @@ def _parse(text: dict[str, Any], family: Family) -> MLAConfig:
     unknown = sorted({str(kind) for kind in kinds} - set(LAYER_KINDS))
     if unknown:
         raise MLAError(f"layer_types: expected {', '.join(LAYER_KINDS)}, got {', '.join(unknown)}")
+    kinds = kinds[: len(layers)]  # of a model cut to fewer layers, or with entries for MTP layers
     sources = family.kv_source_layers(raw) if family.kv_source_layers else layers
-    indexers = family.indexer_types(raw) if family.indexer_types else []
-    indexer_layers = tuple(
-        i
-        for i, (kind, mode) in enumerate(zip(kinds, indexers, strict=False))
-        if kind == "indexed_attention" and mode != "shared"
-    )
+    modes = family.indexer_types(raw) if family.indexer_types else ["shared" for _ in layers]
+    indexer_layers = tuple(i for i in layers if kinds[i] == "indexed_attention" and modes[i] != "shared")
     mla_layers = tuple(i for i in layers if LAYER_KINDS[kinds[i]] and sources[i] == i)
     if not mla_layers:
         raise MLAError(f"layer_types: expected at least one layer with latents, got {', '.join(set(kinds))}")

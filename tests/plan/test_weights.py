@@ -90,6 +90,7 @@ LLAMA4 = {**WIDE, "intermediate_size_mlp": 40, "num_local_experts": 4, "num_expe
             {**WIDE, "num_experts": 4, "moe_topk": [2] * 4, "moe_intermediate_size": [48] * 4},
         ),
         ("llama4_text", {**LLAMA4, "moe_layers": [1, 2, 3]}),
+        ("llama4_text", {**LLAMA4, "moe_layers": [1, 3, 99]}),
         ("qwen3_5_text", HYBRID),
         ("llama4_text", {**LLAMA4, "interleave_moe_layer_step": 2}),
     ],

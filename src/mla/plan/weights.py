@@ -7,7 +7,7 @@ from typing import Any
 
 from mla.errors import MLAError
 from mla.families import ALIASES
-from mla.reading import expect_list, integer, section
+from mla.reading import expect_int, expect_list, integer, section
 
 Raw = Mapping[str, Any]
 #: Activations whose MLP has two matrices, up and down, without a gate.
@@ -120,7 +120,7 @@ def _sparse_layers(full: Raw, layers: int) -> int:
     if kinds := _list(full, "mlp_layer_types"):
         return sum(kind == "sparse" for kind in kinds[:layers])
     if (chosen := _list(full, "moe_layers")) is not None:
-        return len(chosen)
+        return sum(expect_int("moe_layers", layer, least=0) < layers for layer in chosen)
     if "interleave_moe_layer_step" in full:
         return layers // integer(full, "interleave_moe_layer_step", least=1)
     if "decoder_sparse_step" in full:
