@@ -60,9 +60,11 @@ def test_unknown_hardware():
 def test_a_folder_and_a_file(tmp_path):
     config = known_models()["deepseek-v3"]["config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    for path in (tmp_path, tmp_path / "config.json"):
-        shape = load_shape(str(path))
+    (tmp_path / "other.json").write_text(json.dumps(config))
+    for path, name in (("", tmp_path.name), ("config.json", tmp_path.name), ("other.json", "other")):
+        shape = load_shape(str(tmp_path / path))
         assert shape.groups == load_shape("deepseek-v3").groups
+        assert shape.name == name
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(MLAError, match="not readable JSON"):
         load_shape(str(tmp_path))

@@ -69,7 +69,9 @@ def load_shape(model: str, *, rank: int | None = None) -> Shape:
             )
         file, name = config_file(model), model
     else:
-        name = file.parent.resolve().name if Path(model).expanduser().is_dir() else file.stem
+        # "config" names no model; in the root folder there is no other name.
+        folder = file.parent.resolve().name if file.stem == "config" else ""
+        name = folder or file.stem
     return read_shape(read_config(file), name=name, source=f"config.json of {name}", rank=rank)
 
 
