@@ -267,7 +267,7 @@ class MLAConfig:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> MLAConfig:
-        """From a folder with a config.json, a config.json itself, or a Hub id (needs huggingface_hub)."""
+        """From a folder with a config.json, a config.json itself, or a Hub id (namespace/name)."""
         return cls.from_dict(read_config(config_file(str(name_or_path))))
 
 

@@ -48,26 +48,44 @@ def local_config(name: str) -> Path | None:
     return file
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name may be a model's on the Hub: namespace/name.
+
+    A name alone is none: it is a mistyped folder or known model far more often than one of the few that the
+    Hub still finds without a namespace (gpt2 is openai-community/gpt2). Nor is what ends like a file.
+    """
+    return bool(_HUB_ID.fullmatch(name)) and not name.lower().endswith((".json", ".gguf"))
+
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
 def config_file(name: str) -> Path:
     """The config.json of a folder, the file itself, or a Hub id's, downloaded."""
     if (file := local_config(name)) is not None:
         return file
-    if name.startswith((".", "~", "/")) or name.count("/") > 1 or name.endswith(".json"):
-        raise MLAError(f"{name} does not exist: expected a folder, a config.json or a Hub id")
+    if not is_hub_id(name):
+        raise MLAError(
+            f"{name} does not exist: expected a folder, a config.json or a Hub id (namespace/name)"
+        )
     return _download(name)
 
 
 def _download(repo: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    # The base of what connections raise, from whichever library this version of the Hub's client uses.
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     try:
         return Path(hf_hub_download(repo, "config.json"))
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+    except (HTTPError, OSError, ValueError, ImportError) as error:  # the last two of a proxy's address, too
+        reason = (str(error).strip().splitlines() or [""])[0]
+        if not reason or not isinstance(error, OSError):  # a proxy's "403 Forbidden" is not the Hub's
+            reason = f"{type(error).__name__} {reason}".strip()
         raise MLAError(
             f"{repo} is neither a local folder nor a model the Hub gave us (gated ones need HF_TOKEN): "
-            f"{reason[0]}"
+            f"{reason}"
         ) from error
 
 
@@ -88,6 +106,28 @@ def expect_number(name: str, value: Any, *, above: float = -1e300) -> float:
             f"{name}: expected a number{f' above {above}' if above > -1e300 else ''}, got {value!r}"
         )
     return float(value)
+
+
+def expect_bytes(name: str, text: str) -> int:
+    """Bytes of "80GB", "24 GiB", "512M" or a plain number of gigabytes.
+
+    Args:
+        name: the option, as it stands in the message. ``text``: what it was given.
+
+    Raises:
+        MLAError: anything else, or less than one byte.
+    """
+    units = {"": 1e9, "b": 1, "kb": 1e3, "k": 1e3, "mb": 1e6, "m": 1e6, "gb": 1e9, "g": 1e9, "tb": 1e12}
+    units |= {"t": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+    digits = text.strip().lower().replace(" ", "").replace("_", "")
+    number = digits.rstrip("abcdefghijklmnopqrstuvwxyz")
+    try:
+        value = float(number) * units[digits[len(number) :]]
+    except (ValueError, KeyError) as error:
+        raise MLAError(f"{name}: expected something like 80GB or 24GiB, got {text!r}") from error
+    if not 1 <= value < float("inf"):
+        raise MLAError(f"{name}: expected at least one byte, got {text!r}")
+    return int(value)
 
 
 def expect_list(name: str, value: Any, *, least: int = 0) -> list[Any]:

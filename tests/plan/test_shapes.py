@@ -11,7 +11,6 @@ from mla.errors import MLAError
 from mla.plan import (
     Question,
     all_hardware,
-    check_memory,
     get_hardware,
     known_models,
     load_shape,
@@ -185,16 +184,6 @@ def test_the_longest_context_is_told_or_not_known():
 def test_configs_that_cannot_be_counted(change, message):
     with pytest.raises(MLAError, match=message):
         read_shape({**known_models()["llama-3.1-8b"]["config"], **change}, name="x", source="x")
-
-
-def test_memory_words():
-    assert check_memory("80GB") == 80e9
-    assert check_memory("24 GiB") == 24 * 2**30
-    assert check_memory("512m") == 512e6
-    assert check_memory("16") == 16e9
-    for text in ("lots", "-1GB", "0", "1 parsec", "nan"):
-        with pytest.raises(MLAError, match="--memory: expected"):
-            check_memory(text)
 
 
 def test_memory_is_what_drivers_report_or_binary():

@@ -52,7 +52,8 @@ def plan(
     Needs no weights and no torch. Every figure can be traced with --explain. docs/planning.md says what is
     counted and where published figures differ.
     """
-    from mla.plan import Question, check_memory, get_hardware, load_shape, make_plan, report
+    from mla.plan import Question, get_hardware, load_shape, make_plan, report
+    from mla.reading import expect_bytes
 
     shape = load_shape(model, rank=rank)
     longest = math.inf if shape.max_context is None else shape.max_context
@@ -63,7 +64,7 @@ def plan(
         cache_format=cache_format,
         weight_format=weight_format,
         tensor_parallel=tensor_parallel,
-        memory=None if memory is None else check_memory(memory),
+        memory=None if memory is None else expect_bytes("--memory", memory),
     )
     answer = make_plan(shape, get_hardware(hardware), question)
     if html is not None:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mla.errors import MLAError
 from mla.plan.known import find_hardware, known_hardware, plain
+from mla.reading import expect_bytes
 
 _THIS = {"thismachine", "this", "here", "local", "localhost"}
 #: Operations per clock and core of the widest instruction that the CPU's flags promise: fp32, bf16. A
@@ -153,20 +153,6 @@ def _operations_per_clock() -> tuple[int, int | None, str]:
     return 8, None, "SSE2, one multiply-add of four per clock"
 
 
-def check_memory(text: str) -> float:
-    """Bytes of "80GB", "24 GiB", "512M" or a plain number of gigabytes.
-
-    Raises:
-        MLAError: anything else.
-    """
-    units = {"": 1e9, "b": 1, "kb": 1e3, "k": 1e3, "mb": 1e6, "m": 1e6, "gb": 1e9, "g": 1e9, "tb": 1e12}
-    units |= {"t": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-    digits = text.strip().lower().replace(" ", "").replace("_", "")
-    number = digits.rstrip("abcdefghijklmnopqrstuvwxyz")
-    try:
-        value = float(number) * units[digits[len(number) :]]
-    except (ValueError, KeyError) as error:
-        raise MLAError(f"--memory: expected something like 80GB or 24GiB, got {text!r}") from error
-    if not 0 < value < float("inf"):
-        raise MLAError(f"--memory: expected more than 0, got {text!r}")
-    return value
+def check_memory(text: str) -> int:
+    """Bytes of what ``--memory`` was given, see :func:`mla.reading.expect_bytes`."""
+    return expect_bytes("--memory", text)

@@ -12,7 +12,7 @@ from typing import Any
 
 from mla.errors import MLAError
 from mla.plan.shape import Shape, read_shape
-from mla.reading import config_file, local_config, read_config
+from mla.reading import config_file, is_hub_id, local_config, read_config
 
 _HERE = Path(__file__).parent
 
@@ -63,7 +63,7 @@ def load_shape(model: str, *, rank: int | None = None) -> Shape:
         key = find(model, known_models())
         if key is not None:
             return known_shape(key, rank=rank)
-        if model.startswith((".", "~", "/")) or model.endswith(".json") or model.count("/") != 1:
+        if not is_hub_id(model):
             raise _unknown(
                 "model", model, known_models(), "a folder, a config.json, a Hub id (namespace/name)"
             )
