@@ -1,11 +1,17 @@
 """The page as text: self-contained, safe to open, with the numbers of the plan."""
 
+import errno
 import json
 import re
+from pathlib import Path
 
+import pytest
+
+from mla.errors import MLAError
 from mla.plan import Question, get_hardware, make_plan, read_shape
 from mla.plan.known import known_models
-from mla.plan.page import page
+from mla.plan.page import page, write_page
+from mla.plan.picture import write_picture
 from tests.plan.cases import plan
 
 
@@ -30,6 +36,21 @@ def test_every_figure_the_page_shows_exists():
     values = plan("deepseek-v3")
     for name in set(re.findall(r'data-v="(\w+)"', text)):
         assert values.values.value(name, 0) is not None
+
+
+@pytest.mark.parametrize("write", [write_page, write_picture])
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, monkeypatch, write):
+    def fill(self, file, *args, **kwargs):
+        Path(self if write is write_page else file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "plan"
+    path.write_text("old")
+    monkeypatch.setattr("pathlib.Path.write_text", fill)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fill)
+    with pytest.raises(MLAError, match="plan cannot be written: No space left on device"):
+        write(plan("youtu"), path)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("plan", b"old")]
 
 
 def test_times_are_not_said_to_be_bounds():

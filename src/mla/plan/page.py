@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mla.errors import MLAError
 from mla.looks import style_of
 from mla.plan import formulas
 from mla.plan.hardware import Hardware, all_hardware
@@ -17,16 +16,15 @@ from mla.plan.report import column_titles, own_column
 from mla.plan.shape import converted
 from mla.plan.steps import SHEET
 from mla.plan.words import count_words
+from mla.whole import whole
 
 _HERE = Path(__file__).parent
 
 
 def write_page(plan: Plan, path: str | Path) -> None:
-    """Write the page to ``path``; MLAError if that cannot be done."""
-    try:
-        Path(path).write_text(page(plan), encoding="utf-8")
-    except OSError as error:
-        raise MLAError(f"--html: {path} cannot be written: {error.strerror}") from error
+    """Write the page to ``path``, whole or not at all; MLAError if that cannot be done."""
+    with whole(Path(path)) as partial:
+        partial.write_text(page(plan), encoding="utf-8")
 
 
 def page(plan: Plan) -> str:

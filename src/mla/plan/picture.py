@@ -9,6 +9,7 @@ from mla.plan.planner import Plan
 from mla.plan.report import column_titles, own_column
 from mla.plan.rows import SIDE_BY_SIDE
 from mla.plan.words import byte_words
+from mla.whole import whole
 
 _COLOURS = {"mha": "#b3443c", "gqa": "#b07a14", "mqa": "#3d7f5c", "mla": "#2c5fc4"}
 
@@ -48,7 +49,5 @@ def write_picture(plan: Plan, path: str | Path) -> None:
     axes.set_title(f"{plan.shape.name}: cache against context ({plan.hardware.name})")
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise MLAError(f"--png: {path} cannot be written: {error.strerror}") from error
+    with whole(Path(path)) as partial:
+        figure.savefig(partial, format="png")

@@ -1,0 +1,92 @@
+"""Files that are whole or not there."""
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from mla.errors import MLAError
+from mla.whole import whole
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+def test_a_file_appears_when_it_is_finished(tmp_path, before):
+    path = tmp_path / "page.html"
+    if before is not None:
+        path.write_text(before)
+    with whole(path) as partial:
+        partial.write_text("new")
+        assert partial.parent == tmp_path
+        assert (path.read_text() if path.exists() else None) == before
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+    assert path.read_text() == "new"
+
+
+def _end(path: Path, error: BaseException) -> None:
+    with whole(path) as partial:
+        partial.write_text("ha")
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "words"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), MLAError, "cannot be written: No space left"),
+        (ZeroDivisionError("a defect"), ZeroDivisionError, "a defect"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+    ids=["full-disk", "defect", "ctrl-c"],
+)
+def test_what_ends_early_leaves_everything_as_it_was(tmp_path, error, told, words):
+    path = tmp_path / "page.html"
+    path.write_text("old")
+    with pytest.raises(told, match=words):
+        _end(path, error)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("page.html", "old")]
+
+
+def test_the_longest_name_is_no_problem(tmp_path):
+    path = tmp_path / ("ä" * 127)
+    with whole(path) as partial:
+        partial.write_text("new")
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("name", ["none/page.html", "file/page.html", "", "folder", "n" * 300])
+def test_places_that_cannot_be_written(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MLAError, match="cannot be written: "), whole(tmp_path / name) as partial:
+        partial.write_text("new")
+    assert {file.name for file in tmp_path.iterdir()} == {"folder", "file"}
+
+
+def test_the_present_folder_is_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (".", "", ".."):
+        with pytest.raises(MLAError, match="expected a file, got a folder"), whole(Path(name)):
+            pass
+
+
+def test_links_stay_links(tmp_path):
+    path, link = tmp_path / "page.html", tmp_path / "link.html"
+    link.symlink_to(path)
+    with whole(link) as partial:
+        partial.write_text("new")
+    assert link.is_symlink()
+    assert path.read_text() == "new"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipes_are_written_to(tmp_path):
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()), daemon=True)
+    reader.start()
+    with whole(pipe) as partial:
+        partial.write_text("new")
+    reader.join(10)
+    assert got == ["new"]
+    assert pipe.is_fifo()
