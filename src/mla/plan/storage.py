@@ -282,7 +282,7 @@ ROWS.each(
 ROWS.each(
     CLASSIC,
     "device_bytes_{a}",
-    "ceil(kv_{a} / devices) * ((w + v) * number_bytes + (scales_key + scales_value) * scale_bytes)",
+    "ceil(kv_{a} / devices) * head_bytes",
     "B",
     "cached per token and layer on each device",
     MEGATRON,
