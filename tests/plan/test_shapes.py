@@ -193,10 +193,9 @@ def test_memory_is_what_drivers_report_or_binary():
         assert hardware.memory % 2**20 == 0, f"{hardware.name}: decimal gigabytes are no memory's size"
 
 
-def test_this_machine_is_measured():
-    from mla.plan.hardware import measure_this_machine
-
-    here = measure_this_machine(megabytes=4, repeats=1)
+def test_this_machine_is_measured(monkeypatch):
+    monkeypatch.setattr("mla.plan.hardware._MEBIBYTES", 4)
+    here = get_hardware("this machine")
     assert here.memory > 1e8
     assert 1e8 < here.bandwidth < 1e13
     assert here.peak("fp32") > 1e8

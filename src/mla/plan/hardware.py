@@ -71,19 +71,23 @@ def _from_table(key: str) -> Hardware:
     return Hardware(name=row["title"], note=row.get("note", ""), **fields)
 
 
-def measure_this_machine(megabytes: int = 64, repeats: int = 4) -> Hardware:
+#: What each core copies, larger than its share of any cache, and how often.
+_MEBIBYTES, _REPEATS = 64, 4
+
+
+def measure_this_machine() -> Hardware:
     """Memory as the system reports it, bandwidth measured by copying, arithmetic estimated; about a second.
 
-    Bandwidth: one thread per core copies its own buffer of ``megabytes`` with memmove, which reads and
-    writes: twice the bytes copied, the best of ``repeats``. Arithmetic is not measured but estimated: cores ×
-    clock × operations per clock of the instruction set. Other programs lower the first, not the second.
+    Bandwidth: one thread per core copies its own buffer of 64 MiB with memmove, which reads and writes: twice
+    the bytes copied, the best of four. Arithmetic is not measured but estimated: cores × clock × operations
+    per clock of the instruction set. Other programs lower the first, not the second.
     """
     import psutil
 
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
     cores = min(cores, allowed)
-    bandwidth = _copy_bandwidth(cores, megabytes << 20, repeats)
+    bandwidth = _copy_bandwidth(cores)
     clock, clock_source = _clock()
     fp32, bf16, kind = _operations_per_clock()
     flops = {"fp32": cores * clock * fp32}
@@ -97,25 +101,26 @@ def measure_this_machine(megabytes: int = 64, repeats: int = 4) -> Hardware:
         flops=flops,
         source="memory: the operating system; bandwidth: measured; arithmetic: estimated, not measured",
         note=(
-            f"{cores} threads copied {megabytes} MiB each, bytes read and written, best of {repeats}; "
+            f"{cores} threads copied {_MEBIBYTES} MiB each, bytes read and written, best of {_REPEATS}; "
             f"{cores} cores x {clock / 1e9:.2f} GHz ({clock_source}) x {per_core} operations ({kind})"
         ),
     )
 
 
-def _copy_bandwidth(threads: int, size: int, repeats: int) -> float:
+def _copy_bandwidth(threads: int) -> float:
     """Bytes per second, read plus written, of ``threads`` copies at once."""
     import ctypes
     import threading
     import time
 
+    size = _MEBIBYTES << 20
     # ctypes' memmove lets other threads run meanwhile; a slice assignment would hold the interpreter's lock.
     pairs = []
     for _ in range(threads):
         pair = (bytearray(size), bytearray(size))
         pairs.append([ctypes.addressof(ctypes.c_char.from_buffer(buffer)) for buffer in pair] + [pair])
     best = 0.0
-    for _ in range(repeats + 1):  # the first touches the pages
+    for _ in range(_REPEATS + 1):  # the first touches the pages
         workers = [threading.Thread(target=ctypes.memmove, args=(p[0], p[1], size)) for p in pairs]
         started = time.perf_counter()
         for worker in workers:
