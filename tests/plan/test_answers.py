@@ -8,7 +8,8 @@ import pytest
 from mla.formats import CACHE_FORMATS
 from mla.plan import FORMATS, Question, get_hardware, known_models, load_shape, make_plan, read_shape
 from mla.plan.page import page
-from mla.plan.report import sentences
+from mla.plan.report import TITLES, sentences
+from mla.plan.rows import SIDE_BY_SIDE
 from tests.plan.cases import plan
 
 MISTRAL = known_models()["mistral-7b"]["config"]
@@ -150,6 +151,19 @@ def test_the_models_own_weights_decide_whether_they_fit():
         lines = [line for line in sentences(plan("llama-2-7b", memory=memory, rank=rank)) if " fit" in line]
         assert [line[: len(said)] for line in lines] == [said]
     assert '"own": "mha"' in page(llama)
+
+
+@pytest.mark.parametrize(
+    ("batch", "few"), [(13, None), (14, "MHA"), (58, "MHA, GQA"), (500, "MHA, GQA, MQA, MLA absorbed")]
+)
+def test_a_batch_that_does_not_fit_is_told(batch, few):
+    answer = plan("qwen3-8b", context=8192, batch=batch)
+    lines = [line for line in sentences(answer) if "no room" in line]
+    said = f"As {few} there is no room beside the weights for {batch} sequence(s) of 8,192 tokens: "
+    assert [line[: len(said)] for line in lines] == ([] if few is None else [said])
+    for column, title in TITLES.items():
+        if column in SIDE_BY_SIDE:
+            assert (title in (few or "").split(", ")) == (answer[f"sequences_{column}"] < batch)
 
 
 def test_indexers_are_copied_to_every_device():

@@ -19,10 +19,12 @@ def plan(
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences that decode together.")] = 1,
     hardware: Annotated[
-        str, typer.Option(help='A known machine, or "this machine", which is measured.')
+        str,
+        typer.Option(help='A known machine such as h200 or macbook-m4-max; "this machine" is measured.'),
     ] = "h100",
     memory: Annotated[
-        str | None, typer.Option(help="Memory of a device instead of the machine's: 80GB, 24GiB.")
+        str | None,
+        typer.Option(help="Memory of one device, instead of what is known of the hardware: 80GB, 24GiB."),
     ] = None,
     cache_format: Annotated[
         str, typer.Option(help="Number format of the cache: bf16, fp16, fp32, int8 or fp8.")
@@ -30,15 +32,20 @@ def plan(
     weight_format: Annotated[
         str | None,
         typer.Option(
-            help="Number format of the weights: bf16, fp8, int8, int4 ...; by default the model's own."
+            help="Number format of the weights: fp32, bf16, fp16, fp8, int8, int4, mxfp4 or nvfp4; by "
+            "default the model's own."
         ),
     ] = None,
-    tensor_parallel: Annotated[int, typer.Option(help="Devices that share every layer.")] = 1,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="Devices of this hardware that share every layer.")
+    ] = 1,
     query_tokens: Annotated[
         int, typer.Option(help="Query tokens per sequence and step: 1 decodes, more when speculating.")
     ] = 1,
-    rank: Annotated[int | None, typer.Option(help="Latent rank of the MLA column, to try another.")] = None,
-    html: Annotated[str | None, typer.Option(help="Write one self-contained page to this file.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Another latent rank for the MLA column.")] = None,
+    html: Annotated[
+        str | None, typer.Option(help="Write one self-contained page with sliders to this file.")
+    ] = None,
     png: Annotated[
         str | None, typer.Option(help="Draw cache against context to this PNG file; needs matplotlib.")
     ] = None,

@@ -250,12 +250,14 @@ function drawTimes(values) {
 function drawTable(values, inputs) {
   const rows = [
     ["numbers per token and layer", "numbers", plainWords], ["bytes per token, all layers", "token_bytes", byteWords],
-    ["cache of the batch", "cache_bytes", byteWords], ["sequences that fit", "sequences", plainWords],
+    ["cache of the batch", "cache_bytes", byteWords],
+    ["weights" + (inputs.devices > 1 ? ", on each device" : ""), "weights_device", byteWords],
+    ["sequences that fit beside them", "sequences", plainWords],
     ["attention, op per token", "attention_ops", (x) => countWords(x / inputs.s, "op")],
     ["cache moved per step", "cache_moved", byteWords], ["op per byte of cache", "intensity", (x) => x.toFixed(1)],
     ["whole model, op per token", "model_ops", (x) => countWords(x / inputs.s, "op")],
-    ["whole model, moved per token", "moved_per_token", byteWords],
-    ["step at the roofline", "step_time", timeWords], ["tokens per second", "tokens_per_second", (x) => countWords(x)],
+    ["whole model, bytes moved per token", "moved_per_token", byteWords],
+    ["step at the roofline", "step_time", timeWords], ["tokens per second, whole batch", "tokens_per_second", (x) => countWords(x)],
   ];
   const head = element("tr");
   head.append(element("th"), ...ALL.map((column) => {

@@ -12,7 +12,7 @@ from mla.looks import style_of
 from mla.plan import formulas
 from mla.plan.hardware import Hardware, all_hardware
 from mla.plan.planner import Plan, weight_peak
-from mla.plan.report import column_titles, own_column
+from mla.plan.report import column_titles, notes, own_column
 from mla.plan.shape import converted
 from mla.plan.steps import SHEET
 from mla.plan.words import count_words
@@ -114,7 +114,7 @@ def _notes(plan: Plan) -> list[str]:
         f"MLA's expanded keys and values would take {plan['numbers_expanded_cache']:,.0f} numbers per token "
         "and layer.",
     ]
-    return [*plan.shape.notes, *general]
+    return [*notes(plan), *general]
 
 
 def _version() -> str:

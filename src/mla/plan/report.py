@@ -12,6 +12,8 @@ from mla.plan.rows import COLUMNS, SIDE_BY_SIDE
 from mla.plan.steps import SHEET
 from mla.plan.words import byte_words, count_words, plain_words, time_words, whole_words, words
 
+#: What a reader must know before memory is bought by these figures.
+NOT_COUNTED = "Not counted: activations, the runtime's own memory, communication between devices."
 TITLES = {"mha": "MHA", "gqa": "GQA", "mqa": "MQA", "mla": "MLA absorbed", "expanded": "MLA expanded"}
 
 
@@ -30,6 +32,7 @@ def table(plan: Plan) -> list[tuple[str, list[str]]]:
     batch, query = plan.question.batch, plan.question.query_tokens
     devices = plan.question.tensor_parallel
     each = " on each device" if devices > 1 else ""
+    together = f", {batch:,} sequences together" if batch > 1 else ""
 
     def row(label: str, name: str, show: Any) -> tuple[str, list[str]]:
         cached = [column if f"{name}_{column}" in SHEET.formulas else "mla" for column in COLUMNS]
@@ -41,7 +44,7 @@ def table(plan: Plan) -> list[tuple[str, list[str]]]:
     rows = [
         row("cached numbers per token and layer", "numbers", plain_words),
         row("cache per token, all layers", "token_bytes", byte_words),
-        row(f"cache of one sequence of {plan.question.context:,}", "sequence_bytes", byte_words),
+        row(f"cache of one sequence of {plan.question.context:,} tokens", "sequence_bytes", byte_words),
     ]
     if batch > 1:
         rows.append(row(f"cache of {batch:,} sequences", "cache_bytes", byte_words))
@@ -54,13 +57,13 @@ def table(plan: Plan) -> list[tuple[str, list[str]]]:
         ("  cache moved", per_token("cache_moved", batch * query, byte_words)),
         row("  operations per byte", "intensity", lambda x: f"{x:.1f}"),
         ("whole model per token", per_token("model_ops", query, lambda x: count_words(x, "op"))),
-        row("  moved", "moved_per_token", byte_words),
+        row("  bytes moved", "moved_per_token", byte_words),
         row("step at the roofline: weights", "weights_time", time_words),
         row("  attention", "attention_time", time_words),
         row("  together", "step_time", time_words),
         ("attention bound by", [bound(plan, "attention", column) for column in COLUMNS]),
         ("weights bound by", [bound(plan, "weights", column) for column in COLUMNS]),
-        row("tokens per second", "tokens_per_second", lambda x: count_words(x).replace(" ", "")),
+        row(f"tokens per second{together}", "tokens_per_second", lambda x: count_words(x).replace(" ", "")),
     ]
     return rows
 
@@ -96,17 +99,31 @@ def sentences(plan: Plan) -> list[str]:
             f"As MLA the weights would not fit: {byte_words(plan['weights_device_mla'])} on a device of "
             f"{byte_words(memory)}; the model's own {byte_words(weights)} do."
         )
+    few = [TITLES[c] for c in SIDE_BY_SIDE if plan[f"sequences_{c}"] < question.batch]
+    if few and weights < memory:
+        lines.append(
+            f"As {', '.join(few)} there is no room beside the weights for {question.batch:,} sequence(s) of "
+            f"{question.context:,} tokens: the times are what the bandwidth would allow if there were."
+        )
     if question.tensor_parallel > 1:
         shared = plan["replicated_parameters"] + plan["indexer_parameters"]
         lines.append(
             f"Tensor parallel over {question.tensor_parallel}: every device holds the whole latent cache "
             f"and {byte_words(plan['weight_bytes'] * shared)} of shared projections; "
-            "heads, kv_b_proj, experts and the rest are split. Data-parallel attention avoids the copies. "
-            "Communication is not counted."
+            "heads, kv_b_proj, experts and the rest are split. Data-parallel attention avoids the copies."
         )
-    if plan["mtp_layers"]:
-        lines.append(f"MTP: {byte_words(plan['mtp_bytes'])} more cache per token if it runs as a drafter.")
-    return [*lines, *plan.shape.notes]
+    return [*lines, *notes(plan)]
+
+
+def notes(plan: Plan) -> list[str]:
+    """What a reader must know of the model and of what is left out."""
+    found = list(plan.shape.notes)
+    if layers := int(plan["mtp_layers"]):
+        found.append(
+            f"{layers} multi-token-prediction (MTP) layer(s) are counted apart: "
+            f"{byte_words(plan['mtp_bytes'])} more cache per token if a drafter runs them."
+        )
+    return [*found, NOT_COUNTED]
 
 
 def _down(value: float) -> str:
@@ -166,8 +183,8 @@ def _overtakes(plan: Plan, column: str) -> str:
     turns = [
         f"{names[mla]} overtakes {names[not mla]} at {whole_words(place)} {unit}"
         for variable, asked, unit in (
-            ("t", plan.question.context, "tokens of context"),
-            ("b", plan.question.batch, "sequences"),
+            ("t", plan.question.context, "tokens of context with this batch"),
+            ("b", plan.question.batch, "sequences of this length"),
         )
         for place, mla in _leaders(plan, variable, asked, "step_time", column)[1:]
     ]
@@ -179,12 +196,15 @@ def assumptions(plan: Plan) -> str:
     shape, question, hardware = plan.shape, plan.question, plan.hardware
     total = count_words(plan[f"parameters_{own_column(plan)}"])
     active = count_words(plan[f"active_parameters_{own_column(plan)}"])
+    peaks = count_words(plan["peak_attention"], "op/s")
+    if plan["peak_weights"] != plan["peak_attention"]:
+        peaks += f" ({count_words(plan['peak_weights'], 'op/s')} with weights)"
     return (
         f"{shape.name}: {shape.kind}, {total} parameters ({active} active) in {plan.weight_words}, cache in "
         f"{question.cache_format}; {hardware.name}"
         + (f" x {question.tensor_parallel}" if question.tensor_parallel > 1 else "")
         + f": {byte_words(plan['memory'])}, {count_words(plan['bandwidth'], 'B/s')}, "
-        f"{count_words(plan['peak_attention'], 'op/s')}; context {question.context:,}, batch "
+        f"{peaks}; context {question.context:,}, batch "
         f"{question.batch:,}, {question.query_tokens} query token(s)"
     )
 
@@ -234,7 +254,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             **asdict(plan.question),
             "weight_format": plan.weight_words,
         },
-        "notes": list(shape.notes),
+        "notes": notes(plan),
         "summary": sentences(plan),
         "inputs": {name: finite(value) for name, value in plan.values.inputs.items()},
         "groups": list(shape.groups),

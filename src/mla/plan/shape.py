@@ -297,14 +297,12 @@ def _tell_layers(groups: list[dict[str, float]], inputs: Mapping[str, float], no
         notes.append(f"Hybrid: {softmax} attention layers have a cache, {linear} linear ones a fixed state.")
     for group in groups:
         if group["window"]:
-            notes.append(f"{int(group['layers'])} layers see a window of {int(group['window'])} tokens.")
+            notes.append(f"{int(group['layers'])} layers see a window of {int(group['window']):,} tokens.")
         if group["topk"]:
             notes.append(
-                f"Sparse: {int(group['layers'])} layers attend to {int(group['topk'])} tokens an indexer "
-                f"picks; {int(group['indexers'])} of them cache {int(group['index_width'])} indexer numbers "
-                "per token. Every column keeps windows and indexer."
+                f"Sparse: {int(group['layers'])} layers attend to {int(group['topk']):,} tokens that an "
+                f"indexer picks; {int(group['indexers'])} of them cache {int(group['index_width'])} indexer "
+                "numbers per token. Every column keeps windows and indexer."
             )
         if shared := int(group["layers"] - group["stores"]):
             notes.append(f"{shared} layers read another layer's cache and keep none.")
-    if mtp := int(inputs["mtp_layers"]):
-        notes.append(f"{mtp} multi-token-prediction layer(s): counted apart, only a drafter runs them.")
