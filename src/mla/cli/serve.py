@@ -14,6 +14,7 @@ import typer
 from mla.cli import console
 from mla.errors import MLAError
 from mla.machine import free_memory
+from mla.reading import expect_bytes
 
 _ENGINES = ("auto", "transformers", "vllm")
 _VLLM_FORMATS = ("auto", "fp32", "bf16", "int8")
@@ -62,8 +63,8 @@ def serve(
         raise MLAError(f"--port: expected 0 to 65535, got {port}")
     if api_key == "":
         raise MLAError("--api-key: expected a key, got an empty one")
-    budget = None if memory is None else _bytes("--memory", memory)
-    folder_size = _bytes("--cache-dir-size", cache_dir_size)
+    budget = None if memory is None else expect_bytes("--memory", memory)
+    folder_size = expect_bytes("--cache-dir-size", cache_dir_size)
     name = served_model_name or model
     with ExitStack() as stack:
         stack.enter_context(console.quiet_libraries())
@@ -78,15 +79,6 @@ def serve(
         asked = (dtype, cache_format, max_model_len, budget, api_key, cache_dir, folder_size)
         app = _load(model, name, *asked)
         _run(app, listener, name, host, api_key)
-
-
-def _bytes(option: str, text: str) -> int:
-    from mla.plan import check_memory
-
-    try:
-        return int(check_memory(text))
-    except MLAError as error:
-        raise MLAError(str(error).replace("--memory", option)) from error
 
 
 def _load(

@@ -20,7 +20,7 @@ from mla.formats import cache_format
 from mla.integrations.gguf_rope import restore_scaling
 from mla.machine import free_memory
 from mla.ops.latent import FORMAT_DTYPES
-from mla.reading import local_path
+from mla.reading import is_hub_id, local_path
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -173,7 +173,7 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
         if not (path / "config.json").is_file():
             raise MLAError(f"{source}: expected a model folder with a config.json, got a folder without one")
         return str(path), {}
-    if source.count("/") != 1 or source.startswith((".", "/", "~")) or source.endswith("/"):
+    if not is_hub_id(source):
         raise MLAError(f"{source}: no such folder or file, and not a Hub id (namespace/name)")
     return source, {}
 

@@ -1,7 +1,7 @@
 """Explain and plan: cache, operations, bytes moved, roofline, from a config.json, without torch."""
 
 from mla.plan.formulas import Figure, Formula
-from mla.plan.hardware import Hardware, all_hardware, check_memory, get_hardware
+from mla.plan.hardware import Hardware, all_hardware, get_hardware
 from mla.plan.known import known_hardware, known_models, load_shape
 from mla.plan.planner import FORMATS, Plan, Question, make_plan
 from mla.plan.shape import Shape, read_shape
@@ -17,7 +17,6 @@ __all__ = [
     "Question",
     "Shape",
     "all_hardware",
-    "check_memory",
     "get_hardware",
     "known_hardware",
     "known_models",

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mla.machine import core_quota, free_memory, total_memory
 from mla.plan.known import find_hardware, known_hardware, plain
-from mla.reading import expect_bytes
 
 _THIS = {"thismachine", "this", "here", "local", "localhost"}
 #: Operations per clock and core of the widest instruction that the CPU's flags promise: fp32, bf16. A
@@ -78,16 +78,19 @@ _MEBIBYTES, _REPEATS = 64, 4
 def measure_this_machine() -> Hardware:
     """Memory as the system reports it, bandwidth measured by copying, arithmetic estimated; about a second.
 
-    Bandwidth: one thread per core copies its own buffer of 64 MiB with memmove, which reads and writes: twice
-    the bytes copied, the best of four. Arithmetic is not measured but estimated: cores × clock × operations
-    per clock of the instruction set. Other programs lower the first, not the second.
+    Bandwidth: one thread per core copies its own buffer of 64 MiB (less where little memory is free) with
+    memmove, which reads and writes: twice the bytes copied, the best of four. Arithmetic is not measured but
+    estimated: cores × clock × operations per clock of the instruction set. Other programs lower the first, not
+    the second.
     """
     import psutil
 
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    cores = min(cores, allowed)
-    bandwidth = _copy_bandwidth(cores)
+    cores = min(cores, allowed, core_quota() or cores)
+    # An eighth of what is free at most, both buffers of all cores together.
+    size = min(_MEBIBYTES << 20, free_memory() // (16 * cores))
+    bandwidth = _copy_bandwidth(cores, size)
     clock, clock_source = _clock()
     fp32, bf16, kind = _operations_per_clock()
     flops = {"fp32": cores * clock * fp32}
@@ -96,37 +99,43 @@ def measure_this_machine() -> Hardware:
     per_core = bf16 or fp32
     return Hardware(
         name="this machine",
-        memory=psutil.virtual_memory().total,
+        memory=total_memory(),
         bandwidth=bandwidth,
         flops=flops,
         source="memory: the operating system; bandwidth: measured; arithmetic: estimated, not measured",
         note=(
-            f"{cores} threads copied {_MEBIBYTES} MiB each, bytes read and written, best of {_REPEATS}; "
+            f"{cores} threads copied {size >> 20} MiB each, bytes read and written, best of {_REPEATS}; "
             f"{cores} cores x {clock / 1e9:.2f} GHz ({clock_source}) x {per_core} operations ({kind})"
         ),
     )
 
 
-def _copy_bandwidth(threads: int) -> float:
-    """Bytes per second, read plus written, of ``threads`` copies at once."""
+def _copy_bandwidth(threads: int, size: int) -> float:
+    """Bytes per second, read plus written, of ``threads`` copies of ``size`` bytes at once."""
     import ctypes
     import threading
     import time
 
-    size = _MEBIBYTES << 20
-    # ctypes' memmove lets other threads run meanwhile; a slice assignment would hold the interpreter's lock.
-    pairs = []
-    for _ in range(threads):
-        pair = (bytearray(size), bytearray(size))
-        pairs.append([ctypes.addressof(ctypes.c_char.from_buffer(buffer)) for buffer in pair] + [pair])
+    barrier = threading.Barrier(threads + 1)
+
+    def copy() -> None:
+        # Made by the thread that copies them: where there are several memory nodes they lie on its own.
+        buffers = bytearray(size), bytearray(size)
+        target, source = (ctypes.addressof(ctypes.c_char.from_buffer(each)) for each in buffers)
+        for _ in range(_REPEATS):
+            barrier.wait()
+            # Lets other threads run meanwhile; a slice assignment would hold the interpreter's lock.
+            ctypes.memmove(target, source, size)
+            barrier.wait()
+
+    workers = [threading.Thread(target=copy, daemon=True) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
     best = 0.0
-    for _ in range(_REPEATS + 1):  # the first touches the pages
-        workers = [threading.Thread(target=ctypes.memmove, args=(p[0], p[1], size)) for p in pairs]
+    for _ in range(_REPEATS):
+        barrier.wait()
         started = time.perf_counter()
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        barrier.wait()
         best = max(best, 2 * size * threads / (time.perf_counter() - started))
     return best
 
@@ -156,8 +165,3 @@ def _operations_per_clock() -> tuple[int, int | None, str]:
         if flag in flags:
             return fp32, bf16, kind
     return 8, None, "SSE2, one multiply-add of four per clock"
-
-
-def check_memory(text: str) -> int:
-    """Bytes of what ``--memory`` was given, see :func:`mla.reading.expect_bytes`."""
-    return expect_bytes("--memory", text)
