@@ -1,9 +1,13 @@
 """The kernel of linear layers: against fp64, amid poison, at odd sizes; and what takes it."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear as torch_linear
 
 from mla.nn.layers import Linear
@@ -152,13 +156,12 @@ used = pytest.mark.skipif(not module.USED, reason="no kernel that models use")
 def calls(monkeypatch):
     """The rows of every call of the kernel."""
     seen = []
-    real = native.linear
 
-    def counted(x, weight):
-        seen.append(x.numel() // x.shape[-1])
-        return real(x, weight)
+    def counting(real):
+        return lambda x, weight: seen.append(x.numel() // x.shape[-1]) or real(x, weight)
 
-    monkeypatch.setattr(module.native, "linear", counted)
+    for name in ("linear", "compute_linear"):
+        monkeypatch.setattr(module.native, name, counting(getattr(native, name)))
     return seen
 
 
@@ -224,6 +227,26 @@ def test_forward_derivatives_are_left_to_torch(calls):
         made = linear(x, forward_ad.make_dual(weight, weight))
         torch.testing.assert_close(forward_ad.unpack_dual(made).tangent, x @ weight.mT)
     assert calls == []
+
+
+@used
+@torch.no_grad()
+def test_who_follows_operators_sees_ours():
+    """All others are spared the dispatcher, which must not be noticed."""
+    x, weight = make(2, 5, 8, torch.float32)
+    want = native.linear(x, weight)
+    traced = torch.jit.trace(lambda x: linear(x, weight), x)
+    assert "mla::linear" in str(traced.graph)
+    torch.testing.assert_close(traced(x + 1), native.linear(x + 1, weight))
+    assert "mla.linear" in make_fx(lambda x: linear(x, weight))(x).code
+    with torch.profiler.profile() as profile:
+        linear(x, weight)
+    assert "mla::linear" in {event.name for event in profile.events()}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert isinstance(linear(mode.from_tensor(x), weight), FakeTensor)
+    for context in (contextlib.nullcontext(), torch.inference_mode(), torch.device("meta")):
+        with context:
+            assert torch.equal(linear(x, weight), want)
 
 
 @used

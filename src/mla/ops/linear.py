@@ -21,7 +21,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not takes(x, weight, bias):
         return torch_linear(x, weight, bias)
-    out = native.linear(x, weight)
+    # The dispatcher costs as much as the product of a small layer.
+    out = native.linear(x, weight) if _is_followed() else native.compute_linear(x, weight)
     return out if bias is None else out.add_(bias)
 
 
@@ -40,6 +41,22 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and not (torch.is_grad_enabled() and x.requires_grad)
         and not arguments.forward_mode()
         and not torch.is_autocast_enabled("cpu")
+    )
+
+
+# What torch looks for by itself in every call of an operator.
+_ALWAYS = sum(
+    torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr()
+    for name in ("BackendSelect", "ADInplaceOrView")
+)
+
+
+def _is_followed() -> bool:
+    """Whether anybody wants to see operators: a compiler or tracer, a mode, torch.func, a profiler."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._dispatch_tls_local_include_set().raw_repr() & ~_ALWAYS != 0
+        or torch._C._autograd._profiler_enabled()
     )
 
 

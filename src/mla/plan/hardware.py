@@ -80,8 +80,8 @@ def measure_this_machine() -> Hardware:
 
     Bandwidth: one thread per core copies its own buffer of 64 MiB (less where little memory is free) with
     memmove, which reads and writes: twice the bytes copied, the best of four. Arithmetic is not measured but
-    estimated: cores × clock × operations per clock of the instruction set. Other programs lower the first, not
-    the second.
+    estimated: cores × clock × operations per clock of the instruction set. Other programs lower the first,
+    not the second.
     """
     import psutil
 

@@ -29,9 +29,14 @@ def with_plain_weights(original: Any) -> Any:
             return
         # Not vLLM's own class of parameters, which have done their work when the weights are loaded.
         layer.weight = torch.nn.Parameter(weight.data, requires_grad=False)
-        layer.cpu_linear = torch.ops.mla.layer.default
+        layer.cpu_linear = _product
 
     return dispatch_cpu_unquantized_gemm
+
+
+def _product(x: Any, weight: Any, bias: Any) -> Any:
+    compiling = torch.compiler.is_compiling()
+    return torch.ops.mla.layer.default(x, weight, bias) if compiling else linear(x, weight, bias)
 
 
 # An operator, because the number of rows is not known where vLLM compiles a model.
