@@ -8,6 +8,7 @@ compared: where these differ by more than rounding, no figure is printed. Runs i
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -78,11 +79,12 @@ class Contender:
         os.close(write)
         self.answers = os.fdopen(read)
 
-    def ask(self, prompts: list[list[int]], tokens: int) -> list[dict[str, Any]]:
-        """One dict per prompt: tokens, logprobs, and the seconds at which each token came."""
+    def ask(self, prompts: list[list[int]], tokens: int, logprobs: int | None = None) -> list[dict[str, Any]]:
+        """One dict per prompt: tokens, the seconds at which each came, and the likeliest ones' logprobs."""
         assert self.process.stdin is not None
         try:
-            print(json.dumps({"prompts": prompts, "tokens": tokens}), file=self.process.stdin, flush=True)
+            job = {"prompts": prompts, "tokens": tokens, "logprobs": logprobs}
+            print(json.dumps(job), file=self.process.stdin, flush=True)
             line = self.answers.readline()
         except BrokenPipeError:
             line = ""
@@ -112,7 +114,11 @@ def worker(options: dict[str, Any], answers: int) -> None:
         for number, line in enumerate(sys.stdin):
             job = json.loads(line)
             sampling = SamplingParams(
-                temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False, logprobs=5
+                temperature=0,
+                max_tokens=job["tokens"],
+                ignore_eos=True,
+                detokenize=False,
+                logprobs=job["logprobs"],
             )
             started = time.perf_counter()
             for i, prompt in enumerate(job["prompts"]):
@@ -125,7 +131,9 @@ def worker(options: dict[str, Any], answers: int) -> None:
                     got = each.outputs[0]
                     mine["seconds"] += [now] * (len(got.token_ids) - len(mine["seconds"]))
                     mine["tokens"] = list(got.token_ids)
-                    mine["logprobs"] = [{t: p.logprob for t, p in step.items()} for step in got.logprobs]
+                    mine["logprobs"] = [
+                        {t: p.logprob for t, p in step.items()} for step in got.logprobs or []
+                    ]
             ordered = [found[f"{number}.{i}"] for i in range(len(job["prompts"]))]
             print(json.dumps(ordered), file=out, flush=True)
 
@@ -137,7 +145,7 @@ def same_answers(contenders: list[Contender], context: int) -> float:
         SystemExit: a difference beyond rounding.
     """
     prompts = [prompt_of(seed, context, 0) for seed in "abc"]
-    theirs, ours = (each.ask(prompts, 8) for each in contenders)
+    theirs, ours = (each.ask(prompts, 8, logprobs=5) for each in contenders)
     worst = 0.0
     for a, b in zip(theirs, ours, strict=True):
         for i, (x, y) in enumerate(zip(a["tokens"], b["tokens"], strict=True)):
@@ -192,10 +200,8 @@ def make_model(folder: Path, layers: int, hidden: int) -> str:
     """Random weights with the attention of DeepSeek-V2-Lite; the only widths that vLLM's own kernel has."""
     from tests.vllm import models
 
-    kind, options = models.MODELS["deepseek-v2-lite"]
     size = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
-    models.MODELS["benchmark"] = (kind, {**options, **size, "first_k_dense_replace": layers})
-    return models.write("benchmark", folder)
+    return models.write("deepseek-v2-lite", folder, **size, first_k_dense_replace=layers)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -245,21 +251,21 @@ def main(arguments: list[str] | None = None) -> None:
             "max_model_len": max(case.context for case in cases) + chosen.tokens,
             "enforce_eager": not chosen.compile,
             "skip_tokenizer_init": True,
-            # vLLM's own rotary operator reads MLA's queries wrongly; the plugin works around it.
-            "compilation_config": {"custom_ops": ["-rotary_embedding"]},
         }
+        # vLLM's own rotary operator reads MLA's queries wrongly; the plugin works around it.
+        right = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
         space = {"VLLM_CPU_KVCACHE_SPACE": str(chosen.space)}
         ours = {"MLA_CACHE_FORMAT": chosen.cache_format} if chosen.cache_format else {}
-        contenders = [
-            Contender(STOCK, options, {**space, "VLLM_PLUGINS": ""}),
-            Contender(OURS, options, {**space, **ours}),
-        ]
-        try:
+        with contextlib.ExitStack() as stack:
+            contenders = []
+            for name, more, environment in (
+                (STOCK, right, {**space, "VLLM_PLUGINS": ""}),
+                (OURS, {}, {**space, **ours}),
+            ):
+                contenders.append(Contender(name, {**options, **more}, environment))
+                stack.callback(contenders[-1].close)
             difference = same_answers(contenders, min(min(chosen.context), 300))
             rows = [run_case(case, contenders, chosen, heads) for case in cases]
-        finally:
-            for each in contenders:
-                each.close()
     if chosen.json:
         print(json.dumps({"machine": timing.machine(), "difference": difference, "rows": rows}))
     else:

@@ -76,13 +76,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def write(name: str, folder: Path) -> str:
-    """A random model in files; weights large enough that its logits are not flat."""
+def write(name: str, folder: Path, **changes: Any) -> str:
+    """A random model in files, its configuration changed; weights so large that its logits are not flat."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, options = MODELS[name]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**_COMMON, **options}))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **_COMMON | options | changes))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
