@@ -26,6 +26,7 @@ OPTIONS = {
     "--windows --window --split-query --seed --dtype --device --overwrite --json",
     "eval": "MODEL --text --against --window --max-tokens --stock --dtype --cache-format --device --json",
     "doctor": "MODEL --tokens --dtype --device --json",
+    "bench": "MODEL --context --tokens --stock --dtype --cache-format --device --json",
 }
 
 

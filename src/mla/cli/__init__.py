@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from mla import __version__
-from mla.cli import chat, convert, doctor, evaluate, generate, plan, serve
+from mla.cli import bench, chat, convert, doctor, evaluate, generate, plan, serve
 from mla.errors import MLAError
 from mla.machine import core_quota
 
@@ -30,6 +30,7 @@ app.command("serve")(serve.serve)
 app.command("convert")(convert.convert)
 app.command("eval")(evaluate.evaluate)
 app.command("doctor")(doctor.doctor)
+app.command("bench")(bench.bench)
 
 _INTERRUPTED = 130
 # What a report of a fault should name beside mla's own version.
