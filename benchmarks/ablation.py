@@ -22,8 +22,9 @@ from benchmarks import timing
 from benchmarks.converters import WINDOW, Remembered, add_text_options, load_teacher, read_texts, spread
 from mla.convert import convert, pipeline, tokenize_windows
 from mla.convert.checkpoint import cached_numbers
-from mla.convert.evaluation import cut_windows, evaluate
+from mla.convert.evaluation import evaluate
 from mla.convert.statistics import LayerStatistics
+from mla.convert.text import cut_text
 
 Patches = list[tuple[str, Any]]
 
@@ -123,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     teacher, tokenizer = load_teacher(options)
     text, to_fit = read_texts(options)
     calibration = tokenize_windows(to_fit, tokenizer, options.samples, WINDOW, seed=options.seed)
-    windows = spread(cut_windows(tokenizer, text, length=WINDOW), options.windows)
+    windows = spread(cut_text(text, tokenizer, WINDOW), options.windows)
     reference = Remembered(teacher)
     rows: list[dict[str, Any]] = []
     console = Console(stderr=True)

@@ -33,7 +33,8 @@ from benchmarks import published, timing
 from examples.demo import find_model
 from mla.convert import check_convertible, convert, tokenize_windows
 from mla.convert.checkpoint import head_dim
-from mla.convert.evaluation import Evaluation, cut_windows, evaluate
+from mla.convert.evaluation import Evaluation, evaluate
+from mla.convert.text import cut_text
 from mla.integrations.loading import load_model, load_tokenizer
 
 BUDGETS = (192, 120, 72, 48)
@@ -365,10 +366,10 @@ def main(arguments: list[str] | None = None) -> None:
     study = Study(
         teacher,
         tokenize_windows(calibration[:edge], tokenizer, options.samples, SAMPLE_LENGTH, seed=options.seed),
-        spread(cut_windows(tokenizer, calibration[edge:], length=WINDOW), options.tuning_windows),
+        spread(cut_text(calibration[edge:], tokenizer, WINDOW), options.tuning_windows),
         ours_rope=dict(widths_of(entry) for entry in options.ours_rope),
     )
-    windows = spread(cut_windows(tokenizer, text, length=WINDOW), options.windows)
+    windows = spread(cut_text(text, tokenizer, WINDOW), options.windows)
     rows = measure(study, options.methods, list(options.budgets), windows)
     if options.json:
         facts = {

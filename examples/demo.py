@@ -75,14 +75,15 @@ def measure(source: str, how: str) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
     from mla import LatentCache, absorb
-    from mla.convert.evaluation import cut_windows, evaluate
+    from mla.convert.evaluation import evaluate
+    from mla.convert.text import cut_text
 
     path = Path(source)
     options = {"gguf_file": path.name} if path.is_file() else {}
     folder = path.parent if path.is_file() else path
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    windows = cut_windows(tokenizer, halves()[0], length=WINDOW, limit=WINDOWS * WINDOW)
+    windows = cut_text(halves()[0], tokenizer, WINDOW, limit=WINDOWS * WINDOW)
     if how == "absorbed":
         absorb(model)
         cache = LatentCache(model.config, capacity=WINDOW + DECODED)

@@ -27,19 +27,29 @@ def evaluate(
 ) -> None:
     """Measure MODEL on a text. Any causal language model will do; MLA models run absorbed."""
     content = console.read_text(text)
-    from mla.convert.evaluation import cut_windows
     from mla.convert.evaluation import evaluate as measure
-    from mla.convert.text import check_window
+    from mla.convert.text import check_window, cut_text
     from mla.errors import MLAError
     from mla.integrations.loading import load_config, load_model, load_tokenizer
     from mla.integrations.transformers import absorb, latent_attentions
 
     if max_tokens is not None and max_tokens < 1:
         raise MLAError(f"--max-tokens: expected at least 1, got {max_tokens}")
+    if max_tokens is not None and max_tokens < window:
+        raise MLAError(
+            f"--max-tokens: expected at least one window (--window {window}), got {max_tokens}: allow more "
+            "tokens, or shorten the window"
+        )
     checked = console.check_dtype(dtype)
     with console.quiet_libraries():
         check_window(load_config(model), window)
-        windows = cut_windows(load_tokenizer(model), content, length=window, limit=max_tokens)
+        tokenizer = load_tokenizer(model)
+        windows = cut_text(content, tokenizer, window, limit=max_tokens)
+        if not len(windows):
+            count = len(tokenizer(content, add_special_tokens=False)["input_ids"])
+            raise MLAError(
+                f"the text has {count} tokens, less than one window of {window}: shorten the window"
+            )
         opened = load_model(model, dtype=checked, device=device)
         if latent_attentions(opened) and not stock:
             absorb(opened)

@@ -35,30 +35,6 @@ class Evaluation:
     nll_by_position: tuple[float, ...]
 
 
-def cut_windows(tokenizer: Any, text: str, *, length: int, limit: int | None = None) -> Tensor:
-    """The text as consecutive windows of token ids [windows, length]; an unfilled last window is left out.
-
-    Args:
-        tokenizer: of the model to be measured.
-        text: any text.
-        length: tokens per window.
-        limit: stop after this many tokens; None takes the whole text.
-
-    Raises:
-        MLAError: fewer tokens than one window.
-    """
-    # Enough characters for the limit in any language, so that a large file is not tokenised whole.
-    sample = text if limit is None else text[: limit * 16]
-    ids = tokenizer(sample, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
-    count = min(len(ids), limit or len(ids)) // length
-    if count == 0:
-        raise MLAError(
-            f"the text has {len(ids)} tokens, less than one window of {length}: shorten the window"
-        )
-    windows: Tensor = ids[: count * length].view(count, length)
-    return windows
-
-
 @torch.no_grad()
 def evaluate(
     model: Any,

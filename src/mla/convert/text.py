@@ -220,7 +220,7 @@ def _pieces(text: str, windows: int, reach: int, seed: int) -> list[str]:
     return [text[start : start + reach] for start in starts]
 
 
-def cut_text(text: str, tokenizer: Any, length: int, *, limit: int) -> Tensor:
+def cut_text(text: str, tokenizer: Any, length: int, *, limit: int | None = None) -> Tensor:
     """The beginning of ``text`` in windows that follow one another; what does not fill one is left out.
 
     Args:
@@ -229,15 +229,16 @@ def cut_text(text: str, tokenizer: Any, length: int, *, limit: int) -> Tensor:
             starts every window, as it does in use.
         length: tokens per window.
         limit: of the text at most so many tokens, and sixteen times as many characters: a large file is not
-            tokenised whole.
+            tokenised whole. None takes all of it.
 
     Returns:
         int64 token ids [windows, length]; there may be no window.
     """
     start = _beginning(tokenizer)
-    ids = tokenizer(text[: 16 * limit], verbose=False)["input_ids"][len(start) :]
+    some = text if limit is None else text[: 16 * limit]
+    ids = tokenizer(some, verbose=False)["input_ids"][len(start) :][:limit]
     fresh = length - len(start)
-    count = min(len(ids), limit) // fresh
+    count = len(ids) // fresh
     rows = torch.tensor(ids[: count * fresh], dtype=torch.int64).view(count, fresh)
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, -1), rows], dim=1)
 
