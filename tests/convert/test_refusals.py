@@ -142,6 +142,9 @@ def test_what_is_given_of_the_calibration_stays() -> None:
     assert calibration_size(config) == (246, 100)  # no window is longer than the model reads
     assert calibration_size(config, windows=7) == (7, 100)
     assert calibration_size(config, window=50) == (492, 50)
+    long = LlamaConfig(max_position_embeddings=65_536)
+    assert calibration_size(long, window=24_576) == (2, 24_576)
+    assert calibration_size(long, window=16_384, texts=3) == (3, 16_384)
     for window in (101, 1, 0):
         with pytest.raises(MLAError, match=f"window: expected 2 to 100 tokens, .* got {window}"):
             calibration_size(config, window=window)

@@ -131,7 +131,9 @@ def convert(
         check_convertible(config)
         # Searches compare caches of all sizes on one text.
         asked = budget_for(config, cache=cache, rank=rank, rope=rope) if sized else None
-        windows, window = calibration_size(config, asked, windows=windows, window=window)
+        windows, window = calibration_size(
+            config, asked, texts=len(calibration), windows=windows, window=window
+        )
         request = Request(
             cache=cache,
             rank=rank,

@@ -50,6 +50,8 @@ _MEASURED = 12_288
 # Tokens per window of calibration text. What is fitted on shorter ones drifts away from the teacher in long
 # contexts.
 _WINDOW = 1024
+# Tokens of calibration text from a share of the original cache upwards.
+_TOKENS = ((1 / 3, 24_576), (1 / 4, 65_536), (0.0, 131_072))
 
 
 def convert(
@@ -169,13 +171,19 @@ def budget_for(config: Any, *, cache: float | None, rank: int | None, rope: int 
 
 
 def calibration_size(
-    config: Any, budget: Budget | None = None, *, windows: int | None = None, window: int | None = None
+    config: Any,
+    budget: Budget | None = None,
+    *,
+    texts: int = 1,
+    windows: int | None = None,
+    window: int | None = None,
 ) -> tuple[int, int]:
     """How many windows of how many tokens a conversion deserves, where it is not given.
 
     24,576 tokens; for a ``budget`` below a third of the original cache 65,536, below a quarter 131,072: the
     factors of a small cache fit a few thousand tokens too well (docs/conversion-experiments.md). 1,024 tokens
-    a window, or as many as the model takes.
+    a window, or as many as the model takes. Of long windows there are two all the same, and one for each of
+    ``texts``.
 
     Raises:
         MLAError: a window that the model does not take.
@@ -185,8 +193,8 @@ def calibration_size(
     check_window(config, window)
     if windows is None:
         share = 1.0 if budget is None else (budget.rank + budget.rope) / cached_numbers(config)
-        tokens = 24_576 if share >= 1 / 3 else 65_536 if share >= 1 / 4 else 131_072
-        windows = -(-tokens // window)
+        tokens = next(tokens for least, tokens in _TOKENS if share >= least)
+        windows = max(2, texts, -(-tokens // window))
     return windows, window
 
 
