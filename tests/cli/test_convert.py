@@ -1,5 +1,6 @@
 """``mla convert``: from a folder to a stock checkpoint that speaks, or one clear line, or nothing at all."""
 
+import importlib
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
 from mla.convert import exclusive
+
+run_module = importlib.import_module("mla.convert.run")  # the package shows its function
 
 SMALL = ("--windows", 2, "--window", 32)
 
@@ -91,6 +94,38 @@ def test_explore_then_choose(mla, llama_folder, tmp_path, monkeypatch):
     assert run.status == 0, run.err
     assert json.loads(run.out)["quality"]["kl"] <= allowed * 1.001
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.html", "out"]
+
+
+def test_a_small_cache_is_calibrated_on_more_text_than_the_search(mla, llama_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("mla.convert.pipeline._TOKENS", ((1.0, 64), (0.9, 64), (0.0, 160)))
+    real, read = run_module.convert, []
+    monkeypatch.setattr(
+        run_module, "convert", lambda *given, **more: read.append(more["calibration"]) or real(*given, **more)
+    )
+    run = mla("convert", llama_folder, tmp_path / "out", "--max-kl", 100, "--window", 32, "--json")
+    assert run.status == 0, run.err
+    report = json.loads(run.out)
+    assert report["calibration"]["windows"] == len(read[0]) == 5
+    assert report["promise"] == {"max_kl": 100.0, "max_ppl_increase": None, "kept": True}
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_promise_that_the_result_does_not_keep_is_told(mla, llama_folder, tmp_path, monkeypatch):
+    from mla.convert.promise import Promise
+
+    real, quality = run_module._quality, []
+
+    def worse(*given):
+        quality.append(real(*given))
+        return quality[0] | {"kl": 1000.0}
+
+    monkeypatch.setattr(run_module, "_quality", worse)
+    run = mla("convert", llama_folder, tmp_path / "out", "--max-kl", 100, *SMALL, "--json")
+    assert run.status == 0, run.err
+    said = " ".join(run.err.split())
+    assert f"The search kept {Promise(100.0)}, the result does not on its held-out text: KL 1000" in said
+    assert json.loads(run.out)["promise"]["kept"] is False
+    assert "not kept on this text" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_convert_writes_bfloat16(mla, llama_folder, tmp_path):

@@ -14,6 +14,7 @@ from mla.convert import explore as module
 from mla.convert import explore_page, pipeline
 from mla.convert.explore import Exploration, Point, explore, find_knee, frontier, smallest
 from mla.convert.factorise import Terms, spectrum
+from mla.convert.promise import Promise
 from mla.errors import MLAError
 
 from .test_report import check
@@ -157,32 +158,32 @@ def test_the_smallest_cache_that_keeps_the_promise(
         numbers = rank + rope
         return Point(rank, rope, numbers, numbers / FULL, 4 * numbers, 10 / numbers, 200.0, 0.5, 1.0)
 
-    found = smallest(TEACHER, CALIBRATION, HELD_OUT, max_kl=10 / wanted, state=tmp_path)
+    found = smallest(TEACHER, CALIBRATION, HELD_OUT, Promise(max_kl=10 / wanted), state=tmp_path)
     assert found.point.numbers == wanted
     assert len(found.tried) <= 6
     assert wanted == 4 or any(each.numbers == wanted - 1 for each in found.tried)
     monkeypatch.setattr(module, "convert", None)
-    assert smallest(TEACHER, CALIBRATION, HELD_OUT, max_kl=10 / wanted, state=tmp_path) == found
+    assert smallest(TEACHER, CALIBRATION, HELD_OUT, Promise(max_kl=10 / wanted), state=tmp_path) == found
 
 
 def test_an_exploration_spares_the_search_conversions(
     explored: Exploration, state: Path, tmp_path: Path, conversions: list[tuple[int, int]]
 ) -> None:
     limit = explored.points[0].kl
-    found = smallest(TEACHER, CALIBRATION, HELD_OUT, max_kl=limit, state=state)
+    found = smallest(TEACHER, CALIBRATION, HELD_OUT, Promise(max_kl=limit), state=state)
     assert found.point.kl <= limit
     assert {(each.rank, each.rope) for each in explored.points} <= {
         (each.rank, each.rope) for each in found.tried
     }
     spared = len(conversions)
-    fresh = smallest(TEACHER, CALIBRATION, HELD_OUT, max_ppl_increase=3.0)
+    fresh = smallest(TEACHER, CALIBRATION, HELD_OUT, Promise(max_ppl_increase=3.0))
     assert fresh.point.perplexity <= 4 * fresh.teacher_perplexity
     assert spared < len(conversions) - spared == len(fresh.tried) <= 6
 
 
 def test_a_promise_nothing_keeps_names_the_best_seen(state: Path, explored: Exploration) -> None:
     with pytest.raises(MLAError, match=r"no cache below .* 48 numbers .* KL of at most 1e-09 .* best seen"):
-        smallest(TEACHER, CALIBRATION, HELD_OUT, max_kl=1e-9, state=state)
+        smallest(TEACHER, CALIBRATION, HELD_OUT, Promise(max_kl=1e-9), state=state)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_a_promise_nothing_keeps_names_the_best_seen(state: Path, explored: Expl
 )
 def test_a_promise_that_makes_no_sense(promise: dict[str, float]) -> None:
     with pytest.raises(MLAError):
-        smallest(TEACHER, CALIBRATION, HELD_OUT, **promise)
+        Promise(**promise)
 
 
 def test_the_command_writes_the_page_and_prints(
@@ -209,7 +210,7 @@ def test_the_command_writes_the_page_and_prints(
     assert "perplexity" in shown.out
     assert f"{explored.points[0].kl:.4f}" in shown.out
     assert "what every layer needs" in shown.err
-    chosen = choose_command(TEACHER, CALIBRATION, HELD_OUT, max_kl=100.0, max_ppl_increase=None, state=state)
+    chosen = choose_command(TEACHER, CALIBRATION, HELD_OUT, Promise(max_kl=100.0), state=state)
     assert f"rank {chosen.rank}" in capsys.readouterr().err
     explore_command(TEACHER, CALIBRATION, HELD_OUT, **(told | {"out": tmp_path / "new" / "x.html"}))
     assert (tmp_path / "new" / "x.html").is_file()

@@ -96,7 +96,7 @@ def convert(
         run,
         workspace,
     )
-    from mla.convert.explore import check_promise
+    from mla.convert.promise import Promise
     from mla.integrations.loading import load_config, load_model, load_tokenizer
 
     if dtype != "float16":  # known, and refused below with the reason
@@ -125,13 +125,12 @@ def convert(
             check_page(out, overwrite=overwrite, source=model)
         else:
             check_output(out, dtype=getattr(torch, dtype), overwrite=overwrite, source=model)
-        if promised:
-            check_promise(max_kl, max_ppl_increase)
+        promise = Promise(max_kl, max_ppl_increase) if promised else None
         config = load_config(model)
         check_convertible(config)
         # Searches compare caches of all sizes on one text.
         asked = budget_for(config, cache=cache, rank=rank, rope=rope) if sized else None
-        windows, window = calibration_size(
+        count, window = calibration_size(
             config, asked, texts=len(calibration), windows=windows, window=window
         )
         request = Request(
@@ -139,7 +138,7 @@ def convert(
             rank=rank,
             rope=rope,
             calibration=tuple(calibration),
-            windows=windows,
+            windows=count,
             window=window,
             seed=seed,
             heal=heal,
@@ -177,11 +176,12 @@ def convert(
                 as_json=as_json,
             )
             return
-        if promised:
-            point = choose_command(
-                teacher, *texts, max_kl=max_kl, max_ppl_increase=max_ppl_increase, state=state
-            )
-            request = replace(request, rank=point.rank, rope=point.rope)
+        if promise is not None:
+            point = choose_command(teacher, *texts, promise, state=state)
+            # A small cache deserves more text than the search, which measures all sizes on the same.
+            asked = budget_for(config, cache=None, rank=point.rank, rope=point.rope)
+            count, _ = calibration_size(config, asked, texts=len(calibration), windows=windows, window=window)
+            request = replace(request, rank=point.rank, rope=point.rope, windows=count)
         with console.progress("converting") as advance:
             facts = run(
                 model,
@@ -190,14 +190,21 @@ def convert(
                 out,
                 request,
                 overwrite=overwrite,
+                promise=promise,
                 search=work,
                 on_progress=console.teller(advance),
                 on_notice=console.people.print,
             )
+    dims, quality = facts["dims"], facts["quality"]
+    if promise is not None and not facts["promise"]["kept"]:
+        increase = quality["perplexity"] / quality["teacher_perplexity"] - 1
+        console.people.print(
+            f"The search kept {promise}, the result does not on its held-out text: KL {quality['kl']:.4f}, "
+            f"perplexity {increase:+.1%}. Ask for less of either, choose a larger --rank, or --heal it"
+        )
     if as_json:
         console.print_json(facts)
         return
-    dims, quality = facts["dims"], facts["quality"]
     console.people.print(
         f"{out}: latent rank {dims['rank']} + rotary key {dims['rope']} numbers per token and layer "
         f"({dims['cached_numbers_per_token_and_layer']} of {dims['original_numbers_per_token_and_layer']}), "

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mla.convert.explore import Exploration, Point
+    from mla.convert.promise import Promise
 
 
 def check_page(path: Path, *, overwrite: bool, source: str | None = None) -> None:
@@ -80,15 +81,14 @@ def choose_command(
     teacher: PreTrainedModel,
     calibration: Tensor,
     held_out: Tensor,
+    promise: Promise,
     *,
-    max_kl: float | None,
-    max_ppl_increase: float | None,
     state: Path | None = None,
 ) -> Point:
     """The smallest cache that keeps the promise; says what was tried. Convert with its rank and rope.
 
     Raises:
-        MLAError: no cache keeps it (with the best seen), or the promise makes no sense.
+        MLAError: no cache keeps it, with the best seen.
     """
     from mla.convert.explore import smallest
 
@@ -98,8 +98,7 @@ def choose_command(
                 teacher,
                 calibration,
                 held_out,
-                max_kl=max_kl,
-                max_ppl_increase=max_ppl_increase,
+                promise,
                 state=state,
                 on_progress=console.teller(advance),
             )

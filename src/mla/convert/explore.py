@@ -22,6 +22,7 @@ from mla.convert.check import check_convertible
 from mla.convert.checkpoint import cached_numbers, head_dim
 from mla.convert.evaluation import evaluate
 from mla.convert.pipeline import budget_for, convert
+from mla.convert.promise import Promise
 from mla.convert.spectra import Spectrum, layer_spectra
 from mla.digest import canonical, digest, digest_of_weights
 from mla.errors import MLAError
@@ -159,9 +160,8 @@ def smallest(
     teacher: PreTrainedModel,
     calibration: Tensor,
     held_out: Tensor,
+    promise: Promise,
     *,
-    max_kl: float | None = None,
-    max_ppl_increase: float | None = None,
     state: Path | None = None,
     on_progress: Progress | None = None,
 ) -> Smallest:
@@ -175,8 +175,7 @@ def smallest(
         teacher: fp32 model that :func:`mla.convert.check_convertible` accepts.
         calibration: int64 token ids [w, t].
         held_out: int64 token ids [w, t] that only measure.
-        max_kl: KL(original ‖ converted) at most so many nats per token.
-        max_ppl_increase: perplexity at most so much above the original's, as a share: 0.05 is 5%.
+        promise: what the cache must keep.
         state: as for :func:`explore`, and the same folder may serve both.
         on_progress: as for :func:`explore`.
 
@@ -184,10 +183,8 @@ def smallest(
         The point to convert with, and all that were measured.
 
     Raises:
-        MLAError: no budget keeps the promise (the message has the best one seen), or the arguments make no
-            sense.
+        MLAError: no budget keeps the promise; the message has the best one seen.
     """
-    check_promise(max_kl, max_ppl_increase)
     config = teacher.config
     check_convertible(config)
     lab = _Lab(teacher, calibration, held_out, state, on_progress, expected=1)
@@ -195,10 +192,7 @@ def smallest(
     seen = {(point.rank, point.rope): point for point in lab.stored()}
 
     def keeps(point: Point) -> bool:
-        increase = point.perplexity / lab.teacher_perplexity - 1
-        return (max_kl is None or point.kl <= max_kl) and (
-            max_ppl_increase is None or increase <= max_ppl_increase
-        )
+        return promise.kept(kl=point.kl, perplexity=point.perplexity, original=lab.teacher_perplexity)
 
     # Everything below ``low`` breaks the promise, ``high`` and above keeps it.
     low, high = 0, len(splits)
@@ -216,24 +210,13 @@ def smallest(
         best = min(tried, key=lambda point: point.kl)
         raise MLAError(
             f"no cache below the original's {lab.full} numbers per token and layer keeps "
-            f"{_promise(max_kl, max_ppl_increase)} on the held-out text; the best seen: {best.numbers} "
+            f"{promise} on the held-out text; the best seen: {best.numbers} "
             f"numbers (rank {best.rank}, rope {best.rope}) with KL {best.kl:.4f} and perplexity "
             f"{best.perplexity:.3f} ({best.perplexity / lab.teacher_perplexity - 1:+.1%}). Allow more, "
             "calibrate on more text, or choose a cache and heal it"
         )
     chosen = min(kept, key=lambda point: (point.numbers, point.kl))
     return Smallest(point=chosen, tried=tried, teacher_perplexity=lab.teacher_perplexity)
-
-
-def check_promise(max_kl: float | None, max_ppl_increase: float | None) -> None:
-    """Refuse, before any work, a promise that :func:`smallest` would refuse."""
-    if max_kl is None and max_ppl_increase is None:
-        raise MLAError(
-            "say what the smallest cache must keep: a largest KL, or a largest increase of perplexity"
-        )
-    for name, value in (("KL", max_kl), ("increase of perplexity", max_ppl_increase)):
-        if value is not None and not value > 0:
-            raise MLAError(f"the largest {name} must be above 0, got {value}")
 
 
 def frontier(points: Sequence[Point]) -> tuple[Point, ...]:
@@ -423,10 +406,3 @@ def _name(rank: int, rope: int) -> str:
 
 def _by_size(points: Iterable[Point]) -> tuple[Point, ...]:
     return tuple(sorted(points, key=lambda point: (-point.numbers, -point.rope)))
-
-
-def _promise(max_kl: float | None, max_ppl_increase: float | None) -> str:
-    parts = [] if max_kl is None else [f"a KL of at most {max_kl:g}"]
-    if max_ppl_increase is not None:
-        parts.append(f"a perplexity at most {max_ppl_increase:.1%} above the original's")
-    return " and ".join(parts)

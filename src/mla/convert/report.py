@@ -11,6 +11,7 @@ from typing import Any
 
 from mla.convert import drawing
 from mla.convert.drawing import Chart, Series
+from mla.convert.promise import Promise
 
 
 def page(facts: Mapping[str, Any]) -> str:
@@ -122,6 +123,10 @@ def figures(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("KL(original ‖ converted)", f"{quality['kl']:.4f} nats per token"),
             ("same most likely token", f"{quality['top1']:.1%}"),
         ]
+    promise = facts.get("promise")
+    if promise is not None:
+        asked = Promise(promise["max_kl"], promise["max_ppl_increase"])
+        rows.append((f"promised: {asked}", "kept" if promise["kept"] else "not kept on this text"))
     heal = facts.get("heal")
     if heal is not None:
         change = f"{heal['kl_before']:.4f} to {heal['kl_after']:.4f} nats per token"

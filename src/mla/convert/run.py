@@ -17,6 +17,7 @@ from mla.convert.checkpoint import cached_numbers
 from mla.convert.evaluation import evaluate, layer_errors
 from mla.convert.healing import heal
 from mla.convert.pipeline import budget_for, convert
+from mla.convert.promise import Promise
 from mla.convert.saving import check_output, save
 from mla.convert.workspace import Notice, Progress, Request, Workspace, workspace
 
@@ -29,6 +30,7 @@ def run(
     request: Request,
     *,
     overwrite: bool = False,
+    promise: Promise | None = None,
     search: Workspace | None = None,
     on_progress: Progress | None = None,
     on_notice: Notice | None = None,
@@ -42,7 +44,8 @@ def run(
         out: folder to create.
         request: see :class:`Request`.
         overwrite: replace ``out`` if it exists.
-        search: the workspace in which this request's budget was found: its windows are taken.
+        promise: what the result is held against; the report says whether it is kept.
+        search: the workspace in which this request's budget was found: see :func:`workspace`.
         on_progress: called as (stage, done, total).
         on_notice: called with a sentence where parts of an earlier request cannot be used.
 
@@ -65,7 +68,7 @@ def run(
         on_progress=on_progress,
         on_notice=on_notice,
     ) as work:
-        return _finish(source, teacher, tokenizer, out, work, request, overwrite, on_progress)
+        return _finish(source, teacher, tokenizer, out, work, request, promise, overwrite, on_progress)
 
 
 def _finish(
@@ -75,6 +78,7 @@ def _finish(
     out: Path,
     work: Workspace,
     request: Request,
+    promise: Promise | None,
     overwrite: bool,
     on_progress: Progress | None,
 ) -> dict[str, Any]:
@@ -107,6 +111,8 @@ def _finish(
     facts = _facts(source, teacher, student, request)
     facts["heal"] = None if healing is None else {"minutes": request.heal} | asdict(healing)
     facts["quality"] = _quality(teacher, student, work.held_out, request, on_progress)
+    kept = promise is not None and _kept(promise, facts["quality"])
+    facts["promise"] = None if promise is None else asdict(promise) | {"kept": kept}
     facts["layer_errors"] = layer_errors(student, teacher, work.held_out)
     facts["seconds"] = round(time.monotonic() - work.started, 1)
     save(student, tokenizer, out, report=facts, dtype=dtype, overwrite=overwrite)
@@ -136,6 +142,12 @@ def _facts(
             "converted": cached * size * config.num_hidden_layers,
         },
     }
+
+
+def _kept(promise: Promise, quality: dict[str, Any]) -> bool:
+    return promise.kept(
+        kl=quality["kl"], perplexity=quality["perplexity"], original=quality["teacher_perplexity"]
+    )
 
 
 def _quality(

@@ -146,7 +146,8 @@ def workspace(
     """The folder ``.OUT.PURPOSE`` beside ``out`` while inside: found again after failure, gone after success.
 
     Args:
-        search: another workspace of the same request but for its budget and ``heal``: its windows are taken.
+        search: another workspace of the same request but for its budget, ``windows`` and ``heal``: where there
+            are as many windows, they are taken from it.
         on_notice: called with a sentence where parts of an earlier request cannot be used.
         Others: as for :func:`run`.
 
@@ -162,9 +163,10 @@ def workspace(
     identity = _identity(teacher, request, texts.texts)
     useless, notice = _useless(place, identity)
     new = not place.exists()
+    taken = search if search is not None and len(search.calibration) == request.windows else None
     try:
         cut: dict[str, Tensor] = {}
-        if search is None and (place / _WINDOWS in useless or not (place / _WINDOWS).exists()):
+        if taken is None and (place / _WINDOWS in useless or not (place / _WINDOWS).exists()):
             cut = texts.cut()
         # Nothing more can be wrong with the request: what it cannot go on with goes only now.
         if useless and on_notice is not None:
@@ -172,7 +174,7 @@ def workspace(
         _enter(place, identity, useless)
         fitting = _keep(
             place / _WINDOWS,
-            lambda: texts.fitting(cut, place) if search is None else load_file(search.place / _WINDOWS),
+            lambda: texts.fitting(cut, place) if taken is None else load_file(taken.place / _WINDOWS),
         )
         calibration, held_out = (texts.mixed(fitting, name) for name in ("calibration", "held_out"))
         training = calibration
