@@ -110,6 +110,17 @@ def test_a_small_cache_is_calibrated_on_more_text_than_the_search(mla, llama_fol
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
+def test_a_text_that_is_long_enough_for_the_search_is_enough(mla, llama_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("mla.convert.pipeline._TOKENS", ((1.0, 64), (0.9, 64), (0.0, 6400)))
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    options = ("--max-kl", 100, "--window", 32, "--calibration", text, "--json")
+    run = mla("convert", llama_folder, tmp_path / "out", *options)
+    assert run.status == 0, run.err
+    assert "too short for 200 windows, which such a cache deserves: 2 do" in " ".join(run.err.split())
+    assert json.loads(run.out)["calibration"]["windows"] == 2
+
+
 def test_a_promise_that_the_result_does_not_keep_is_told(mla, llama_folder, tmp_path, monkeypatch):
     from mla.convert.promise import Promise
 

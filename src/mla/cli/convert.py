@@ -93,6 +93,8 @@ def convert(
         check_output,
         check_request,
         exclusive,
+        holds_windows,
+        read_texts,
         run,
         workspace,
     )
@@ -146,6 +148,7 @@ def convert(
             dtype=dtype,
         )
         check_request(request)
+        texts = read_texts(request)
         tokenizer = load_tokenizer(model)
         teacher = load_model(model, dtype="float32", device=device)
         work = None
@@ -160,15 +163,16 @@ def convert(
                         out,
                         search,
                         "exploring",
+                        texts=texts,
                         on_progress=console.teller(advance),
                         on_notice=console.people.print,
                     )
                 )
-            texts, state = (work.calibration, work.held_out), work.place / "points"
+            measured, state = (work.calibration, work.held_out), work.place / "points"
         if explore:
             explore_command(
                 teacher,
-                *texts,
+                *measured,
                 source=model,
                 out=out,
                 overwrite=overwrite,
@@ -177,11 +181,18 @@ def convert(
             )
             return
         if promise is not None:
-            point = choose_command(teacher, *texts, promise, state=state)
+            point = choose_command(teacher, *measured, promise, state=state)
             # A small cache deserves more text than the search, which measures all sizes on the same.
             asked = budget_for(config, cache=None, rank=point.rank, rope=point.rope)
             count, _ = calibration_size(config, asked, texts=len(calibration), windows=windows, window=window)
-            request = replace(request, rank=point.rank, rope=point.rope, windows=count)
+            request = replace(request, rank=point.rank, rope=point.rope)
+            if holds_windows(teacher, tokenizer, longer := replace(request, windows=count), texts):
+                request = longer
+            else:
+                console.people.print(
+                    f"the calibration text is too short for {count} windows, which such a cache deserves: "
+                    f"{request.windows} do"
+                )
         with console.progress("converting") as advance:
             facts = run(
                 model,
@@ -190,6 +201,7 @@ def convert(
                 out,
                 request,
                 overwrite=overwrite,
+                texts=texts,
                 promise=promise,
                 search=work,
                 on_progress=console.teller(advance),

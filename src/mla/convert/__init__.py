@@ -5,7 +5,7 @@ from mla.convert.pipeline import budget_for, calibration_size, convert
 from mla.convert.run import run
 from mla.convert.saving import check_output, exclusive, save
 from mla.convert.text import tokenize_windows, write_windows
-from mla.convert.workspace import Request, check_request, workspace
+from mla.convert.workspace import Request, check_request, holds_windows, read_texts, workspace
 
 __all__ = [
     "Request",
@@ -16,6 +16,8 @@ __all__ = [
     "check_request",
     "convert",
     "exclusive",
+    "holds_windows",
+    "read_texts",
     "run",
     "save",
     "tokenize_windows",

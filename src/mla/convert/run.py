@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def run(
     request: Request,
     *,
     overwrite: bool = False,
+    texts: Sequence[str | None] | None = None,
     promise: Promise | None = None,
     search: Workspace | None = None,
     on_progress: Progress | None = None,
@@ -44,6 +46,7 @@ def run(
         out: folder to create.
         request: see :class:`Request`.
         overwrite: replace ``out`` if it exists.
+        texts: the request's, of :func:`read_texts`, where they have been read.
         promise: what the result is held against; the report says whether it is kept.
         search: the workspace in which this request's budget was found: see :func:`workspace`.
         on_progress: called as (stage, done, total).
@@ -64,6 +67,7 @@ def run(
         out,
         request,
         "converting",
+        texts=texts,
         search=search,
         on_progress=on_progress,
         on_notice=on_notice,

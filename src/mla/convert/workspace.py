@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,14 +102,11 @@ class Workspace:
     started: float
 
 
-def check_request(request: Request) -> list[str | None]:
+def check_request(request: Request) -> None:
     """Refuse, before any work, what no model could do.
 
-    Returns:
-        The calibration texts, None where the model writes one.
-
     Raises:
-        MLAError: minutes, seeds, windows or texts that make no sense, a file that cannot be read.
+        MLAError: minutes, seeds, windows or a choice of texts that make no sense.
     """
     if not 0 <= request.heal < math.inf:
         raise MLAError(f"heal takes minutes, 0 or more, got {request.heal}")
@@ -128,7 +125,26 @@ def check_request(request: Request) -> list[str | None]:
         )
     if len(set(request.calibration)) < len(request.calibration):
         raise MLAError("a calibration text is given twice: ask for more windows of it instead")
+
+
+def read_texts(request: Request) -> list[str | None]:
+    """The calibration texts, None where the model writes one.
+
+    Raises:
+        MLAError: a file that cannot be read, or not again when a run that was interrupted goes on.
+    """
     return [None if name == "self" else read_text(name, again=True) for name in request.calibration]
+
+
+def holds_windows(
+    teacher: PreTrainedModel, tokenizer: Any, request: Request, texts: Sequence[str | None]
+) -> bool:
+    """Whether the ``texts`` (of :func:`read_texts`) are long enough for the windows that are asked for."""
+    try:
+        _Texts(teacher, tokenizer, request, texts, None).cut()
+    except MLAError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -139,6 +155,7 @@ def workspace(
     request: Request,
     purpose: str,
     *,
+    texts: Sequence[str | None] | None = None,
     search: Workspace | None = None,
     on_progress: Progress | None = None,
     on_notice: Notice | None = None,
@@ -146,8 +163,9 @@ def workspace(
     """The folder ``.OUT.PURPOSE`` beside ``out`` while inside: found again after failure, gone after success.
 
     Args:
-        search: another workspace of the same request but for its budget, ``windows`` and ``heal``: where there
-            are as many windows, they are taken from it.
+        texts: of :func:`read_texts`, where they have been read.
+        search: another workspace of the same request but for its budget, ``windows`` and ``heal``: its windows
+            are taken if they are as many.
         on_notice: called with a sentence where parts of an earlier request cannot be used.
         Others: as for :func:`run`.
 
@@ -157,30 +175,32 @@ def workspace(
     started = time.monotonic()
     check_split_query(teacher, request.split_query)
     check_window(teacher.config, request.window)
-    texts = _Texts(teacher, tokenizer, request, check_request(request), on_progress)
+    check_request(request)
+    read = read_texts(request) if texts is None else texts
+    source = _Texts(teacher, tokenizer, request, read, on_progress)
     out = out.absolute()
     place = out.parent / f".{out.name}.{purpose}"
-    identity = _identity(teacher, request, texts.texts)
+    identity = _identity(teacher, request, read)
     useless, notice = _useless(place, identity)
     new = not place.exists()
     taken = search if search is not None and len(search.calibration) == request.windows else None
     try:
         cut: dict[str, Tensor] = {}
         if taken is None and (place / _WINDOWS in useless or not (place / _WINDOWS).exists()):
-            cut = texts.cut()
+            cut = source.cut()
         # Nothing more can be wrong with the request: what it cannot go on with goes only now.
         if useless and on_notice is not None:
             on_notice(notice)
         _enter(place, identity, useless)
         fitting = _keep(
             place / _WINDOWS,
-            lambda: texts.fitting(cut, place) if taken is None else load_file(taken.place / _WINDOWS),
+            lambda: source.fitting(cut, place) if taken is None else load_file(taken.place / _WINDOWS),
         )
-        calibration, held_out = (texts.mixed(fitting, name) for name in ("calibration", "held_out"))
+        calibration, held_out = (source.mixed(fitting, name) for name in ("calibration", "held_out"))
         training = calibration
         if request.heal:
-            healing = _keep(place / _TRAINING, lambda: texts.healing(fitting, place))
-            training = texts.mixed(_evened(healing), "training")
+            healing = _keep(place / _TRAINING, lambda: source.healing(fitting, place))
+            training = source.mixed(_evened(healing), "training")
     except MLAError:
         if new:
             shutil.rmtree(place, ignore_errors=True)
@@ -196,7 +216,7 @@ class _Texts:
     teacher: PreTrainedModel
     tokenizer: Any
     request: Request
-    texts: list[str | None]
+    texts: Sequence[str | None]
     on_progress: Progress | None
 
     def cut(self) -> dict[str, Tensor]:
@@ -303,7 +323,7 @@ def _keep(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor
     return stored
 
 
-def _identity(teacher: PreTrainedModel, request: Request, texts: list[str | None]) -> dict[str, Any]:
+def _identity(teacher: PreTrainedModel, request: Request, texts: Sequence[str | None]) -> dict[str, Any]:
     """Everything that the finished parts depend on: of model and texts what they are, not where they lie."""
     config = teacher.config.to_dict()
     for name in ("_name_or_path", "quantization_config"):  # the path as it was typed, a GGUF file's name
