@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mla.errors import MLAError
-from mla.whole import whole
+from mla.whole import UnwrittenError, whole
 
 
 @pytest.mark.parametrize("before", [None, "old"])
@@ -24,8 +24,8 @@ def test_a_file_appears_when_it_is_finished(tmp_path, before):
     assert path.read_text() == "new"
 
 
-def _end(path: Path, error: BaseException) -> None:
-    with whole(path) as partial:
+def _end(path: Path, error: BaseException, *others: type[Exception]) -> None:
+    with whole(path, *others) as partial:
         partial.write_text("ha")
         raise error
 
@@ -47,6 +47,21 @@ def test_what_ends_early_leaves_everything_as_it_was(tmp_path, error, told, word
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("page.html", "old")]
 
 
+def test_folders_on_the_way_are_made(tmp_path):
+    path = tmp_path / "deep" / "er" / "page.html"
+    with whole(path) as partial:
+        partial.write_text("new")
+    assert path.read_text() == "new"
+
+
+def test_what_a_writer_raises_instead(tmp_path):
+    with pytest.raises(UnwrittenError, match="x cannot be written: unexpected pos"):
+        _end(tmp_path / "x", RuntimeError("unexpected pos"), RuntimeError)
+    with pytest.raises(RuntimeError, match="a defect"):
+        _end(tmp_path / "x", RuntimeError("a defect"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_longest_name_is_no_problem(tmp_path):
     path = tmp_path / ("ä" * 127)
     with whole(path) as partial:
@@ -54,7 +69,7 @@ def test_the_longest_name_is_no_problem(tmp_path):
     assert path.read_text() == "new"
 
 
-@pytest.mark.parametrize("name", ["none/page.html", "file/page.html", "", "folder", "n" * 300])
+@pytest.mark.parametrize("name", ["file/page.html", "", "folder", "n" * 300])
 def test_places_that_cannot_be_written(tmp_path, name):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""Files that are written as a whole, or not at all."""
+"""Files that are written as a whole, or not at all. Level 0."""
 
 from __future__ import annotations
 
@@ -10,29 +10,53 @@ from pathlib import Path
 from mla.errors import MLAError
 
 
+class UnwrittenError(MLAError):
+    """A file or folder that could not be written, most often to a full disk; what was there is there still.
+
+    Args:
+        path: what was to be written.
+        error: what the system said.
+    """
+
+    def __init__(self, path: Path, error: Exception) -> None:
+        reason = error.strerror if isinstance(error, OSError) else None
+        super().__init__(
+            f"{path} cannot be written: {reason or error}. There must be room for it on the disk, and the "
+            "right to write there"
+        )
+
+
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def whole(path: Path, *others: type[Exception]) -> Iterator[Path]:
     """``with whole(path) as partial:`` write to ``partial``, which then takes the place of ``path``.
 
-    Whatever ends the block early, a file that was there stays as it was, and nothing is left beside it. A
-    link is followed; a pipe or a device has no place to take and is written to itself.
+    Whatever ends the block early, a file that was there stays as it was, and nothing is left beside it.
+    Folders on the way are created. A link is followed; a pipe or a device has no place to take and is written
+    to itself.
+
+    Args:
+        path: the file; one that is there already is replaced.
+        others: what the writer raises instead of ``OSError``.
 
     Raises:
-        MLAError: a folder, or the system refuses to write.
+        UnwrittenError: the system refuses to write.
+        MLAError: ``path`` is a folder.
     """
+    failures: tuple[type[Exception], ...] = (OSError, *others)
     place = Path(os.path.realpath(path))
     # A name may be as long as the system allows, and still leaves room for the other one.
-    beside = place.with_name(f".{place.name[:40]}.{os.getpid()}.partial")
+    beside = place.with_name(f".{place.name[:40]}.{os.getpid()}.part")
     try:
         if place.is_dir():
             raise MLAError(f"{path} cannot be written: expected a file, got a folder")
         if place.exists() and not place.is_file():
             yield place
             return
+        place.parent.mkdir(parents=True, exist_ok=True)
         yield beside
         beside.replace(place)
-    except OSError as error:
-        raise MLAError(f"{path} cannot be written: {error.strerror or error}") from error
+    except failures as error:
+        raise UnwrittenError(path, error) from error
     finally:
         with suppress(OSError):  # it is usually not there, and where it cannot be there is no folder
             beside.unlink()

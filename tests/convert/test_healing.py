@@ -194,6 +194,20 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_quick")
+def test_a_full_disk_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fills(_: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("unexpected pos 704 vs 598")  # torch's words for it
+
+    model = teacher()
+    monkeypatch.setattr(healing.torch, "save", fills)
+    arguments = (_student(model), model, tokens(4, 24), tokens(3, 24, seed=9))
+    with pytest.raises(MLAError, match=r"healing\.pt cannot be written: unexpected pos"):
+        heal(*arguments, minutes=0.05, state=tmp_path / "healing.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("_quick")
 def test_the_state_of_another_run_is_refused(tmp_path: Path) -> None:
     model = teacher()
     state = tmp_path / "healing.pt"

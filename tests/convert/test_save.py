@@ -100,9 +100,10 @@ def test_an_exception_leaves_nothing(
     keep = tmp_path / "keep"
     save(student, None, keep, report={**FACTS, "seed": 1})
     monkeypatch.setattr(saving, "_flush", fail)
-    with pytest.raises(error):
+    expected = MLAError if error is OSError else error
+    with pytest.raises(expected):
         save(student, None, tmp_path / "out", report=FACTS)
-    with pytest.raises(error):
+    with pytest.raises(expected):
         save(student, None, keep, report={**FACTS, "seed": 2}, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["keep"]
     assert json.loads((keep / "report.json").read_text())["seed"] == 1
@@ -121,11 +122,25 @@ def test_a_failed_rename_brings_the_old_folder_back(
         rename(source, target)
 
     monkeypatch.setattr(saving.os, "rename", fail)
-    with pytest.raises(OSError, match="disk"):
+    with pytest.raises(MLAError, match="out cannot be written: disk"):
         save(student, None, out, report={**FACTS, "seed": 2}, overwrite=True)
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert json.loads((out / "report.json").read_text())["seed"] == 1
+
+
+def test_what_was_left_of_a_file_of_that_name(student: DeepseekV3ForCausalLM, tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").write_text("half a page")
+    save(student, None, tmp_path / "out", report=FACTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_drive_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows nothing on the way up from Z: exists, and it has no parent."""
+    monkeypatch.setattr(os.path, "lexists", lambda _: False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(MLAError, match="cannot be written"):
+        saving.check_place(Path("/nowhere/out"), None)
 
 
 def _killed(

@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import DeepseekV3ForCausalLM
 
 from mla.convert import Request, convert, run, workspace
 from mla.convert.evaluation import evaluate
+from mla.convert.parts import load
 from mla.convert.text import cut_text, tokenize_windows
 from mla.errors import MLAError
 from tests.convert.tiny import teacher, tokens
@@ -170,13 +173,18 @@ def test_a_failure_at_the_very_end_costs_no_healing(tmp_path: Path, monkeypatch:
         )
 
     with monkeypatch.context() as full_disk:
+        save = RUN.save
 
-        def fails(*_: Any, report: dict[str, Any], **__: Any) -> None:
+        def told(*given: Any, report: dict[str, Any], **more: Any) -> None:
             lost.append(report)
+            save(*given, report=report, **more)
+
+        def fails(*_: Any, **__: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        full_disk.setattr(RUN, "save", fails)
-        with pytest.raises(OSError, match="No space"):
+        full_disk.setattr(RUN, "save", told)
+        full_disk.setattr("mla.convert.saving.save_torch_state_dict", fails)
+        with pytest.raises(MLAError, match=r"out cannot be written: No space.* the same command goes on"):
             convert()
     assert "healing" in progress
     facts = convert()
@@ -184,6 +192,42 @@ def test_a_failure_at_the_very_end_costs_no_healing(tmp_path: Path, monkeypatch:
     assert facts["heal"]["tokens"] > 0
     assert facts["quality"]["kl"] == pytest.approx(lost[0]["quality"]["kl"], rel=1e-5)
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("written", range(4))
+def test_a_full_disk_costs_nothing_that_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    """After so many parts: none, the text that the model has written, the windows, a layer."""
+    model, out, request = teacher(), tmp_path / "out", Request(cache=0.5, windows=3, window=16)
+    pipeline = importlib.import_module("mla.convert.pipeline")
+    fitted: list[int] = []
+    real, factor = save_file, pipeline.factor_layer
+    monkeypatch.setattr(pipeline, "factor_layer", lambda *given: fitted.append(1) or factor(*given))
+    parts: list[Path] = []
+
+    def fills(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if len(parts) == written:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        parts.append(path)
+        real(tensors, path)
+
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr("mla.convert.parts.save_file", fills)
+        with pytest.raises(MLAError, match=r"No space.* kept in .*converting: the same command") as told:
+            run("tiny", model, Letters(), out, request)
+    assert "\n" not in str(told.value)
+    (place,) = tmp_path.iterdir()
+    assert len([path for path in place.iterdir() if path.name != "request.json"]) == written
+    run("tiny", model, Letters(), out, request)
+    assert list(tmp_path.iterdir()) == [out]
+    assert len(fitted) == 2 + (written > 1)  # the layer under way is fitted anew, the finished one is not
+
+
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+    (tmp_path / "layer.safetensors").write_bytes(b"half")
+    with pytest.raises(MLAError, match=r"layer\.safetensors is damaged .* delete it"):
+        load(tmp_path / "layer.safetensors")
 
 
 class StoppedError(Exception):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mla.cli import console
 from mla.errors import MLAError
+from mla.whole import UnwrittenError, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,13 +64,8 @@ def explore_command(
             state=state,
             on_progress=console.teller(advance),
         )
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f".{out.name}.partial")
+    with whole(out) as partial:
         partial.write_text(page(found, source), encoding="utf-8")
-        partial.replace(out)
-    except OSError as error:
-        raise MLAError(f"--explore: {out} cannot be written: {error.strerror}") from error
     if as_json:
         console.print_json(found)
         return
@@ -102,6 +98,8 @@ def choose_command(
                 state=state,
                 on_progress=console.teller(advance),
             )
+    except UnwrittenError:
+        raise
     except MLAError as error:
         kept = "" if state is None else f". What was measured stays in {state.parent} for another promise"
         raise MLAError(f"{error}{kept}") from error

@@ -27,6 +27,7 @@ from mla.convert.spectra import Spectrum, layer_spectra
 from mla.digest import canonical, digest, digest_of_weights
 from mla.errors import MLAError
 from mla.formats import cache_format
+from mla.whole import whole
 
 Progress = Callable[[str, float, float], None]
 
@@ -293,6 +294,8 @@ class _Lab:
         if stored is None:
             stored = asdict(self._convert(name, rank, rope))
             self._store(name, stored)
+        if self.state is not None:  # the layers of a budget are of use until its point is there
+            shutil.rmtree(self.state / name, ignore_errors=True)
         self.finished += 1
         self._tell(name, 0.0)
         return Point(**stored)
@@ -321,8 +324,6 @@ class _Lab:
 
     def _convert(self, name: str, rank: int, rope: int) -> Point:
         started = time.monotonic()
-        if self.state is not None:
-            (self.state / name).mkdir(exist_ok=True)  # finished layers of the budget under way
         student = convert(
             self.teacher,
             calibration=self.calibration,
@@ -341,8 +342,6 @@ class _Lab:
         )
         assert result.kl is not None
         assert result.agreement is not None
-        if self.state is not None:
-            shutil.rmtree(self.state / name)
         rank, rope = student.config.kv_lora_rank, student.config.qk_rope_head_dim
         return Point(
             rank=rank,
@@ -364,7 +363,6 @@ class _Lab:
     def _enter_state(self) -> None:
         if self.state is None:
             return
-        self.state.mkdir(parents=True, exist_ok=True)
         own = {"run": self._mark()}
         stored = self._load("run")
         if stored is None:
@@ -388,9 +386,8 @@ class _Lab:
 
     def _store(self, name: str, value: dict[str, Any]) -> None:
         if self.state is not None:
-            partial = self.state / f"{name}.partial"
-            partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-            partial.replace(self.state / f"{name}.json")
+            with whole(self.state / f"{name}.json") as partial:
+                partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _splits(rank: int, rope: int, width: int) -> list[tuple[int, int]]:

@@ -29,6 +29,7 @@ from mla.convert.checkpoint import LATENT_GAIN, LATENT_SCALE
 from mla.convert.descent import Muon, Views, schedule
 from mla.convert.fused import fused
 from mla.errors import MLAError
+from mla.whole import whole
 
 # Relative to each matrix's root mean square, at a KL of one nat. A conversion that is close already is shaken
 # by steps that a rough one needs: the rate goes with the root of the KL that it starts from.
@@ -91,7 +92,7 @@ def heal(
         What it gave.
 
     Raises:
-        MLAError: arguments that make no sense, or a ``state`` of another run.
+        MLAError: arguments that make no sense, a ``state`` of another run, or one that cannot be written.
     """
     if not minutes > 0:
         raise MLAError(f"healing takes a number of minutes above 0, got {minutes}")
@@ -261,9 +262,8 @@ class _Run:
             "weights": self._copy(),
             "optimiser": optimiser.state_dict(),
         }
-        partial = self.state.with_suffix(".partial")
-        torch.save(content, partial)
-        partial.replace(self.state)
+        with whole(self.state, RuntimeError) as partial:  # all that torch says of a full disk
+            torch.save(content, partial)
         self.saved_at = self.seconds()
 
     def _resume(self) -> None:

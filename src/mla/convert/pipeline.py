@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
@@ -25,7 +24,7 @@ from mla.convert.checkpoint import (
     write_layer,
 )
 from mla.convert.factorise import Terms, factorise
-from mla.convert.parts import store
+from mla.convert.parts import load, store
 from mla.convert.refit import refit, student_block
 from mla.convert.rope_split import (
     RopeSplit,
@@ -270,7 +269,7 @@ def _place(state: Path, layer: int) -> Path:
 
 def _stored(state: Path, layer: int, device: torch.device) -> LayerFactors | None:
     path = _place(state, layer)
-    return LayerFactors(**load_file(path, device=str(device))) if path.exists() else None
+    return LayerFactors(**load(path, device)) if path.exists() else None
 
 
 def _check_calibration(calibration: Tensor, vocabulary: int) -> None:

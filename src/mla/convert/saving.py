@@ -16,6 +16,7 @@ import torch
 import transformers
 from filelock import FileLock, Timeout
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from transformers import DeepseekV3ForCausalLM, PreTrainedTokenizerBase
 
 from mla import __version__
@@ -23,6 +24,7 @@ from mla.convert.report import card, page
 from mla.digest import digest
 from mla.errors import MLAError
 from mla.reading import local_path
+from mla.whole import UnwrittenError
 
 FORMAT = 2  # of report.json
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -69,10 +71,10 @@ def save(
         "report.html": page(facts),
         "report.json": json.dumps(facts, indent=2) + "\n",
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(out)
-    partial.mkdir()
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
         weights = {
             name: value.detach().to("cpu", dtype).contiguous() for name, value in student.state_dict().items()
         }
@@ -93,8 +95,10 @@ def save(
         _flush(partial / "config.json")
         _flush(partial)
         _put_in_place(partial, out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise UnwrittenError(out, error) from error
         raise
     return out
 
@@ -167,7 +171,7 @@ def check_place(out: Path, source: str | None) -> None:
         MLAError: names what stands in the way.
     """
     folder = out.absolute().parent
-    while not os.path.lexists(folder):
+    while not os.path.lexists(folder) and folder != folder.parent:  # a drive may not be there
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise MLAError(f"{out} cannot be written: {folder} is no folder that you may write to")
@@ -219,6 +223,8 @@ def _undo_killed(out: Path) -> None:
     partial, replaced = _partial(out), _replaced(out)
     if partial.is_dir():
         shutil.rmtree(partial)
+    else:
+        partial.unlink(missing_ok=True)
     if replaced.is_dir():
         if out.is_dir() and any(out.iterdir()):
             shutil.rmtree(replaced)

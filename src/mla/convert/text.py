@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from mla.convert.parts import store
+from mla.convert.parts import load, store
 from mla.errors import MLAError
 
 # Tokens of a text that the model writes. Long ones lose their thread, and many short ones are more varied.
@@ -79,7 +78,7 @@ def write_windows(
     chance = torch.Generator(model.device).manual_seed(seed)
     written = given[:0]
     if state is not None and state.exists():
-        kept = load_file(state)
+        kept = load(state)
         written = kept["written"]
         chance.set_state(kept["chance"])
     size = -(-count // -(-count // _BATCH))

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mla import __version__
-from mla.convert.parts import store
+from mla.convert.parts import load, store
 from mla.convert.pipeline import check_split_query
 from mla.convert.text import (
     check_vocabulary,
@@ -37,6 +36,7 @@ from mla.convert.text import (
 from mla.digest import canonical, digest, digest_of_weights
 from mla.errors import MLAError
 from mla.textfile import read_text
+from mla.whole import UnwrittenError, whole
 
 Progress = Callable[[str, float, float], None]
 Notice = Callable[[str], None]
@@ -164,8 +164,8 @@ def workspace(
 
     Args:
         texts: of :func:`read_texts`, where they have been read.
-        search: another workspace of the same request but for its budget, ``windows`` and ``heal``: its windows
-            are taken if they are as many.
+        search: another workspace of the same request but for its budget, ``windows`` and ``heal``: its
+            windows are taken if they are as many.
         on_notice: called with a sentence where parts of an earlier request cannot be used.
         Others: as for :func:`run`.
 
@@ -184,6 +184,7 @@ def workspace(
     useless, notice = _useless(place, identity)
     new = not place.exists()
     taken = search if search is not None and len(search.calibration) == request.windows else None
+    ready = False
     try:
         cut: dict[str, Tensor] = {}
         if taken is None and (place / _WINDOWS in useless or not (place / _WINDOWS).exists()):
@@ -194,18 +195,24 @@ def workspace(
         _enter(place, identity, useless)
         fitting = _keep(
             place / _WINDOWS,
-            lambda: source.fitting(cut, place) if taken is None else load_file(taken.place / _WINDOWS),
+            lambda: source.fitting(cut, place) if taken is None else load(taken.place / _WINDOWS),
         )
         calibration, held_out = (source.mixed(fitting, name) for name in ("calibration", "held_out"))
         training = calibration
         if request.heal:
             healing = _keep(place / _TRAINING, lambda: source.healing(fitting, place))
             training = source.mixed(_evened(healing), "training")
+        begun = started if search is None else search.started
+        ready = True
+        yield Workspace(place, calibration, training, held_out, begun)
+    except UnwrittenError as error:
+        raise MLAError(
+            f"{error}. What is finished is kept in {place}: the same command goes on from there"
+        ) from error
     except MLAError:
-        if new:
+        if new and not ready:
             shutil.rmtree(place, ignore_errors=True)
         raise
-    yield Workspace(place, calibration, training, held_out, started if search is None else search.started)
     shutil.rmtree(place, ignore_errors=True)
 
 
@@ -319,8 +326,7 @@ def _keep(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor
     """What lies in the file, made where it does not lie there yet."""
     if not path.exists():
         store(path, make())
-    stored: dict[str, Tensor] = load_file(path)
-    return stored
+    return load(path)
 
 
 def _identity(teacher: PreTrainedModel, request: Request, texts: Sequence[str | None]) -> dict[str, Any]:
@@ -361,7 +367,5 @@ def _enter(place: Path, identity: dict[str, Any], useless: list[Path]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-    place.mkdir(parents=True, exist_ok=True)
-    partial = place / "request.partial"
-    partial.write_text(json.dumps(identity, sort_keys=True), encoding="utf-8")
-    partial.replace(place / "request.json")
+    with whole(place / "request.json") as partial:
+        partial.write_text(json.dumps(identity, sort_keys=True), encoding="utf-8")
