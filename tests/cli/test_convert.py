@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
 from mla.convert import exclusive
+from mla.errors import MLAError
 
 run_module = importlib.import_module("mla.convert.run")  # the package shows its function
 
@@ -77,6 +77,7 @@ def test_convert_heals(mla, llama_folder, tmp_path):
     heal = json.loads(run.out)["heal"]
     assert heal["kl_after"] <= heal["kl_before"]
     assert heal["minutes"] == 0.05
+    assert heal["chosen_on"] == "the windows that quality is measured on"
     assert DeepseekV3ForCausalLM.from_pretrained(tmp_path / "out").config.kv_lora_rank == 6
 
 
@@ -146,15 +147,30 @@ def test_convert_writes_bfloat16(mla, llama_folder, tmp_path):
 
 
 def test_one_conversion_at_a_time_to_one_place(mla, llama_folder, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     with exclusive(tmp_path / "out"):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))  # another session's
         run = mla("convert", llama_folder, tmp_path / "there" / ".." / "out", *SMALL)
         assert run.status == 2
         assert "is running: wait for it, or end it first" in run.err
         assert mla("convert", llama_folder, tmp_path / "other", *SMALL).status == 0
-    assert not list(Path(tempfile.gettempdir()).glob("mla-*.lock"))
+    assert [path.name for path in home.rglob("*")] == [".cache", "mla", "locks"]
     assert mla("convert", llama_folder, tmp_path / "out", *SMALL).status == 0
+
+
+def test_a_home_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "home").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with exclusive(tmp_path / "out"):
+        assert list(tmp_path.glob("mla-*.lock"))
+        with pytest.raises(MLAError, match="another conversion"), exclusive(tmp_path / "out"):
+            pytest.fail("two at a time")
+    assert not list(tmp_path.glob("mla-*.lock"))
 
 
 def test_the_largest_seed(mla, llama_folder, tmp_path):

@@ -228,6 +228,11 @@ def test_the_state_of_another_run_is_refused(tmp_path: Path) -> None:
         )
     with pytest.raises(MLAError, match="another healing"):
         heal(_student(model), model, tokens(16, 24, seed=7), tokens(3, 24, seed=9), minutes=0.05, state=state)
+    # Other weights of the same shapes: neither the other text's nor another teacher's healing is taken.
+    other = teacher(seed=1)
+    for student, original in ((_student(other), model), (_student(model), other)):
+        with pytest.raises(MLAError, match="another healing"):
+            heal(student, original, tokens(16, 24), tokens(3, 24, seed=9), minutes=0.05, state=state)
 
 
 def test_arguments_are_checked() -> None:

@@ -134,6 +134,7 @@ def test_the_card_says_what_was_done() -> None:
         "# small",
         "someone/tiny-llama",
         "healed for 60 min",
+        "Healing chose its weights on the same windows.",
         "float16",
         "licence",
         "| 20.357 (+4.8%) |",

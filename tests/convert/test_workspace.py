@@ -325,6 +325,23 @@ def test_the_same_model_by_another_path_goes_on(tmp_path: Path) -> None:
         assert notices == []
 
 
+@pytest.mark.parametrize(
+    "change", [{"chat_template": "{{ messages }}"}, {"all_special_ids": (1, 2, 3)}, {"bos_token_id": 2}, {}]
+)
+def test_with_another_tokenizer_text_begins_anew(tmp_path: Path, change: dict[str, Any]) -> None:
+    model, out, request = teacher(), tmp_path / "out", Request(windows=2, window=16)
+    with pytest.raises(StoppedError), workspace(model, Letters(), out, request, "converting"):
+        raise StoppedError
+    other: Any = Letters()
+    other.apply_chat_template = lambda *_, **__: "MARKER"
+    for name, value in change.items():
+        setattr(other, name, value)
+    notices: list[str] = []
+    with workspace(model, other, out, request, "converting", on_notice=notices.append):
+        assert len(notices) == bool(change)
+    assert not change or "begin anew: text. They were made with another tokenizer" in notices[0]
+
+
 def test_what_the_model_has_written_is_not_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

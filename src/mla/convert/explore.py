@@ -17,14 +17,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mla import __version__
 from mla.convert.check import check_convertible
 from mla.convert.checkpoint import cached_numbers, head_dim
 from mla.convert.evaluation import evaluate
+from mla.convert.parts import mark
 from mla.convert.pipeline import budget_for, convert
 from mla.convert.promise import Promise
 from mla.convert.spectra import Spectrum, layer_spectra
-from mla.digest import canonical, digest, digest_of_weights
 from mla.errors import MLAError
 from mla.formats import cache_format
 from mla.whole import whole
@@ -363,7 +362,7 @@ class _Lab:
     def _enter_state(self) -> None:
         if self.state is None:
             return
-        own = {"run": self._mark()}
+        own = {"run": mark([self.calibration, self.held_out], [self.teacher])}
         stored = self._load("run")
         if stored is None:
             self._store("run", own)
@@ -372,11 +371,6 @@ class _Lab:
                 f"{self.state} holds the state of another exploration (another model, calibration or "
                 "held-out text): choose another folder, or remove it"
             )
-
-    def _mark(self) -> str:
-        """What has to agree for a state to belong to a run."""
-        texts = [canonical(ids.tolist()) for ids in (self.calibration, self.held_out)]
-        return digest(__version__.encode(), *texts, digest_of_weights(self.teacher).encode())
 
     def _load(self, name: str) -> dict[str, Any] | None:
         if self.state is None or not (self.state / f"{name}.json").exists():

@@ -28,6 +28,7 @@ from mla.convert.arithmetic import faster_dtype, mixed
 from mla.convert.checkpoint import LATENT_GAIN, LATENT_SCALE
 from mla.convert.descent import Muon, Views, schedule
 from mla.convert.fused import fused
+from mla.convert.parts import mark
 from mla.errors import MLAError
 from mla.whole import whole
 
@@ -135,7 +136,7 @@ class _Run:
         self.reference = _hidden(teacher, held_out)
         self.keeps = windows.numel() * self.reference.shape[-1] * self.reference.element_size() <= _KEPT
         self.theirs: dict[int, Tensor] = {}
-        self.mark = _mark(windows, held_out, seconds, seed, self.parameters)
+        self.mark = [_FORMAT, seconds, seed, mark([windows, held_out], [student, teacher])]
         self.started, self.spent, self.saved_at = time.monotonic(), 0.0, 0.0
         self.step, self.tokens = 0, 0
         self.checked, self.check_takes = 0, 0.0  # the step of the last check, and its seconds
@@ -271,7 +272,7 @@ class _Run:
         content = torch.load(self.state, map_location="cpu", weights_only=True)
         if content["mark"] != self.mark:
             raise MLAError(
-                f"{self.state} belongs to another healing (other text, minutes, seed, dimensions or mla): "
+                f"{self.state} belongs to another healing (other text, minutes, seed, models or mla): "
                 "delete it to begin anew"
             )
         self._restore(content["weights"])
@@ -377,12 +378,3 @@ def _order(count: int, seed: int) -> Callable[[int], Tensor]:
         return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
     return order
-
-
-def _mark(
-    windows: Tensor, held_out: Tensor, seconds: float, seed: int, parameters: dict[str, Tensor]
-) -> list[Any]:
-    """What has to agree for a state to belong to a run."""
-    sums = [int((ids * torch.arange(1, ids.numel() + 1).view_as(ids)).sum()) for ids in (windows, held_out)]
-    shapes = [list(parameter.shape) for parameter in parameters.values()]
-    return [_FORMAT, sums, [list(windows.shape), list(held_out.shape)], seconds, seed, shapes]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mla import __version__
+from mla.digest import digest, digest_of_weights
 from mla.errors import MLAError
 from mla.whole import whole
 
@@ -35,3 +37,11 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
         raise MLAError(f"{path} is damaged ({error}): delete it, and it is made anew") from error
+
+
+def mark(windows: Sequence[Tensor], models: Sequence[torch.nn.Module]) -> str:
+    """What has to agree for kept work to belong to a run: mla, token ids [w, t] and the models' weights."""
+    shapes = [f"{list(ids.shape)}".encode() for ids in windows]
+    texts = [ids.cpu().contiguous().numpy().tobytes() for ids in windows]
+    weights = [digest_of_weights(model).encode() for model in models]
+    return digest(__version__.encode(), *shapes, *texts, *weights)

@@ -130,7 +130,7 @@ def figures(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     heal = facts.get("heal")
     if heal is not None:
         change = f"{heal['kl_before']:.4f} to {heal['kl_after']:.4f} nats per token"
-        rows.append(("KL while healing, on its own held-out text", change))
+        rows.append(("KL while healing, on the windows that also chose the weights", change))
     errors = facts.get("layer_errors")
     if errors:
         worst = max(range(len(errors)), key=lambda layer: errors[layer])
@@ -238,9 +238,10 @@ def _measured_on(facts: Mapping[str, Any]) -> str:
     quality = facts.get("quality")
     if quality is None:
         return "Its quality was not measured: mla eval OUT --against ORIGINAL --text FILE does it."
+    chosen = "" if facts.get("heal") is None else " Healing chose its weights on the same windows."
     return (
         f"Measured on {quality['tokens']:,} held-out tokens ({quality['text']}), {quality['windows']:,} "
-        f"windows of {quality['window']:,}, both models in float32."
+        f"windows of {quality['window']:,}, both models in float32.{chosen}"
     )
 
 

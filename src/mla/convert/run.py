@@ -113,7 +113,11 @@ def _finish(
         for parameter in student.parameters():  # what is measured is what is written
             parameter.copy_(parameter.to(dtype))
     facts = _facts(source, teacher, student, request)
-    facts["heal"] = None if healing is None else {"minutes": request.heal} | asdict(healing)
+    facts["heal"] = None
+    if healing is not None:
+        # The windows are too few to choose the weights on some and to report on others.
+        given = {"minutes": request.heal, "chosen_on": "the windows that quality is measured on"}
+        facts["heal"] = given | asdict(healing)
     facts["quality"] = _quality(teacher, student, work.held_out, request, on_progress)
     kept = promise is not None and _kept(promise, facts["quality"])
     facts["promise"] = None if promise is None else asdict(promise) | {"kept": kept}

@@ -6,6 +6,7 @@ import contextlib
 import getpass
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -114,7 +115,9 @@ def exclusive(out: Path) -> Iterator[None]:
     """
     # Not beside it: that would leave a file, or folders that nobody asked for, where a request is refused.
     user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
-    file = Path(tempfile.gettempdir(), f"mla-{user}-{digest(os.fsencode(os.path.realpath(out)))}.lock")
+    # A home may be shared by machines, whose /tmp/out are not the same.
+    place = digest(platform.node().encode(), os.fsencode(os.path.realpath(out)))
+    file = _locks() / f"mla-{user}-{place}.lock"
     lock = FileLock(file, timeout=0)
     try:
         lock.acquire()
@@ -128,6 +131,16 @@ def exclusive(out: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # Windows keeps a file that is open
             file.unlink()
         lock.release()
+
+
+def _locks() -> Path:
+    """A folder that is the same for all of a user's sessions, which may each have a temporary folder."""
+    with contextlib.suppress(OSError, RuntimeError):  # a home that cannot be written, or none
+        folder = Path.home() / ".cache" / "mla" / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    return Path(tempfile.gettempdir())
 
 
 def check_output(

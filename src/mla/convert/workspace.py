@@ -46,7 +46,7 @@ _TRAINING = "training.safetensors"  # what to heal on
 # What the model has written of either so far; a generator of one kind of device is of no use on another.
 _WRITING = "{}-writing-{}.safetensors"
 # The parts of the folder, their files, and what of :func:`_identity` they depend on. On "dtype" none does.
-_OF_TEXT = {"mla", "torch", "model", "calibration", "windows", "window", "seed"}
+_OF_TEXT = {"mla", "torch", "model", "tokenizer", "calibration", "windows", "window", "seed"}
 _OF_LAYERS = _OF_TEXT | {"cache", "rank", "rope"}
 _PARTS = (
     ("text", "windows*.safetensors", _OF_TEXT),
@@ -180,7 +180,7 @@ def workspace(
     source = _Texts(teacher, tokenizer, request, read, on_progress)
     out = out.absolute()
     place = out.parent / f".{out.name}.{purpose}"
-    identity = _identity(teacher, request, read)
+    identity = _identity(teacher, tokenizer, request, read)
     useless, notice = _useless(place, identity)
     new = not place.exists()
     taken = search if search is not None and len(search.calibration) == request.windows else None
@@ -329,7 +329,9 @@ def _keep(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor
     return load(path)
 
 
-def _identity(teacher: PreTrainedModel, request: Request, texts: Sequence[str | None]) -> dict[str, Any]:
+def _identity(
+    teacher: PreTrainedModel, tokenizer: Any, request: Request, texts: Sequence[str | None]
+) -> dict[str, Any]:
     """Everything that the finished parts depend on: of model and texts what they are, not where they lie."""
     config = teacher.config.to_dict()
     for name in ("_name_or_path", "quantization_config"):  # the path as it was typed, a GGUF file's name
@@ -339,8 +341,21 @@ def _identity(teacher: PreTrainedModel, request: Request, texts: Sequence[str | 
         "mla": __version__,
         "torch": torch.__version__,
         "model": digest(canonical(config), digest_of_weights(teacher).encode()),
+        "tokenizer": _tokenizer_digest(tokenizer),
         "calibration": [None if text is None else digest(text.encode()) for text in texts],
     }
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    """Of what makes its token ids: the vocabulary, how it splits, the special ones, the chat template."""
+    # A fast tokenizer's rules and merges, which a vocabulary does not tell.
+    rules = getattr(tokenizer, "backend_tokenizer", None)
+    return digest(
+        canonical(tokenizer.get_vocab()),
+        b"" if rules is None else rules.to_str().encode(),
+        canonical([sorted(tokenizer.all_special_ids), tokenizer.bos_token_id, tokenizer("")["input_ids"]]),
+        canonical(tokenizer.chat_template),
+    )
 
 
 def _useless(place: Path, identity: dict[str, Any]) -> tuple[list[Path], str]:
