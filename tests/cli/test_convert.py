@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -32,7 +33,29 @@ def test_convert_then_speak(mla, llama_folder, tmp_path):
     assert mla("doctor", out).status == 0
     answer = json.loads(mla("generate", out, "Hello", "--json", "--max-new-tokens", 4).out)
     assert answer["cache_bytes_per_token"] == 2 * 16 * 4
+    report = json.loads((out / "report.json").read_text())
+    assert report["cache_bytes_per_token"]["converted"] == answer["cache_bytes_per_token"]
+    assert report["decoding"]["agreement"] > 0.9
+    assert report["base_model"] is None
     assert (out / "README.md").is_file()
+
+
+def test_the_command_of_the_card_makes_the_same(mla, llama_folder, tmp_path):
+    model = shutil.copytree(llama_folder, tmp_path / "a model")
+    (model / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n\n# Tiny\nlicense: none\n")
+    options = ("--rank", 8, "--heal", 0.01, "--dtype", "bfloat16", "--seed", 5)
+    assert mla("convert", model, tmp_path / "out", *options, *SMALL).status == 0
+    first = json.loads((tmp_path / "out" / "report.json").read_text())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "\nlicense: apache-2.0\n" in card
+    assert first["command"] in card
+    _, verb, source, out, *rest = shlex.split(first["command"])
+    assert (verb, source, out) == ("convert", str(model), "out")
+    assert mla(verb, source, tmp_path / "again" / out, *rest).status == 0
+    again = json.loads((tmp_path / "again" / "out" / "report.json").read_text())
+    for name in ("command", "dims", "calibration", "dtype"):
+        assert again[name] == first[name], name
+    assert again["heal"]["minutes"] == first["heal"]["minutes"] == 0.01
 
 
 def test_convert_json_and_rank(mla, llama_folder, tmp_path):

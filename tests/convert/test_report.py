@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from mla.cache import LatentCache
 from mla.convert import convert
-from mla.convert.evaluation import layer_errors
+from mla.convert.evaluation import decode_greedily, layer_errors
 from mla.convert.report import card, page
 
 from .tiny import teacher, tokens
@@ -55,6 +56,10 @@ FACTS: dict[str, Any] = {
     },
     "layer_errors": [0.001 * (1 + layer % 7) for layer in range(30)],
     "cache_bytes_per_token": {"original": 23_040, "converted": 11_520},
+    "decoding": {"prompts": 4, "tokens": 32, "cache_format": None, "agreement": 0.9921875},
+    "base_model": "someone/tiny-llama",
+    "license": "apache-2.0",
+    "command": "mla convert someone/tiny-llama small --rank 144 --rope 48",
     "seconds": 4000.0,
     "versions": {"mla": "0.1.0", "torch": "2.9", "transformers": "5.19"},
 }
@@ -95,7 +100,18 @@ def check(text: str) -> None:
 def test_the_page_stands_alone_and_has_the_numbers() -> None:
     text = page(FACTS)
     check(text)
-    for number in ("19.418", "20.357", "0.0689", "87.3%", "23,040", "11,520", "50.0%", "1,234,567", "8,184"):
+    for number in (
+        "19.418",
+        "20.357",
+        "0.0689",
+        "87.3%",
+        "23,040",
+        "11,520",
+        "50.0%",
+        "1,234,567",
+        "8,184",
+        "99.2% of 128",
+    ):
         assert number in text, number
     assert text.count("<svg") == 3
     assert text.count("<rect") == 30
@@ -129,7 +145,17 @@ def test_a_name_cannot_become_markup() -> None:
 
 def test_the_card_says_what_was_done() -> None:
     text = card("small", FACTS)
-    assert text.startswith("---\nlibrary_name: transformers\n")
+    head, _, _ = text.removeprefix("---\n").partition("\n---\n")
+    assert head.splitlines() == [
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "base_model: someone/tiny-llama",
+        "license: apache-2.0",
+        "tags: [mla, multi-head-latent-attention, converted]",
+    ]
+    bare = {key: FACTS[key] for key in ("source", "dims", "dtype", "versions")}
+    assert "base_model" not in card("out", bare)
+    assert "license:" not in card("out", bare)
     for part in (
         "# small",
         "someone/tiny-llama",
@@ -138,6 +164,7 @@ def test_the_card_says_what_was_done() -> None:
         "float16",
         "licence",
         "| 20.357 (+4.8%) |",
+        "\nmla convert someone/tiny-llama small --rank 144 --rope 48\n",
     ):
         assert part in text, part
 
@@ -152,6 +179,33 @@ def test_layer_errors_vanish_for_an_exact_conversion(eps: float) -> None:
     with torch.no_grad():
         student.model.layers[1].self_attn.o_proj.weight.mul_(1.5)
     assert layer_errors(student, original, tokens(2, 20, seed=3)) == pytest.approx([0, 0.25], abs=1e-4)
+
+
+@pytest.mark.parametrize(("cache_format", "size"), [(None, 4), ("bf16", 2)])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_decoding_on_the_cache(kind: str, cache_format: str | None, size: int) -> None:
+    student = convert(teacher(kind), rank=10, rope=6, calibration=tokens(2, 24))
+    before = student(tokens(1, 8)).logits
+    found = decode_greedily(student, tokens(6, 20), cache_format=cache_format)
+    assert (found.prompts, found.tokens) == (4, 10)
+    assert found.cache_bytes_per_token == 2 * 16 * size
+    assert found.agreement > 0.9
+    assert torch.equal(student(tokens(1, 8)).logits, before)  # as stock as it was
+    one = decode_greedily(student, tokens(1, 2))
+    assert (one.prompts, one.tokens) == (1, 1)
+
+
+def test_decoding_that_errs_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = convert(teacher(), rank=10, rope=6, calibration=tokens(2, 24))
+    monkeypatch.setattr("mla.convert.evaluation.LatentCache", lambda *_, **__: Forgetful(student.config))
+    assert decode_greedily(student, tokens(4, 40)).agreement < 0.9
+
+
+class Forgetful(LatentCache):
+    """A cache that holds nothing but zeros."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *given: Any, **more: Any) -> Any:
+        return super().update(key_states * 0, value_states * 0, *given, **more)
 
 
 def test_layer_errors_are_shares_otherwise() -> None:

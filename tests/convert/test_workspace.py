@@ -396,7 +396,11 @@ def test_finished_layers_are_only_read_again(tmp_path: Path, monkeypatch: pytest
 
 def test_the_report_measures_what_is_written(tmp_path: Path) -> None:
     model, request = teacher(), Request(cache=0.5, windows=2, window=32, dtype="bfloat16")
-    facts = run("tiny", model, Letters(), tmp_path / "out", request)
+    facts = run("someone/tiny", model, Letters(), tmp_path / "out", request)
+    assert facts["base_model"] == "someone/tiny"
+    assert facts["command"].startswith(
+        "mla convert someone/tiny out --cache 0.5 --calibration self --windows 2"
+    )
     written = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with workspace(model, Letters(), tmp_path / "again", request, "converting") as work:
         found = evaluate(written, work.held_out, against=model)

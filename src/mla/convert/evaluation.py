@@ -1,4 +1,5 @@
-"""How good a model is on a text: perplexity, and KL divergence and agreement with another model."""
+"""How good a model is on a text: perplexity, KL divergence and agreement with another model, and with itself
+where it decodes on its cache."""
 
 import math
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from mla import formats
 from mla.cache import LatentCache
 from mla.convert.checkpoint import stream_scale
 from mla.errors import MLAError
+from mla.integrations.transformers import absorb, restore
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,59 @@ def evaluate(
         kl=None if against is None else kl_sum / tokens,
         agreement=None if against is None else agreed / tokens,
         nll_by_position=tuple(float(part.mean()) for part in parts),
+    )
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Greedy decoding on a latent cache, beside one full forward pass over the same tokens.
+
+    Attributes:
+        prompts: how many. ``tokens``: decoded after each.
+        cache_format: of the cache; None: latents as the model computes them.
+        cache_bytes_per_token: of all layers, read off the cache's tensors.
+        agreement: share of the decoded tokens that are the most likely ones of the full pass, too.
+    """
+
+    prompts: int
+    tokens: int
+    cache_format: str | None
+    cache_bytes_per_token: int
+    agreement: float
+
+
+@torch.no_grad()
+def decode_greedily(
+    model: Any, windows: Tensor, *, prompts: int = 4, tokens: int = 32, cache_format: str | None = None
+) -> Decoding:
+    """Let an MLA model go on with the beginnings of windows, absorbed, token by token; then read it all anew.
+
+    Args:
+        model: from :func:`mla.convert.convert`; it is absorbed while it decodes, and only then.
+        windows: int64 token ids [w, length]. A prompt is the first half of one, or 64 tokens.
+        prompts: windows that are begun with, or all there are.
+        tokens: to decode after each, or as many as a window has room for.
+        cache_format: see :class:`LatentCache`.
+    """
+    begun = min(64, windows.shape[1] // 2)
+    count = min(tokens, windows.shape[1] - begun)
+    ids = given = windows[:prompts, :begun].to(model.device)
+    absorb(model)
+    try:
+        # The last token is not read: exactly what is allocated is in use.
+        cache = LatentCache(model.config, capacity=begun + count - 1, format=cache_format)
+        for _ in range(count):
+            given = model(given, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1)[:, None]
+            ids = torch.cat([ids, given], 1)
+    finally:
+        restore(model)
+    wanted = model(ids[:, :-1], use_cache=False, logits_to_keep=count).logits.argmax(-1)
+    return Decoding(
+        prompts=len(ids),
+        tokens=count,
+        cache_format=cache_format,
+        cache_bytes_per_token=cache.nbytes // (len(ids) * cache.get_seq_length()),
+        agreement=float((wanted == ids[:, begun:]).float().mean()),
     )
 
 

@@ -29,6 +29,7 @@ def page(facts: Mapping[str, Any]) -> str:
         drawing.figure("The figures", drawing.table([], figures(facts)), _measured_on(facts), across=True),
         *_charts(facts),
         drawing.figure("Dimensions", drawing.table([], _dimensions(facts))),
+        *([] if facts.get("command") is None else [_how(facts["command"])]),
         '<section class="across"><h2>How to load it</h2>' + _loading() + "</section>",
         "</div>",
         f"<footer>{drawing.text(_footer(facts))}</footer>",
@@ -42,13 +43,14 @@ def card(name: str, facts: Mapping[str, Any]) -> str:
     measured = _measured_on(facts)
     return f"""---
 library_name: transformers
-tags: [mla, multi-head-latent-attention, converted]
+pipeline_tag: text-generation
+{_origin(facts)}tags: [mla, multi-head-latent-attention, converted]
 ---
 
 # {name}
 
 {summary(facts)}
-
+{_made(facts)}
 Everything but the attention is the original model's, with its constants rescaled to the stock
 `DeepseekV3ForCausalLM` layout: `AutoModelForCausalLM.from_pretrained` loads it, no remote code is needed.
 {_biases(facts)}
@@ -65,6 +67,18 @@ approximation: answers differ from the original's, and more so on text unlike th
 before you rely on it. Run it in bfloat16 or float32; float16 cannot hold the folded latent norm. The original
 model's licence applies.
 """
+
+
+def _origin(facts: Mapping[str, Any]) -> str:
+    """Lines of the card's front matter: the original where the Hub has it, its licence where known."""
+    names = ("base_model", "license")
+    return "".join(f"{name}: {facts[name]}\n" for name in names if facts.get(name) is not None)
+
+
+def _made(facts: Mapping[str, Any]) -> str:
+    """The command for the card; nothing where it is not known."""
+    command = facts.get("command")
+    return "" if command is None else f"\n```\n{command}\n```\n"
 
 
 def _biases(facts: Mapping[str, Any]) -> str:
@@ -127,6 +141,11 @@ def figures(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     if promise is not None:
         asked = Promise(promise["max_kl"], promise["max_ppl_increase"])
         rows.append((f"promised: {asked}", "kept" if promise["kept"] else "not kept on this text"))
+    decoded = facts.get("decoding")
+    if decoded is not None:
+        count = decoded["prompts"] * decoded["tokens"]
+        told = f"{decoded['agreement']:.1%} of {count}"
+        rows.append(("tokens decoded on the cache that the full pass finds, too", told))
     heal = facts.get("heal")
     if heal is not None:
         change = f"{heal['kl_before']:.4f} to {heal['kl_after']:.4f} nats per token"
@@ -243,6 +262,10 @@ def _measured_on(facts: Mapping[str, Any]) -> str:
         f"Measured on {quality['tokens']:,} held-out tokens ({quality['text']}), {quality['windows']:,} "
         f"windows of {quality['window']:,}, both models in float32.{chosen}"
     )
+
+
+def _how(command: str) -> str:
+    return f'<section class="across"><h2>How it was made</h2><pre>{drawing.text(command)}</pre></section>'
 
 
 def _loading() -> str:

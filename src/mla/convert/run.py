@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,12 +17,13 @@ from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
 from mla.convert.check import check_convertible
 from mla.convert.checkpoint import cached_numbers
-from mla.convert.evaluation import evaluate, layer_errors
+from mla.convert.evaluation import Decoding, decode_greedily, evaluate, layer_errors
 from mla.convert.healing import heal
 from mla.convert.pipeline import budget_for, convert
 from mla.convert.promise import Promise
 from mla.convert.saving import check_output, save
 from mla.convert.workspace import Notice, Progress, Request, Workspace, workspace
+from mla.reading import local_path
 
 
 def run(
@@ -112,7 +115,10 @@ def _finish(
     with torch.no_grad():
         for parameter in student.parameters():  # what is measured is what is written
             parameter.copy_(parameter.to(dtype))
-    facts = _facts(source, teacher, student, request)
+    # As it is cached by default: a checkpoint in bf16 decodes on latents in bf16.
+    cache_format = "bf16" if dtype == torch.bfloat16 else None
+    decoded = decode_greedily(student, work.held_out, cache_format=cache_format)
+    facts = _facts(source, teacher, request, out, decoded)
     facts["heal"] = None
     if healing is not None:
         # The windows are too few to choose the weights on some and to report on others.
@@ -129,15 +135,17 @@ def _finish(
 
 
 def _facts(
-    source: str, teacher: PreTrainedModel, student: DeepseekV3ForCausalLM, request: Request
+    source: str, teacher: PreTrainedModel, request: Request, out: Path, decoded: Decoding
 ) -> dict[str, Any]:
     """What only this run knows; :func:`save` adds dims, dtype and versions."""
-    config, old = student.config, teacher.config
-    original = cached_numbers(old)
-    cached = config.kv_lora_rank + config.qk_rope_head_dim
+    original = cached_numbers(teacher.config)
     size = 4 if request.dtype == "float32" else 2
     return {
         "source": source,
+        # What is not here came from the Hub.
+        "base_model": source if source.count("/") == 1 and local_path(source) is None else None,
+        "license": _licence(source),
+        "command": _command(source, out, request),
         "dims": {"original_numbers_per_token_and_layer": original},
         "calibration": {
             "texts": list(request.calibration),
@@ -146,10 +154,38 @@ def _facts(
             "seed": request.seed,
         },
         "cache_bytes_per_token": {
-            "original": original * size * config.num_hidden_layers,
-            "converted": cached * size * config.num_hidden_layers,
+            "original": original * size * teacher.config.num_hidden_layers,
+            "converted": decoded.cache_bytes_per_token,
         },
+        "decoding": asdict(decoded),
     }
+
+
+def _command(source: str, out: Path, request: Request) -> str:
+    """The command line that asks for the same."""
+    words: list[object] = ["mla", "convert", source, out.name]
+    for name in ("cache", "rank", "rope"):
+        value = getattr(request, name)
+        words += [] if value is None else [f"--{name}", value]
+    for text in request.calibration:
+        words += ["--calibration", text]
+    words += ["--windows", request.windows, "--window", request.window, "--seed", request.seed]
+    words += ["--heal", f"{request.heal:g}"] if request.heal else []
+    words += ["--split-query"] if request.split_query else []
+    return shlex.join(str(word) for word in [*words, "--dtype", request.dtype])
+
+
+def _licence(source: str) -> str | None:
+    """What the model card in the original's folder names as its licence, if there is one that does."""
+    folder = local_path(source)
+    card = None if folder is None else folder / "README.md"
+    if card is None or not card.is_file():
+        return None
+    head = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    named = (
+        re.search(r"^license:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*$", head[1], re.MULTILINE) if head else None
+    )
+    return named[1] if named else None
 
 
 def _kept(promise: Promise, quality: dict[str, Any]) -> bool:
