@@ -14,9 +14,10 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mla.budget import choose_budget
-from mla.convert import budget_for, calibration_size, check_convertible, convert
+from mla.convert import budget_for, calibration_size, check, check_convertible, convert
 from mla.convert.text import check_window
 from mla.errors import MLAError
 
@@ -54,6 +55,37 @@ def test_refused(config: PreTrainedConfig, reason: str) -> None:
     with pytest.raises(MLAError, match=reason) as caught:
         check_convertible(config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "reason"),
+    [
+        (("qwen3", "gemma3_text", "olmo2", "olmo3", "qwen3_moe"), "QK-norm"),
+        (("qwen3_moe", "qwen2_moe", "mixtral", "granitemoe", "gpt_oss"), "experts"),
+        (("gpt_oss",), "sinks"),
+        (("smollm3",), "no RoPE"),
+        (("phi3",), "fused"),
+        (("granite", "granitemoe"), "multipliers"),
+        (("cohere",), "side by side"),
+        (("gemma",), "scaled"),
+        (("gemma2",), "caps logits"),
+        (("qwen2_5_vl", "qwen3_vl"), "more than text"),
+        (
+            ("gemma3", "llama4", "llava", "llava_next", "mistral3", "mllama", "smolvlm", "qwen2_vl"),
+            "more than text.*saved by itself",
+        ),
+    ],
+)
+def test_families_that_people_will_try(kinds: tuple[str, ...], reason: str) -> None:
+    for kind in kinds:
+        config = CONFIG_MAPPING[kind]()  # the name is one of Transformers'
+        with pytest.raises(MLAError, match=f"cannot convert a {kind} model: .*{reason}") as caught:
+            check_convertible(config)
+        assert "\n" not in str(caught.value)
+
+
+def test_every_reason_is_tested_by_a_name_that_transformers_knows() -> None:
+    assert not set(check._REASONS) - set(CONFIG_MAPPING.keys())
 
 
 def test_odd_head_dim_is_refused() -> None:

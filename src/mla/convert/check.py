@@ -14,10 +14,39 @@ _LLAMA_LIKE = {"llama", "mistral", "qwen2"}
 _ROPES = {"default", "llama3"}
 
 # Why a family that people will try cannot be stored, by model_type.
+_QK_NORM = "its QK-norm normalises every key after projection, which no shared latent can absorb"
+_WRAPPER = (
+    "it reads more than text; its language model alone can be converted, if that is of type llama, mistral "
+    "or qwen2 and saved by itself"
+)
+_EXPERTS = "its feed-forward layers are experts, and what is written is a dense model"
+_SCALED = "its multipliers on embeddings, residuals and logits have no place in the target"
 _REASONS = {
-    "qwen3": "its QK-norm normalises every key after projection, which no shared latent can absorb",
-    "gemma3_text": "its QK-norm normalises every key after projection, which no shared latent can absorb",
-    "olmo2": "its QK-norm normalises every key after projection, which no shared latent can absorb",
+    "qwen3": _QK_NORM,
+    "gemma3_text": _QK_NORM,
+    "olmo2": _QK_NORM,
+    "olmo3": _QK_NORM,
+    "qwen3_moe": f"{_QK_NORM}, and {_EXPERTS}",
+    "mixtral": _EXPERTS,
+    "qwen2_moe": _EXPERTS,
+    "granitemoe": f"{_EXPERTS}, and {_SCALED}",
+    "gpt_oss": f"{_EXPERTS}, and its attention has sinks",
+    "smollm3": "every fourth of its layers has no RoPE, and the target's rotary key is in every layer",
+    "phi3": "its projections are fused (qkv_proj, gate_up_proj), which the converter does not take apart",
+    "granite": _SCALED,
+    "cohere": "its attention and feed-forward run side by side, and the target runs one after the other",
+    "gemma": "its embeddings are scaled and its norms count from 1, which the conversion does not fold in",
+    "gemma2": "it caps logits (softcapping) and norms every block's output, which the target does not",
+    "gemma3": _WRAPPER,
+    "llama4": _WRAPPER,
+    "llava": _WRAPPER,
+    "llava_next": _WRAPPER,
+    "mistral3": _WRAPPER,
+    "mllama": _WRAPPER,
+    "qwen2_vl": _WRAPPER,
+    "qwen2_5_vl": _WRAPPER,
+    "qwen3_vl": _WRAPPER,
+    "smolvlm": _WRAPPER,
 }
 
 

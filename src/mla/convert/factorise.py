@@ -18,6 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Conjugate gradient steps per alternation.
+_STEPS = 6
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -34,24 +37,20 @@ class Factors:
 
     encoder: Tensor
     decoders: Tensor
-    error: float
-    energy: float
 
 
-def factorise(terms: Terms, rank: int, *, rounds: int = 2, steps: int = 6) -> Factors:
+def factorise(terms: Terms, rank: int, *, rounds: int = 2) -> Factors:
     """Best shared encoder of ``rank`` rows for all terms.
 
     Args:
         terms: what must come out of the latent, and in which metric.
         rank: rows of the encoder; what the targets do not need is padded with zeros.
         rounds: alternations after the decomposition.
-        steps: conjugate gradient steps per alternation.
 
     Returns:
-        Encoder and decoders; ``error`` is J, ``energy`` is J of an empty latent.
+        Encoder and decoders.
     """
     m = terms.cov.shape[1]
-    energy = float(torch.einsum("ide,iem,imk,idk->", terms.metric, terms.targets, terms.cov, terms.targets))
     span = _row_space(terms.targets)
     if span.shape[0] <= rank:  # nothing to lose: no covariance may blur an exact answer
         inner, encoder, decoders = span.shape[0], span, terms.targets @ span.T
@@ -59,14 +58,12 @@ def factorise(terms: Terms, rank: int, *, rounds: int = 2, steps: int = 6) -> Fa
         inner = rank
         encoder = _start(terms, inner)
         for _ in range(rounds):
-            encoder = _improve(terms, encoder, _read_out(terms, encoder), steps)
+            encoder = _improve(terms, encoder, _read_out(terms, encoder))
         decoders = _read_out(terms, encoder)
-    rest = terms.targets - decoders @ encoder
-    error = float(torch.einsum("ide,iem,imk,idk->", terms.metric, rest, terms.cov, rest))
     if inner < rank:
         encoder = torch.cat([encoder, encoder.new_zeros(rank - inner, m)])
         decoders = torch.cat([decoders, decoders.new_zeros(*decoders.shape[:2], rank - inner)], dim=2)
-    return Factors(encoder, decoders, error, energy)
+    return Factors(encoder, decoders)
 
 
 def _row_space(targets: Tensor) -> Tensor:
@@ -119,7 +116,7 @@ def _read_out(terms: Terms, encoder: Tensor) -> Tensor:
     return decoders
 
 
-def _improve(terms: Terms, encoder: Tensor, decoders: Tensor, steps: int) -> Tensor:
+def _improve(terms: Terms, encoder: Tensor, decoders: Tensor) -> Tensor:
     """Conjugate gradients on the encoder, Σ_i UᵢᵀSᵢUᵢ A Cᵢ = Σ_i UᵢᵀSᵢ Kᵢ Cᵢ, starting from the present
     one."""
     weighted = decoders.mT @ terms.metric  # [i, r, d]
@@ -138,7 +135,7 @@ def _improve(terms: Terms, encoder: Tensor, decoders: Tensor, steps: int) -> Ten
     z = residual / scale
     direction = z
     power = (residual * z).sum()
-    for _ in range(steps):
+    for _ in range(_STEPS):
         image = apply(direction)
         curvature = (direction * image).sum()
         if not curvature > 0:

@@ -18,6 +18,10 @@ from torch import Tensor
 
 from mla.convert.statistics import LayerStatistics
 
+# Share of lags that are drawn evenly from the whole window, so that a head that looks nearby in the
+# calibration text is still sane at long range.
+_UNIFORM = 0.05
+
 
 @dataclass(frozen=True)
 class RopeSplit:
@@ -43,22 +47,16 @@ def ladder(rope: int, theta: float) -> Tensor:
     return theta ** -(torch.arange(0, rope, 2, dtype=torch.float64) / rope)
 
 
-def mean_rotation(statistics: LayerStatistics, frequency: Tensor, uniform: float) -> Tensor:
-    """Mean of e^{iω(t−s)} over each head's lags, complex [h, *frequency.shape].
-
-    ``uniform`` is the share of lags drawn evenly from the whole window, so that a head that looks nearby in
-    the calibration text is still sane at long range.
-    """
+def mean_rotation(statistics: LayerStatistics, frequency: Tensor) -> Tensor:
+    """Mean of e^{iω(t−s)} over each head's lags, complex [h, *frequency.shape]."""
     heads, T = statistics.lags.shape
-    lags = (1 - uniform) * statistics.lags + uniform / T
+    lags = (1 - _UNIFORM) * statistics.lags + _UNIFORM / T
     angles = frequency.flatten()[:, None] * torch.arange(T, dtype=torch.float64)
     turn = torch.polar(torch.ones_like(angles), angles)
     return ((lags + 0j) @ turn.T).view(heads, *frequency.shape)
 
 
-def split_rope(
-    statistics: LayerStatistics, inv_freq: Tensor, slots: Tensor, *, uniform: float = 0.05
-) -> RopeSplit:
+def split_rope(statistics: LayerStatistics, inv_freq: Tensor, slots: Tensor) -> RopeSplit:
     """Fill the rotary slots greedily by how much output error each saves.
 
     For slot frequency ω' and pair j the saving is the largest eigenvalue of D^½ Σ D^½: Σ second moments of
@@ -69,7 +67,6 @@ def split_rope(
         statistics: of this layer.
         inv_freq: the teacher's frequencies, fp64 [j].
         slots: the student's frequencies, fp64 [n].
-        uniform: share of uniform lags, see :func:`mean_rotation`.
 
     Returns:
         The split.
@@ -81,8 +78,8 @@ def split_rope(
     flat = torch.polar(
         torch.ones(J, T, dtype=torch.float64), inv_freq[:, None] * torch.arange(T, dtype=torch.float64)
     ).mean(1)
-    rotation = (1 - uniform) * statistics.rotation + uniform * flat
-    alpha = mean_rotation(statistics, inv_freq[None, :] - slots[:, None], uniform)  # [h, n, j]
+    rotation = (1 - _UNIFORM) * statistics.rotation + _UNIFORM * flat
+    alpha = mean_rotation(statistics, inv_freq[None, :] - slots[:, None])  # [h, n, j]
     saved = (alpha.abs().square() - rotation.abs().square()[:, None, :]).clamp(min=0)
 
     moment = statistics.pair_moment.clone()
