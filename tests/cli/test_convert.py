@@ -305,6 +305,18 @@ def test_a_file_on_the_way_to_out(mla, llama_folder, tmp_path, options, monkeypa
     assert "cannot be written" in " ".join(run.err.split())
 
 
+def test_more_than_there_is_memory(mla, llama_folder, tmp_path, monkeypatch):
+    from mla.integrations import loading
+
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr(loading, "free_memory", lambda: 2**20)
+    run = mla("convert", llama_folder, tmp_path / "out", "--windows", 200, "--window", 512)
+    assert run.status == 2
+    said = " ".join(run.err.split())
+    assert "both models in float32 and 200 windows of 512 tokens, would need 0.06 GiB of memory" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_cannot_be_converted(mla, mla_folder, llama_folder, tmp_path):
     run = mla("convert", mla_folder, tmp_path / "out")
     assert run.status == 2

@@ -98,8 +98,9 @@ def convert(
         run,
         workspace,
     )
+    from mla.convert.memory import least_memory
     from mla.convert.promise import Promise
-    from mla.integrations.loading import load_config, load_model, load_tokenizer
+    from mla.integrations.loading import load_config, load_model, load_tokenizer, require_memory
 
     if dtype != "float16":  # known, and refused below with the reason
         console.check_dtype(dtype, "float32", "bfloat16")
@@ -149,6 +150,12 @@ def convert(
         )
         check_request(request)
         texts = read_texts(request)
+        if device == "cpu":
+            largest = asked or budget_for(config, cache=0.5, rank=None, rope=None)
+            require_memory(
+                least_memory(config, largest, windows=count, window=window, split_query=split_query),
+                f"converting {model}, both models in float32 and {count} windows of {window} tokens,",
+            )
         tokenizer = load_tokenizer(model)
         teacher = load_model(model, dtype="float32", device=device)
         work = None
