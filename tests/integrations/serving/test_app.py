@@ -1,5 +1,7 @@
 """The application behind a real port: what the openai package makes of errors, wherever they come from."""
 
+import contextlib
+import socket
 import threading
 import time
 
@@ -9,6 +11,7 @@ import torch
 import uvicorn
 
 from mla.errors import MLAError
+from mla.integrations.serving import app as application
 from mla.integrations.serving.app import build_app
 from tests.integrations.serving.test_generation import make_engine
 
@@ -152,3 +155,77 @@ def test_a_model_by_its_name(client):
     with pytest.raises(openai.NotFoundError, match="The model `other/one` does not exist") as told:
         client.models.retrieve("other/one")
     assert told.value.body["code"] == "model_not_found"
+
+
+def raw(client, head, chunks):
+    """The first bytes that come back for a request written by hand, until the other side hangs up."""
+    with socket.create_connection((client.base_url.host, client.base_url.port), timeout=60) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(head.encode() + b"\r\n\r\n")
+            for chunk in chunks:
+                connection.sendall(chunk)
+        with contextlib.suppress(ConnectionError):
+            return connection.recv(1000).decode()
+    return ""
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_body_without_end_is_refused(client, monkeypatch, path):
+    monkeypatch.setattr(application, "_MOST_BODY", 10**6)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked"
+    sent = []
+
+    def endless():
+        while len(sent) < 10**5:
+            sent.append(None)
+            yield b"1000\r\n" + b" " * 0x1000 + b"\r\n"
+
+    answer = raw(client, head, endless())
+    assert len(sent) < 10**5
+    assert not answer or "HTTP/1.1 413" in answer  # an answer may be lost where a connection is cut
+    assert chat(client).choices
+
+
+def test_a_body_that_is_too_long_is_refused_in_openais_words(client, monkeypatch):
+    monkeypatch.setattr(application, "_MOST_BODY", 1000)
+    for ask in (chat, complete):
+        with pytest.raises(
+            openai.APIStatusError, match=r"body of the request: expected up to 1000 bytes"
+        ) as told:
+            ask(client, stop="x" * 1000)
+        assert told.value.status_code == 413
+        assert told.value.body["type"] == "invalid_request_error"
+        assert ask(client).choices
+
+
+@pytest.mark.parametrize("path", ["/health", "/nothing", "/v1/models"])
+@pytest.mark.anyio
+async def test_a_body_that_nobody_asked_for_is_not_kept(engine, path):
+    """The application answers before the body has been read."""
+    app, received, sent = build_app(engine), [], []
+
+    async def receive():
+        received.append(None)
+        return {"type": "http.request", "body": b" " * 1000, "more_body": True}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "headers": []}
+    await app({**scope, "query_string": b"", "http_version": "1.1", "scheme": "http"}, receive, send)
+    assert sent[0]["status"] in (404, 405)
+    assert len(received) <= 2
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"tool_calls": [{"function": {"name": "f", "arguments": "[" * 10**5 + "]" * 10**5}}]},
+        {"tool_calls": [{"function": {"name": "f", "arguments": "[" * 900 + "]" * 900}}]},
+    ],
+)
+def test_what_is_nested_too_deep_is_the_clients_error(client, message):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", **message}]
+    with pytest.raises(openai.BadRequestError) as told:
+        client.chat.completions.create(model=NAME, messages=messages, max_tokens=4)
+    assert "nesting" in told.value.body["message"]

@@ -21,6 +21,8 @@ from mla.integrations.serving.generation import Engine
 from mla.integrations.serving.requests import ApiError, check_model
 
 _ROUTES = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"}
+#: Bytes of a request, refused beyond. A prompt of a million tokens, as ids or as text, has a third of them.
+_MOST_BODY = 32 * 2**20
 _NEEDED = {"model_manager", "chat_handler", "completion_handler", "generation_state"}
 
 
@@ -80,6 +82,8 @@ def build_app(engine: Engine, api_key: str | None = None) -> ASGIApp:
     app.add_exception_handler(ApiError, _refuse)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse)
+    # What recurses here is what a client nests; the model runs on a thread that has handlers of its own.
+    app.add_exception_handler(RecursionError, _refuse)
     app.add_exception_handler(Exception, _fail)
     return _Gate(app, api_key)
 
@@ -88,6 +92,8 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
     """Any refusal in OpenAI's form."""
     if isinstance(error, HTTPException):
         error = ApiError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
+    elif isinstance(error, RecursionError):
+        error = ApiError("the body of the request: expected less nesting, got more than can be read")
     elif not isinstance(error, ApiError):
         error = ApiError("the body of the request: expected a JSON object")
     return JSONResponse(error.body, status_code=error.status)
@@ -126,25 +132,31 @@ class _Gate:
         return self._expected is None or hmac.compare_digest(given, self._expected)
 
     async def _while_connected(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body: list[Message] = []
-        while not body or body[-1].get("more_body", False):
-            body.append(await receive())
-            if body[-1]["type"] == "http.disconnect":
-                return
-        gone = asyncio.Event()
+        read, gone = asyncio.Event(), asyncio.Event()
+        size = 0
 
-        async def replay() -> Message:
-            if body:
-                return body.pop(0)
+        async def body() -> Message:
+            """What the application receives: a body of bounded size, then nothing until the client goes."""
+            nonlocal size
+            if not read.is_set():
+                message = await receive()
+                size += len(message.get("body", b""))
+                if size > _MOST_BODY or not message.get("more_body", False):
+                    read.set()
+                if size <= _MOST_BODY:
+                    return message
             await gone.wait()
             return {"type": "http.disconnect"}
 
         async def watch() -> None:
+            await read.wait()
+            if size > _MOST_BODY:  # nobody waits for the rest, which may have no end
+                return
             while (await receive())["type"] != "http.disconnect":
                 pass
             gone.set()
 
-        answer = asyncio.ensure_future(self._app(scope, replay, send))
+        answer = asyncio.ensure_future(self._app(scope, body, send))
         watcher = asyncio.create_task(watch())
         try:
             await asyncio.wait({answer, watcher}, return_when=asyncio.FIRST_COMPLETED)
@@ -152,6 +164,10 @@ class _Gate:
                 answer.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await answer
+            if answer.cancelled() and size > _MOST_BODY:
+                wanted = f"the body of the request: expected up to {_MOST_BODY} bytes, got more"
+                refusal = JSONResponse(ApiError(wanted, status=413).body, 413, {"Connection": "close"})
+                await refusal(scope, receive, send)
         finally:
             watcher.cancel()
             answer.cancel()

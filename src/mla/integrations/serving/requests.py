@@ -245,11 +245,13 @@ def _stop(stop: object) -> tuple[str, ...]:
 
 
 def _bias(bias: object) -> dict[int, float]:
+    wrong = _wrong("logit_bias", f"an object of numbers from -{_MOST_BIAS} to {_MOST_BIAS} by token id", bias)
+    if not isinstance(bias, dict):
+        raise wrong
     try:
-        assert isinstance(bias, dict)
         read = {int(token): float(value) for token, value in bias.items()}
-        assert all(abs(value) <= _MOST_BIAS for value in read.values())  # not so of NaN
-    except (AssertionError, TypeError, ValueError, OverflowError) as error:
-        wanted = f"an object of numbers from -{_MOST_BIAS} to {_MOST_BIAS} by token id"
-        raise _wrong("logit_bias", wanted, bias) from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise wrong from error
+    if not all(abs(value) <= _MOST_BIAS for value in read.values()):  # not so of NaN
+        raise wrong
     return read
