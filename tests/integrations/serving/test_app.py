@@ -71,9 +71,8 @@ def test_what_fails_before_the_first_token_has_a_status(ask, engine, monkeypatch
 def test_what_fails_later_is_raised_from_the_stream(ask, engine, monkeypatch):
     read = threading.Event()
 
-    def breaks(ids, streamer, **kwargs):
-        streamer.put(ids)
-        streamer.put(torch.tensor([65]))
+    def breaks(ids, stopping_criteria, **kwargs):
+        stopping_criteria[0](torch.tensor([[65]]), None)
         assert read.wait(timeout=60)
         raise MLAError('no "room" any more')
 
@@ -129,13 +128,10 @@ def test_tools_are_refused_where_no_call_could_be_read(client):
 def test_tool_calls(client, engine, monkeypatch, stream, options, names):
     text = "".join(f'<tool_call>{{"name": "{name}", "arguments": {{"x": 1}}}}</tool_call>' for name in "fg")
 
-    def calls(ids, streamer, stopping_criteria, **kwargs):
-        streamer.put(ids)
+    def calls(ids, stopping_criteria, **kwargs):
         for token in engine.tokenizer(text)["input_ids"]:
-            streamer.put(torch.tensor([token]))
-            if stopping_criteria[0](ids, None):
+            if stopping_criteria[0](torch.tensor([[token]]), None):
                 break
-        streamer.end()
 
     monkeypatch.setattr(engine.model, "generate", calls)
     monkeypatch.setattr(engine.tokenizer, "response_template", TEMPLATE, raising=False)

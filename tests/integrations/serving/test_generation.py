@@ -13,7 +13,15 @@ from mla.errors import MLAError
 from mla.integrations.prefixes import Prefixes
 from mla.integrations.serving import app as application
 from mla.integrations.serving.answers import ChatEndpoint, CompletionEndpoint
-from mla.integrations.serving.generation import Engine, Generation, Stream, _beginning_of_stop, cut_at
+from mla.integrations.serving.generation import (
+    Engine,
+    Generation,
+    Stream,
+    _beginning_of_stop,
+    _step,
+    cut_at,
+    read_all,
+)
 from mla.integrations.serving.loading import _fitting
 from mla.integrations.serving.requests import ApiError, read_completion, read_prompts
 from mla.integrations.transformers import absorb
@@ -37,11 +45,9 @@ def written(engine, request, prompt, tokens, parser=None) -> str:
     """The text of a stream that is given the prompt and then the tokens of an answer, until it stops."""
 
     async def stream() -> str:
-        one = Stream(engine, request, SimpleNamespace(max_new_tokens=100), parser)
-        one.put(torch.tensor(prompt))
+        one = Stream(engine, request, prompt, SimpleNamespace(max_new_tokens=100), parser)
         for token in tokens:
-            one.put(torch.tensor([token]))
-            if bool(one.is_stopped(torch.zeros(1, 1), None)):
+            if one.put(token):
                 break
         one.end()
         await asyncio.sleep(0.01)
@@ -107,6 +113,67 @@ def test_an_answer_that_ends_of_itself_at_its_last_token_has_stopped():
     engine.model.generation_config.eos_token_id = third
     engine.end_tokens = {third}
     assert complete(engine, "Hello", max_tokens=3)["choices"][0]["finish_reason"] == "stop"
+
+
+def test_an_answer_ends_with_the_token_that_completes_a_stop_string():
+    """No step more, no token more in the usage, and no score of one."""
+    engine = make_engine()
+    steps = []
+    engine.model.register_forward_pre_hook(lambda *_: steps.append(None))
+    text = complete(engine, "Hello", max_tokens=12)["choices"][0]["text"]
+    stop = text[3:6]
+    assert text.index(stop) == 3
+    steps.clear()
+    answer = complete(engine, "Hello", max_tokens=12, stop=stop, logprobs=1)
+    assert answer["choices"][0]["text"] == text[:3]
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == len(steps) == 6
+    assert answer["choices"][0]["logprobs"]["tokens"] == list(text[:6])
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_complete_answer_asks_for_no_more_room(complete):
+    asked = []
+    engine = SimpleNamespace(prefixes=SimpleNamespace(grow=lambda cache, capacity: asked.append(capacity)))
+    step = _step(engine, None, SimpleNamespace(put=lambda token: complete), prompt=1, most=299)
+    for length in (2, 257, 258):
+        assert bool(step(torch.zeros(1, length), None)) == complete
+    assert asked == ([] if complete else [300])
+
+
+def test_logits_go_with_the_answer_they_were_for():
+    engine = make_engine()
+
+    async def run() -> Stream:
+        generation = Generation(engine, read_completion({"prompt": "", "logprobs": 1}, "tiny"))
+        config = engine.generation_config(generation.request, 3)
+        queue, stream = generation.generate_streaming(
+            engine.model, engine.tokenizer, {"input_ids": torch.tensor([[5, 6]])}, config, "id"
+        )
+        await read_all(queue, stream)
+        return stream
+
+    stream = asyncio.run(run())
+    assert len(stream.scores) == 3
+    assert stream.logits is None
+
+
+def test_a_model_whose_own_config_asks_for_beams_is_sampled_from():
+    engine = make_engine()
+    want = complete(engine, "Hello", max_tokens=6)["choices"]
+    engine.model.generation_config.num_beams = 3
+    assert complete(engine, "Hello", max_tokens=6)["choices"] == want
+
+
+def test_the_first_token_may_be_the_padding():
+    engine = make_engine()
+    engine.model.generation_config.pad_token_id = None
+    engine.tokenizer.eos_token = "b"
+    assert engine.tokenizer.pad_token_id == 0
+    request = read_completion({"prompt": "a"}, "tiny")
+    assert engine.generation_config(request, 5).pad_token_id == 0
+    engine.tokenizer.pad_token = None
+    assert engine.generation_config(request, 5).pad_token_id == engine.tokenizer.eos_token_id
 
 
 def test_what_goes_wrong_is_told_and_the_next_request_is_served():

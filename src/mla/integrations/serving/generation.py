@@ -87,8 +87,11 @@ class Engine:
         """The model's own generation config with what the request asks for."""
         config = copy.deepcopy(self.model.generation_config)
         config.max_length, config.max_new_tokens = None, max_new_tokens
+        config.num_beams = config.num_return_sequences = 1  # what is written is sent: there is no going back
         if config.pad_token_id is None:
-            config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
+            config.pad_token_id = self.tokenizer.pad_token_id
+            if config.pad_token_id is None:  # the first token, 0, is one
+                config.pad_token_id = self.tokenizer.eos_token_id
         if request.temperature is not None and request.temperature < _COLDEST:
             config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
         elif request.temperature is not None:
@@ -122,14 +125,17 @@ class _Gone(Exception):  # noqa: N818 - not an error
 
 
 class Stream:
-    """Text of an answer as it is written: a streamer for ``generate``, a queue for the handler.
+    """Text of an answer as it is written: tokens from ``generate``, a queue for the handler.
 
     The queue carries what Transformers' handlers expect: text, reasoning, tool calls, and None at the end,
     whether the answer is complete or ``failure`` says why not. Text after a stop string is never sent, nor
-    what may yet become one. ``begun`` is set with the first token or the failure.
+    what may yet become one. ``begun`` is set with the first token or the failure. ``logits`` [1, V] are those
+    from which the next token is drawn, where the request asks for log probabilities.
     """
 
-    def __init__(self, engine: Engine, request: Request, config: Any, parser: Any) -> None:
+    def __init__(
+        self, engine: Engine, request: Request, prompt: Sequence[int], config: Any, parser: Any
+    ) -> None:
         self.written: list[int] = []
         self.reused = 0  # tokens of the prompt whose latents were there already
         self.prompt_scores: list[Scored] = []
@@ -142,13 +148,13 @@ class Stream:
         self._request = request
         self._config = config
         self._parser = parser
-        self._logits: Tensor | None = None
+        self.logits: Tensor | None = None
         self._gone = threading.Event()
         self._stopped = False
         self.is_complete = False
-        self._prompt = True
-        self._context: list[int] = []  # of the prompt, where the answer goes on with its text
-        self._shown = 0  # tokens whose text has been taken
+        # Of the prompt, where the answer goes on with its text.
+        self._context = list(prompt[-_CONTEXT:]) if request.continues else []
+        self._shown = len(self._context)  # tokens whose text has been taken
         self._start = 0  # where decoding starts, so that spaces between tokens come out right
         self._held = ""  # text that may be the beginning of a stop string
         for item in [] if parser is None else response_events_to_chunks(parser.initial_events):
@@ -182,30 +188,20 @@ class Stream:
         if self.is_gone:
             raise _Gone
 
-    def see(self, logits: Tensor) -> None:
-        """The logits [1, V] from which the next token is drawn."""
-        self._logits = logits
+    def put(self, token: int) -> bool:
+        """A new token; returns whether the answer ends with it: at a stop string, or the one call asked for.
 
-    def is_stopped(self, ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """The stopping criterion of ``generate``: [b]."""
-        return torch.full((ids.shape[0],), self._stopped, dtype=torch.bool, device=ids.device)
-
-    def put(self, value: Tensor) -> None:
-        """A new token, from ``generate``; the prompt comes first."""
+        Raises:
+            _Gone: the client has gone.
+        """
         self.check()
-        if self._prompt:
-            self._prompt = False
-            if self._request.continues:
-                self._context = value.flatten().tolist()[-_CONTEXT:]
-                self._shown = len(self._context)
-            return
         if not self.begun.is_set():
             self._loop.call_soon_threadsafe(self.begun.set)
-        for token in value.tolist():
-            self.written.append(token)
-            if self._logits is not None:
-                self.scores += score(self._logits, [token], self._request.logprobs or 0)
+        self.written.append(token)
+        if self.logits is not None:
+            self.scores += score(self.logits, [token], self._request.logprobs or 0)
         self._show(self._new_text())
+        return self._stopped
 
     def end(self) -> None:
         """The answer is complete."""
@@ -314,8 +310,8 @@ class Generation(BaseGenerateManager):  # type: ignore[misc]
         response_parser: Any = None,
     ) -> tuple[asyncio.Queue[Any], Stream]:
         """Queue the request; text comes out of the queue returned."""
-        self.stream = stream = Stream(self.engine, self.request, gen_config, response_parser)
         tokens: list[int] = inputs["input_ids"][0].tolist()
+        self.stream = stream = Stream(self.engine, self.request, tokens, gen_config, response_parser)
         # The task that answers the request ends when the answer is sent, or the client has gone.
         task = asyncio.current_task()
         assert task is not None
@@ -404,24 +400,31 @@ def _write(
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
             generation_config=config,
-            streamer=stream,
-            stopping_criteria=[stream.is_stopped, _growth(engine, cache, len(tokens), config.max_new_tokens)],
+            stopping_criteria=[_step(engine, cache, stream, len(tokens), config.max_new_tokens)],
         )
+    stream.end()
 
 
-def _growth(engine: Engine, cache: LatentCache, prompt: int, most: int) -> Callable[..., Tensor]:
-    """A stopping criterion, since ``generate`` asks them before every step. It stops nothing, but makes room
-    for more of an answer of up to ``most`` tokens once it has filled what there is."""
+def _step(
+    engine: Engine, cache: LatentCache, stream: Stream, prompt: int, most: int
+) -> Callable[..., Tensor]:
+    """The stopping criterion of ``generate``, called with each new token before the next step.
+
+    A streamer would be given the token after ``generate`` has asked whether to stop: an answer would end one
+    token and one step later. An answer of up to ``most`` tokens is given more room once it has filled what
+    there is.
+    """
     room = prompt + min(most, _ANSWER_ROOM)
 
-    def grow(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+    def step(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         nonlocal room
-        if ids.shape[1] > room:
+        stopped = stream.put(int(ids[0, -1]))
+        if ids.shape[1] > room and not stopped:
             room = min(room + _ANSWER_ROOM, prompt + most)
             engine.prefixes.grow(cache, room)
-        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+        return torch.full((1,), stopped, device=ids.device)
 
-    return grow
+    return step
 
 
 @contextlib.contextmanager
@@ -430,11 +433,16 @@ def _watched(model: Any, stream: Stream | None) -> Iterator[None]:
     if stream is None:
         yield
         return
-    handle = model.register_forward_hook(lambda _, inputs, output: stream.see(output.logits[0, -1:]))
+
+    def see(model: Any, inputs: Any, output: Any) -> None:
+        stream.logits = output.logits[0, -1:]
+
+    handle = model.register_forward_hook(see)
     try:
         yield
     finally:
         handle.remove()
+        stream.logits = None  # as long as a vocabulary, and other prompts of the request may follow
 
 
 def score(logits: Tensor, tokens: Sequence[int], top: int) -> list[Scored]:
