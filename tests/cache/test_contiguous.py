@@ -85,6 +85,28 @@ def test_growing_copies_rarely_and_holds_little_more_than_it_uses():
     assert moves < 1096 / 20
 
 
+def test_a_reserved_capacity_is_allocated_when_more_is_needed_and_exactly():
+    cache = LatentCache(capacity=10)
+    c_kv, k_rope = latents(70)
+
+    def write(start, end):
+        cache.update(c_kv[:, :, start:end], k_rope[:, :, start:end], 0)
+        return cache.nbytes // (2 * (R + P) * 4)
+
+    assert write(0, 10) == 10
+    cache.reserve(50)
+    cache.reserve(20)  # fewer than were asked for
+    assert cache.nbytes == 2 * 10 * (R + P) * 4
+    assert write(10, 11) == write(11, 50) == 50
+    assert write(50, 51) == 67  # nobody has said how many
+    cache.reserve(70)
+    assert write(51, 70) == 70
+    assert torch.equal(cache.layers[0].latents.c_kv, c_kv[:, 0])
+    assert cache.update(c_kv, k_rope, 1)[0].shape[2] == 70  # a layer that comes later
+    with pytest.raises(ValueError, match="capacity: expected at least 1 token, got 0"):
+        cache.reserve(0)
+
+
 def test_paper_dimensions_take_1152_bytes_per_token_and_layer():
     cache = LatentCache(capacity=4096)
     cache.update(torch.zeros(1, 1, 4096, 512, dtype=torch.bfloat16), torch.zeros(1, 1, 4096, 64), 0)

@@ -52,8 +52,8 @@ class LatentCache(DynamicCache):
         capacity: int | None = None,
         format: str | None = None,  # noqa: A002 - the field's word
     ) -> None:
-        if capacity is not None and capacity < 1:
-            raise ValueError(f"capacity: expected at least 1 token, got {capacity}")
+        if capacity is not None:
+            _check_capacity(capacity)
         if format is not None:
             cache_format(format)
         self.capacity = capacity
@@ -105,6 +105,19 @@ class LatentCache(DynamicCache):
                     "which keeps no past; call activate_past_recording() before the model reads the tokens"
                 )
         super().crop(tokens_to_remove)
+
+    def reserve(self, capacity: int) -> None:
+        """Tokens for which the next allocation makes room: a full cache grows to them at once, not by 1%.
+
+        Nothing is allocated yet, and a smaller number than before changes nothing.
+
+        Raises:
+            ValueError: ``capacity`` below 1.
+        """
+        _check_capacity(capacity)
+        self.capacity = max(capacity, self.capacity or 0)
+        for layer in self.latent_layers:
+            layer.reserve(capacity)
 
     def layer_at(self, layer_idx: int) -> Any:
         """A layer by its index; made where there is none yet."""
@@ -170,6 +183,11 @@ class LatentLayer(CacheLayerMixin):
     def held(self) -> dict[str, Tensor]:
         """The rows in use as they are stored, [b, t, width] by the name of their buffer; views."""
         return {name: rows.held() for name, rows in self._all_buffers().items() if rows.is_written}
+
+    def reserve(self, capacity: int) -> None:
+        """As for ``LatentCache``."""
+        for rows in self._all_buffers().values():
+            rows.capacity = max(capacity, rows.capacity)
 
     def restore(
         self, held: Mapping[str, Tensor], *, rank: int, rope: int, dtype: torch.dtype, device: torch.device
@@ -350,6 +368,11 @@ class IndexedLatentLayer(LatentLayer):
         return {"rows": self._rows, "indexer": self._indexer}
 
 
+def _check_capacity(capacity: int) -> None:
+    if capacity < 1:
+        raise ValueError(f"capacity: expected at least 1 token, got {capacity}")
+
+
 def _can_go_back(layer: Any) -> bool:
     """Whether a layer of Transformers takes a crop now: it refuses only when the layers before it are cut."""
     is_full = isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() >= layer.sliding_window
@@ -369,7 +392,7 @@ class _Rows:
     """A buffer [b, capacity, width] of which the first ``length`` rows are in use."""
 
     def __init__(self, capacity: int | None) -> None:
-        self.capacity = capacity
+        self.capacity = capacity or 0
         self.length = 0
         self.home = torch.device("cpu")  # where the first rows came from
         self._buffer: Tensor | None = None
@@ -405,12 +428,14 @@ class _Rows:
             )
         start, end = self.length, self.length + s
         if self._buffer is None:
-            size = (b, max(self.capacity or 0, end), width)
+            size = (b, max(self.capacity, end), width)
             self._buffer, self.home = torch.empty(size, dtype=dtype, device=device), device
         elif self._buffer.is_inference() and not torch.is_inference_mode_enabled():
             self._buffer = self._buffer.clone()  # torch refuses to write into the other one here
         if end > self._buffer.shape[1]:
-            grown = self._buffer.new_empty(b, end + max(16, end // 128), width)
+            # What was asked for, exactly; beyond it a little more than what is needed.
+            most = self.capacity if self.capacity >= end else end + max(16, end // 128)
+            grown = self._buffer.new_empty(b, most, width)
             grown[:, :start] = self.held()
             self._buffer = grown
         self.length = end

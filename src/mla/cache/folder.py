@@ -17,6 +17,13 @@ from mla.errors import MLAError
 _SUFFIX = ".latents.safetensors"
 
 
+def common_length(one: Tensor, other: Tensor) -> int:
+    """How many token ids two sequences, each [t] of one integer dtype, have in common from the beginning."""
+    length = min(len(one), len(other))
+    different = (one[:length] != other[:length]).nonzero()
+    return int(different[0]) if len(different) else length
+
+
 class PrefixFolder:
     """The prefixes that models have read before; each file is one of ``mla.cache.store``.
 
@@ -59,7 +66,7 @@ class PrefixFolder:
         wanted = torch.tensor(tokens, dtype=torch.int32, device="cpu")
         best: tuple[Path | None, int] = (None, 0)
         for file, held in self._known().items():
-            common = _common(held, wanted)
+            common = common_length(held, wanted)
             if common > best[1]:
                 best = (file, common)
         return best
@@ -92,7 +99,7 @@ class PrefixFolder:
         file = self.folder / f"{self._model}-{digest(new.numpy().tobytes())}{_SUFFIX}"
         save_cache(file, cache, tokens, self.fingerprint)
         for old, held in self._known().items():
-            if old != file and _common(held, new) == len(held):
+            if old != file and common_length(held, new) == len(held):
                 _remove(old)
         self._shrink()
 
@@ -132,13 +139,6 @@ class PrefixFolder:
                 return
             if _remove(file):
                 total -= status.st_size
-
-
-def _common(one: Tensor, other: Tensor) -> int:
-    """How many tokens two sequences [t] have in common from the beginning."""
-    length = min(len(one), len(other))
-    different = (one[:length] != other[:length]).nonzero()
-    return int(different[0]) if len(different) else length
 
 
 def _remove(file: Path) -> bool:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mla.cache import LatentCache
-from mla.cache.folder import PrefixFolder
+from mla.cache.folder import PrefixFolder, common_length
 from mla.cache.store import copy_prefix, is_storable, load_cache, save_cache
 from mla.config import MLAConfig
 from mla.digest import canonical, digest, digest_of_weights
@@ -49,11 +50,11 @@ def fingerprint(model: Any, cache_format: str) -> dict[str, str]:
     }
 
 
-@dataclass
+@dataclass(eq=False)
 class _Conversation:
-    """Token ids and the cache that holds exactly them."""
+    """Token ids [t] int32 and the cache that holds exactly them."""
 
-    tokens: list[int]
+    tokens: Tensor
     cache: LatentCache
 
 
@@ -123,22 +124,22 @@ class Prefixes:
         if kept is None:
             return self.new(capacity)
         lost = len(kept.tokens) - common
-        if self.budget is not None and lost > _WORTH_KEEPING and is_storable(kept.cache):
-            # It keeps its age: the few words that all chats begin with are no use of it. Copied first, then
-            # held by the list alone: it may have to make room, which must be free then.
+        if lost > _WORTH_KEEPING and is_storable(kept.cache) and self._fits_beside(kept.cache, capacity):
+            # It keeps its age: the few words that all chats begin with are no use of it.
+            self._make_room(capacity, spared=kept)
             cache = self._empty(capacity)
             copy_prefix(kept.cache, cache, common)
-            del kept
-            self._make_room(capacity, held=self._bytes(common))
             return cache
         self._kept.remove(kept)
         self._make_room(capacity, held=kept.cache.nbytes)
         kept.cache.crop(common - kept.cache.get_seq_length())
+        kept.cache.reserve(capacity)
         return kept.cache
 
     def grow(self, cache: LatentCache, capacity: int) -> None:
         """Make room for ``capacity`` tokens in a cache that is in use; errors as for :meth:`new`."""
         self._make_room(capacity, held=cache.nbytes)
+        cache.reserve(capacity)
 
     def keep(self, tokens: list[int], cache: LatentCache) -> None:
         """Remember a cache and the tokens it was given; the newest of them may not have been read yet."""
@@ -148,8 +149,11 @@ class Prefixes:
             return
         if self.budget is None:
             self._kept.clear()
-        self._kept = [kept for kept in self._kept if kept.tokens != held[: len(kept.tokens)]]
-        self._kept.append(_Conversation(held, cache))
+        new = _Conversation(_token_ids(held), cache)
+        self._kept = [
+            kept for kept in self._kept if common_length(kept.tokens, new.tokens) < len(kept.tokens)
+        ]
+        self._kept.append(new)
         if self._folder is not None:
             unwritten = len(held) - self._folder.longest(held)[1]
             if unwritten >= max(_WORTH_WRITING, len(held) // _WORTH_WRITING_SHARE):
@@ -167,14 +171,14 @@ class Prefixes:
         require_storable(self._model)
         if not self._kept:
             raise MLAError(f"{file}: nothing has been read yet that could be saved")
-        save_cache(file, self._kept[-1].cache, self._kept[-1].tokens, model)
+        save_cache(file, self._kept[-1].cache, self._kept[-1].tokens.tolist(), model)
 
     def load(self, file: Path, model: Mapping[str, str]) -> None:
         """Keep the conversation that :meth:`save` wrote; errors as for ``load_cache``."""
         require_storable(self._model)
         cache = LatentCache(self._model.config.get_text_config(decoder=True), format=self.cache_format)
         tokens = load_cache(file, cache, model, device=self._model.device)
-        self._kept.append(_Conversation(tokens, cache))
+        self._kept.append(_Conversation(_token_ids(tokens), cache))
 
     def _bytes(self, tokens: int) -> int:
         return self.config.cache_bytes(tokens, self.cache_format)
@@ -186,25 +190,30 @@ class Prefixes:
     def _longest_kept(self, tokens: list[int]) -> tuple[_Conversation | None, int]:
         """The one with the longest beginning in common, the newest of several, and how long that is."""
         best: tuple[_Conversation | None, int] = (None, 0)
+        wanted = _token_ids(tokens)
         for kept in self._kept:
-            common = _common(kept.tokens, tokens)
+            common = common_length(kept.tokens, wanted)
             if common and common >= best[1]:
                 best = (kept, common)
         return best
 
-    def _make_room(self, tokens: int, held: int = 0) -> None:
-        """Forget conversations until a cache of ``tokens``, ``held`` bytes of it there already, fits beside
-        the others."""
+    def _fits_beside(self, cache: LatentCache, tokens: int) -> bool:
+        """Whether a cache that is kept may stay while another one of ``tokens`` is in use."""
+        return self.budget is not None and cache.nbytes + self._bytes(tokens) <= self.budget
+
+    def _make_room(self, tokens: int, held: int = 0, spared: _Conversation | None = None) -> None:
+        """Forget conversations, but not ``spared``, until a cache of ``tokens``, ``held`` bytes of it there
+        already, fits beside the others."""
         needed = self._bytes(tokens)
         if self.budget is None:
             self._kept.clear()
+        elif needed > self.budget:
+            raise MLAError(
+                f"a cache of {tokens} tokens would need {needed} bytes, the budget is {self.budget}"
+            )
         else:
-            while self._kept and self.nbytes + max(needed, held) > self.budget:
-                del self._kept[0]
-            if needed > self.budget:
-                raise MLAError(
-                    f"a cache of {tokens} tokens would need {needed} bytes, the budget is {self.budget}"
-                )
+            while self.nbytes + max(needed, held) > self.budget and len(self._kept) > (spared is not None):
+                del self._kept[1 if self._kept[0] is spared else 0]
         if self._model.device.type == "cpu":
             require_memory(needed - held, f"a cache of {tokens} tokens")
 
@@ -242,10 +251,5 @@ def require_storable(model: Any) -> None:
         )
 
 
-def _common(one: list[int], other: list[int]) -> int:
-    length = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length
+def _token_ids(tokens: list[int]) -> Tensor:
+    return torch.tensor(tokens, dtype=torch.int32, device="cpu")

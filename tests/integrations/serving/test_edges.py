@@ -138,18 +138,57 @@ def read(prefixes, tokens, wanted):
 def test_what_has_to_go_is_free_before_memory_is_asked_for(monkeypatch):
     """Else a request would need the memory of the conversation that makes room for it besides its own."""
     model, config = (engine := make_engine()).model, engine.prefixes.config
-    prefixes = Prefixes(model, config, "fp32", budget=config.cache_bytes(100, "fp32"))
+    prefixes = Prefixes(model, config, "fp32", budget=config.cache_bytes(200, "fp32"))
     one, other = list(range(1, 81)), [*range(1, 31), *range(101, 151)]
-    old = weakref.ref(read(prefixes, one, 80))
+    old = weakref.ref(read(prefixes, list(range(151, 241)), 90))
+    source = read(prefixes, one, 80)
     asked = []
     monkeypatch.setattr(
         "mla.integrations.prefixes.require_memory", lambda needed, purpose: asked.append((needed, old()))
     )
     cache = prefixes.take(other, 80)
-    assert asked == [(config.cache_bytes(50, "fp32"), None)]  # 30 of its tokens are copied by then
-    with torch.no_grad():
-        rest = model(torch.tensor([other[cache.get_seq_length() :]]), past_key_values=cache).logits[0, -1]
-        assert torch.allclose(rest, model(torch.tensor([other])).logits[0, -1], atol=1e-5)
+    assert cache is not source
+    assert asked == [(config.cache_bytes(80, "fp32"), None)]
+    assert goes_on_as_alone(model, cache, other, 30)
+    assert [kept.cache for kept in prefixes._kept] == [source]
+
+
+@torch.no_grad()
+def goes_on_as_alone(model, cache, tokens, held) -> bool:
+    """Whether a cache that holds so many of the tokens gives the logits of a model that has read all."""
+    assert cache.get_seq_length() == held
+    rest = model(torch.tensor([tokens[held:]]), past_key_values=cache).logits[0, -1]
+    return torch.allclose(rest, model(torch.tensor([tokens])).logits[0, -1], atol=1e-5)
+
+
+def test_a_beginning_is_not_copied_where_two_caches_do_not_fit(monkeypatch):
+    """For a moment both would be in memory, more than the budget allows: the one gives way to the other."""
+    model, config = (engine := make_engine()).model, engine.prefixes.config
+    budget = config.cache_bytes(100, "fp32")
+    prefixes = Prefixes(model, config, "fp32", budget=budget)
+    one, other = list(range(1, 81)), [*range(1, 31), *range(101, 151)]
+    source = read(prefixes, one, 80)
+    monkeypatch.setattr("mla.integrations.prefixes.copy_prefix", None)  # nothing is copied
+    cache = prefixes.take(other, 95)
+    assert cache is source
+    assert prefixes._kept == []
+    assert goes_on_as_alone(model, cache, other, 30)
+    cache.crop(-1)
+    model(torch.tensor([list(range(16))]), past_key_values=cache)
+    assert cache.nbytes == config.cache_bytes(95, "fp32")  # the room that was made, and no more
+
+
+def test_an_answer_grows_into_the_room_that_was_made_for_it():
+    engine = make_engine()
+    held = []
+
+    def watch(module, args, kwargs):
+        held.append(kwargs["past_key_values"].nbytes)
+
+    engine.model.register_forward_pre_hook(watch, with_kwargs=True)
+    complete(engine, "a" * 20, max_tokens=400)
+    sizes = sorted(set(held) - {0})
+    assert sizes == [engine.prefixes.config.cache_bytes(tokens, "fp32") for tokens in (276, 420)]
 
 
 def test_what_is_only_copied_from_keeps_its_age():
@@ -159,12 +198,12 @@ def test_what_is_only_copied_from_keeps_its_age():
     one, two, three = ([1, 2, 3, *range(first, first + 45)] for first in (10, 60, 110))
     for tokens in (one, two, three):
         read(prefixes, tokens, 48)
-    assert [kept.tokens for kept in prefixes._kept] == [one, two, three]
+    assert [kept.tokens.tolist() for kept in prefixes._kept] == [one, two, three]
     # Of three that begin alike the newest is taken, and the oldest makes room.
-    assert prefixes._longest_kept([1, 2, 3, 4])[0].tokens == three
+    assert prefixes._longest_kept([1, 2, 3, 4])[0].tokens.tolist() == three
     four = [1, 2, 3, *range(160, 205)]
     read(prefixes, four, 48)
-    assert [kept.tokens for kept in prefixes._kept] == [two, three, four]
+    assert [kept.tokens.tolist() for kept in prefixes._kept] == [two, three, four]
 
 
 def test_a_failed_request_leaves_no_memory_behind():
