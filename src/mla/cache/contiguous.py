@@ -150,7 +150,7 @@ class LatentLayer(CacheLayerMixin):
 
     ``keys`` and ``values``, which Transformers hands on to attention, are views: latents [b, 1, t, r] and
     rotary keys [b, 1, t, p]; in the int8 format ``keys`` are the whole rows, [b, 1, t, bytes]. ``rank`` and
-    ``rope`` are r and p, 0 before the first write, ``dtype`` is that of the latents as they came.
+    ``rope`` are r and p, 0 before the first write.
     ``holds_context`` says that the rows belong to the context of a cross-attention: no query is one of them,
     so a roll-back leaves them alone; a reset forgets them.
     """
@@ -164,7 +164,6 @@ class LatentLayer(CacheLayerMixin):
         self.format = format
         self._rows = _Rows(capacity)
         self.rank = self.rope = 0
-        self.dtype = torch.float32
         self.holds_context = False
 
     @property
@@ -189,14 +188,11 @@ class LatentLayer(CacheLayerMixin):
         for rows in self._all_buffers().values():
             rows.capacity = max(capacity, rows.capacity)
 
-    def restore(
-        self, held: Mapping[str, Tensor], *, rank: int, rope: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """Make an empty layer hold a copy of what another one's :meth:`held` gave, with that one's ``rank``,
-        ``rope`` and ``dtype``."""
+    def restore(self, held: Mapping[str, Tensor], *, rank: int, rope: int, device: torch.device) -> None:
+        """Make an empty layer hold a copy of what another one's :meth:`held` gave, with that one's ``rank``
+        and ``rope``."""
         if "rows" in held:
-            states = torch.empty(held["rows"].shape[0], 1, 0, rank + rope, dtype=dtype, device=device)
-            self.lazy_initialization(states[..., :rank], states[..., rank:])
+            self.rank, self.rope, self.is_initialized = rank, rope, True
         for name, rows in held.items():
             b, s, width = rows.shape
             self._all_buffers()[name].reserve(b, s, width, rows.dtype, device)[:] = rows
@@ -205,7 +201,6 @@ class LatentLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The first latents, also after a reset, fix r, p, batch, dtype and device."""
         self.rank, self.rope = key_states.shape[-1], value_states.shape[-1]
-        self.dtype = key_states.dtype
         self.is_initialized = True
 
     def update(

@@ -19,11 +19,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import cache_utils
 
 from mla.cache.contiguous import LatentCache, LatentLayer
 from mla.errors import MLAError
 
 T = TypeVar("T")
+
+# Transformers' place-holder of layers that read what another one stores; there is none in 5.19.
+_HOLDS_NOTHING: Any = getattr(cache_utils, "DummyLayer", ())
 
 FORMAT = "mla latent cache 1"
 _TEMPORARY = ".mla-saving-"
@@ -33,8 +37,10 @@ _ABANDONED = 3600.0
 
 def is_storable(cache: LatentCache) -> bool:
     """Whether the cache is latents of its tokens and nothing else: states of linear attention and sliding
-    windows cannot be cut back to a prefix, and the context of a cross-attention is not part of one."""
-    return all(isinstance(layer, LatentLayer) and not layer.holds_context for layer in cache.layers)
+    windows cannot be cut back to a prefix, and the context of a cross-attention is not part of one. Layers
+    that hold nothing, because they read the latents of others, stand in nobody's way."""
+    others = (layer for layer in cache.layers if not isinstance(layer, _HOLDS_NOTHING))
+    return all(isinstance(layer, LatentLayer) and not layer.holds_context for layer in others)
 
 
 def copy_prefix(source: LatentCache, target: LatentCache, length: int) -> None:
@@ -44,13 +50,11 @@ def copy_prefix(source: LatentCache, target: LatentCache, length: int) -> None:
         ValueError: the source holds more than latents of its tokens.
     """
     _check_storable(source)
-    for index, old in enumerate(source.latent_layers):
+    for index, old in _latent_layers(source):
         if held := old.held():
             first = {name: rows[:, :length] for name, rows in held.items()}
             device = next(iter(first.values())).device
-            target.layer_at(index).restore(
-                first, rank=old.rank, rope=old.rope, dtype=old.dtype, device=device
-            )
+            target.layer_at(index).restore(first, rank=old.rank, rope=old.rope, device=device)
 
 
 def save_cache(path: Path, cache: LatentCache, tokens: Sequence[int], fingerprint: Mapping[str, str]) -> None:
@@ -68,13 +72,13 @@ def save_cache(path: Path, cache: LatentCache, tokens: Sequence[int], fingerprin
     """
     _check_storable(cache)
     tensors: dict[str, Tensor] = {"tokens": torch.tensor(tokens, dtype=torch.int32, device="cpu")}
-    layers: dict[str, tuple[int, int, str]] = {}
-    for index, layer in enumerate(cache.latent_layers):
+    layers: dict[str, tuple[int, int]] = {}
+    for index, layer in _latent_layers(cache):
         for name, rows in layer.held().items():
             if rows.shape[:2] != (1, len(tokens)):
                 raise ValueError(f"expected rows [1, {len(tokens)}, width], got {tuple(rows.shape)}")
             tensors[f"{index}.{name}"] = rows.cpu().contiguous()
-            layers[str(index)] = (layer.rank, layer.rope, str(layer.dtype).removeprefix("torch."))
+            layers[str(index)] = (layer.rank, layer.rope)
     header = {
         "format": FORMAT,
         "fingerprint": json.dumps(dict(fingerprint), sort_keys=True),
@@ -113,11 +117,11 @@ def load_cache(
     header, tensors = _of_one_file(path, _verified)
     _compare(path, dict(fingerprint), json.loads(header["fingerprint"]))
     tokens: list[int] = tensors["tokens"].tolist()[:keep]
-    for index, (rank, rope, dtype) in json.loads(header["layers"]).items():
+    for index, (rank, rope, *_) in json.loads(header["layers"]).items():  # files once named a dtype, too
         layer = cache.layer_at(int(index))
         names = [name for name in tensors if name.startswith(f"{index}.")]
         rows = {name.partition(".")[2]: tensors[name][:, : len(tokens)] for name in names}
-        layer.restore(rows, rank=rank, rope=rope, dtype=getattr(torch, dtype), device=device)
+        layer.restore(rows, rank=rank, rope=rope, device=device)
     return tokens
 
 
@@ -128,6 +132,11 @@ def read_tokens(path: Path) -> Tensor:
         MLAError: no such file, or not one of ours.
     """
     return _of_one_file(path, _tokens)
+
+
+def _latent_layers(cache: LatentCache) -> list[tuple[int, LatentLayer]]:
+    """The layers that hold latents, and where they stand among all."""
+    return [(index, layer) for index, layer in enumerate(cache.layers) if isinstance(layer, LatentLayer)]
 
 
 def _check_storable(cache: LatentCache) -> None:

@@ -26,7 +26,7 @@ from mla.integrations.serving.loading import _fitting
 from mla.integrations.serving.requests import ApiError, read_completion, read_prompts
 from mla.integrations.transformers import absorb
 from tests.cli.conftest import make_tokenizer
-from tests.families import build
+from tests.families import FAMILIES, build
 
 
 def make_engine(family="deepseek_v3", budget=10**7, **options) -> Engine:
@@ -199,8 +199,11 @@ def test_a_budget_too_small_is_an_error_of_the_request():
     assert complete(engine, "x" * 50, max_tokens=10)["usage"]["total_tokens"] == 60
 
 
-def test_conversations_share_a_beginning_and_keep_their_own():
-    engine = make_engine()
+@pytest.mark.parametrize(
+    "family", [name for name in ("deepseek_v3", "deepseek_v32", "mistral_large4") if name in FAMILIES]
+)
+def test_conversations_share_a_beginning_and_keep_their_own(family):
+    engine = make_engine(family)
     start = "a common beginning of both conversations, "
     texts = [start + end * 30 for end in ("one", "two")]
     first, second = (complete(engine, text, max_tokens=40) for text in texts)
@@ -208,7 +211,7 @@ def test_conversations_share_a_beginning_and_keep_their_own():
     again = complete(engine, texts[0], max_tokens=40)
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == len(texts[0]) - 1
     assert again["choices"] == first["choices"]
-    fresh = make_engine()
+    fresh = make_engine(family)
     assert complete(fresh, texts[1], max_tokens=40)["choices"] == second["choices"]
 
 
