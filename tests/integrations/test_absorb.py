@@ -16,6 +16,8 @@ from mla.integrations import transformers as integration
 from mla.integrations.transformers import absorb, is_absorbed, latent_attentions, restore
 from mla.ops import portable
 from tests.families import build, token_ids
+from tests.nn.test_misuse import replaced
+from tests.ops.cases import record_paths
 
 
 @pytest.fixture
@@ -43,6 +45,11 @@ def test_a_bias_or_another_layer_type_is_refused_and_nothing_changed(model):
     attention.kv_b_proj = torch.nn.Linear(rank, rows, bias=False, device="meta")
     with pytest.raises(MLAError, match="load the model without offloading"):
         absorb(model)
+    attention.kv_b_proj = replaced("wrapped")
+    with pytest.raises(MLAError, match="expected a plain floating-point weight, got Wrapped"):
+        absorb(model)
+    with pytest.raises(ValueError, match='expected path "auto", "absorbed" or "expanded", got \'fast\''):
+        absorb(model, path="fast")
     assert not is_absorbed(model)
     assert all("expand_kv" not in vars(module) for module in latent_attentions(model).values())
 
@@ -300,6 +307,71 @@ def test_other_modules_of_the_same_config_keep_their_attention():
     mask = torch.ones(3, 7, dtype=torch.bool).tril(4)
     want = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.5)
     torch.testing.assert_close(out, want.transpose(1, 2))
+
+
+def test_what_is_no_model_of_transformers_is_refused(model):
+    class Around(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.config = inner, inner.config
+
+    for wrong in (Around(model), torch.compile(Around(model), backend="eager")):
+        with pytest.raises(MLAError, match=r"expected a model of Transformers .* got Around; take the model"):
+            absorb(wrong)
+
+
+@torch.no_grad()
+def test_a_compiled_model(model):
+    """In the wrapper of torch.compile: absorbed, compiled with it as one graph, and restored."""
+    ids, mask = token_ids(2, 8), torch.ones(2, 8, dtype=torch.long)
+    mask[1, :3] = 0
+    real = mask.bool()
+    want, text = model(ids, attention_mask=mask).logits, model.generate(ids, max_new_tokens=3)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled(ids, use_cache=False)  # a graph that must not be used again
+    assert absorb(compiled) is compiled
+    assert is_absorbed(compiled)
+    assert is_absorbed(model)
+    assert integration.absorbed_path(compiled) == "auto"
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits[0], want[0], atol=1e-4, rtol=1e-4)
+    got = compiled(ids, attention_mask=mask, past_key_values=LatentCache(model.config)).logits
+    torch.testing.assert_close(got[real], want[real], atol=1e-4, rtol=1e-4)
+    assert compiled.generate(ids, max_new_tokens=3).tolist() == text.tolist()
+    assert restore(compiled) is compiled
+    assert not is_absorbed(model)
+    assert "_prepare_cache_for_generation" not in vars(model)
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits[0], want[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v32"])
+@torch.no_grad()
+def test_a_static_cache_goes_to_the_kernels(monkeypatch, family):
+    """Prompt, chunk and tokens meet the keys that are there, not all that the cache has room for."""
+    model = build(family)
+    ids, mask = token_ids(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[1, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    text = model.generate(ids, **options)
+    want = model(ids, attention_mask=mask).logits
+    absorb(model)
+    calls, lengths = record_paths(monkeypatch), []
+    honest = integration.prefill
+    monkeypatch.setattr(
+        integration,
+        "prefill",
+        lambda *args, **rest: lengths.append(args[2].shape[1]) or honest(*args, **rest),
+    )
+    cache = StaticCache(config=model.config, max_cache_len=400)
+    parts = [
+        model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits
+        for a, b in ((0, 20), (20, 29), (29, 30))
+    ]
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(parts, dim=1)[real], want[real], atol=1e-4, rtol=1e-4)
+    if family == "deepseek_v3":  # the other one's indexer chooses keys
+        assert lengths == [t for t in (20, 29, 30) for _ in range(model.config.num_hidden_layers)]
+        assert {engine for engine, _ in calls} == {"kernels"}
+    assert model.generate(ids, cache_implementation="static", **options).tolist() == text.tolist()
 
 
 @torch.no_grad()

@@ -90,12 +90,74 @@ def test_a_context_is_no_earlier_tokens_of_a_self_attention():
     assert cache.holds_context(0)
 
 
-def test_an_adapter_is_not_left_out():
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Wrapped(torch.Tensor):
+    """A tensor as quantisation libraries make them: its dtype is not that of what it holds."""
+
+    @staticmethod
+    def __new__(cls, codes):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes):
+        self.codes = codes
+
+    def __tensor_flatten__(self):
+        return ["codes"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, meta, size, stride):
+        return Wrapped(inner["codes"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return Wrapped(args[0].codes)
+        raise NotImplementedError(function)
+
+
+def replaced(kind) -> torch.nn.Module:
+    """A layer in the place of kv_b_proj that its weight does not describe."""
+    rows, rank = build().kv_b_proj.weight.shape
+    if kind == "adapter":
+        layer = torch.nn.Sequential(torch.nn.Linear(rank, rows, bias=False))
+        layer.weight = layer[0].weight
+        return layer
+    layer = (Doubled if kind == "subclass" else torch.nn.Linear)(rank, rows, bias=kind == "bias")
+    codes = torch.ones(rows, rank, dtype=torch.int8)
+    if kind == "int8":
+        layer.weight = torch.nn.Parameter(codes, requires_grad=False)
+    if kind == "wrapped":
+        layer.weight = torch.nn.Parameter(Wrapped(codes), requires_grad=False)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("adapter", r"kv_b_proj: expected a plain linear layer without bias, .* got Sequential"),
+        ("subclass", r"expected a plain linear layer .* got Doubled"),
+        ("bias", r"expected a plain linear layer without bias, .* bias=True"),
+        ("int8", r"expected a plain floating-point weight, got Parameter of torch.int8; load"),
+        ("wrapped", r"expected a plain floating-point weight, got Wrapped of torch.float32"),
+    ],
+)
+def test_what_the_weight_does_not_say_is_not_left_out(kind, message):
     module = build()
-    module.kv_b_proj = torch.nn.Sequential(module.kv_b_proj)
-    module.kv_b_proj.weight = module.kv_b_proj[0].weight
-    with pytest.raises(ValueError, match=r"kv_b_proj: expected a linear layer, .* got Sequential"):
+    module.kv_b_proj = replaced(kind)
+    with pytest.raises(ValueError, match=message):
         module(X)
+
+
+def test_a_parametrised_weight_is_one():
+    module = build()
+    want = module(X)
+    torch.nn.utils.parametrizations.weight_norm(module.kv_b_proj)
+    assert type(module.kv_b_proj) is not torch.nn.Linear
+    torch.testing.assert_close(module(X), want)
 
 
 def test_the_tokens_of_a_self_attention_are_no_context():

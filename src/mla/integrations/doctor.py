@@ -10,12 +10,15 @@ from torch import Tensor
 
 from mla.cache import LatentCache
 from mla.config import MLAConfig
+from mla.errors import MLAError
 from mla.integrations.loading import DTYPE_FORMATS
 from mla.integrations.transformers import absorb, absorbed_path, latent_attentions, restore
 
 # Relative error of a layer's output that rounding alone explains, by the dtype of the weights. Half-precision
 # runs differ from themselves by this much when the order of a sum changes.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+#: Two chunks and three single tokens have to come of them.
+_FEWEST = 8
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,23 @@ def diagnose(model: Any, ids: Tensor, *, on_progress: Callable[[int, int], None]
 
     Args:
         model: an MLA model of Transformers.
-        ids: [1, t] token ids, t at least 8.
+        ids: [1, t] token ids, t from 8 to the positions that the model has.
         on_progress: called with (runs done, runs in all).
 
     Raises:
-        MLAError: the model is not MLA or cannot be absorbed.
+        MLAError: the model is not MLA or cannot be absorbed, its weights are in a dtype that no cache format
+            has (fp64), or the ids are other than these.
     """
     config = MLAConfig.from_transformers(model.config)
+    if ids.ndim != 2 or len(ids) != 1 or not _FEWEST <= ids.shape[1] <= config.max_position_embeddings:
+        wanted = f"[1, t] with t from {_FEWEST} to {config.max_position_embeddings}"
+        raise MLAError(f"ids: expected {wanted}, got shape {tuple(ids.shape)}")
+    modules = latent_attentions(model)
+    dtypes = {module.kv_b_proj.weight.dtype for module in modules.values()}
+    if strange := dtypes - set(TOLERANCE):
+        raise MLAError(
+            f"expected weights in fp32, bf16 or fp16, got {strange.pop()}; convert them: model.float()"
+        )
     t = ids.shape[1]
     spans = [(0, t - 1)]
     last = config.max_position_embeddings - t
@@ -114,7 +127,6 @@ def diagnose(model: Any, ids: Tensor, *, on_progress: Callable[[int, int], None]
             bytes_per_token = cache.nbytes / t
             if on_progress is not None:
                 on_progress(done + 1, len(spans))
-    modules = latent_attentions(model)
     scale = (config.softmax_scale, float(next(iter(modules.values())).scaling))
     dtype = next(iter(modules.values())).kv_b_proj.weight.dtype
     expected_bytes = config.cache_bytes(t, DTYPE_FORMATS[dtype]) / t

@@ -9,7 +9,7 @@ RoPE, gates, sinks, sparse indexers, masks.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from transformers.masking_utils import sdpa_mask
 from mla.cache import LatentCache
 from mla.errors import MLAError
 from mla.integrations.layers import give_back, take_over
-from mla.ops.attention import Path, plan_for, prefill
+from mla.nn.layers import check_weight_says_all
+from mla.ops.attention import Path, check_path, plan_for, prefill
 from mla.ops.latent import Latents, split_rows
 
 IMPLEMENTATION = "mla_absorbed"
@@ -63,7 +64,8 @@ def absorb(model: Model, *, path: Path | Literal["auto"] = "auto") -> Model:
     unless it is given another cache; any cache of Transformers works, since all of them hold the latents.
 
     Args:
-        model: a model of Transformers, weights in any floating dtype, on any device, training or not.
+        model: a model of Transformers, weights in any floating dtype, on any device, training or not, also in
+            the wrapper of torch.compile.
         path: "auto" chooses absorbed or expanded for each call by operation count (``ops.attention``);
             a name forces that path.
 
@@ -71,9 +73,17 @@ def absorb(model: Model, *, path: Path | Literal["auto"] = "auto") -> Model:
         The same model.
 
     Raises:
-        MLAError: the model is not MLA, or its latent up-projection is not a plain linear layer (quantised,
-            offloaded, or wrapped by an adapter); nothing has been changed then.
+        ValueError: a path that does not exist.
+        MLAError: not a model of Transformers, or not MLA, or its latent up-projection is not a plain linear
+            layer (quantised, offloaded, or wrapped by an adapter); nothing has been changed then.
     """
+    check_path(path)
+    given, model = model, _uncompiled(model)
+    if not isinstance(model, PreTrainedModel):
+        raise MLAError(
+            f"expected a model of Transformers (PreTrainedModel), got {type(model).__name__}; take the model "
+            "out of its wrapper, or merge an adapter into it (merge_and_unload)"
+        )
     if is_absorbed(model):
         restore(model)
     modules = latent_attentions(model)
@@ -98,7 +108,7 @@ def absorb(model: Model, *, path: Path | Literal["auto"] = "auto") -> Model:
     if hasattr(model, "_prepare_cache_for_generation"):
         model._prepare_cache_for_generation = partial(_prepare_latent_cache, model)
     model._mla_absorbed = record
-    return model
+    return given
 
 
 def restore(model: Model) -> Model:
@@ -106,6 +116,7 @@ def restore(model: Model) -> Model:
 
     Hooks that another library has put around layers since then stay, with a warning.
     """
+    given, model = model, _uncompiled(model)
     if is_absorbed(model):
         record = model._mla_absorbed
         for module in record.modules:
@@ -116,17 +127,22 @@ def restore(model: Model) -> Model:
         if "_prepare_cache_for_generation" in vars(model):
             del model._prepare_cache_for_generation
         del model._mla_absorbed
-    return model
+    return given
 
 
 def is_absorbed(model: PreTrainedModel) -> bool:
     """Whether :func:`absorb` is in force."""
-    return "_mla_absorbed" in vars(model)
+    return "_mla_absorbed" in vars(_uncompiled(model))
 
 
 def absorbed_path(model: PreTrainedModel) -> Path | Literal["auto"] | None:
     """The ``path`` that :func:`absorb` was given; None where it is not in force."""
-    return next(iter(model._mla_absorbed.modules))._mla_path if is_absorbed(model) else None
+    return next(iter(_uncompiled(model)._mla_absorbed.modules))._mla_path if is_absorbed(model) else None
+
+
+def _uncompiled(model: Model) -> Model:
+    """The model in the wrapper that torch.compile puts around it, which hands only some attributes on."""
+    return cast(Model, getattr(model, "_orig_mod", model))
 
 
 def latent_attentions(model: nn.Module) -> dict[str, Any]:
@@ -177,8 +193,7 @@ def _attention(
             raise NotImplementedError(f"absorbed attention has no {name}; restore(model) to run without it")
     if scaling is None:
         raise ValueError("absorbed attention needs the softmax scale of the family (scaling)")
-    if type(module.kv_b_proj) is not nn.Linear:
-        _check_up_projection(f"layer {module.layer_idx}", module)
+    check_weight_says_all(f"layer {module.layer_idx}.kv_b_proj", module.kv_b_proj)
     h, s, p = query.shape[1], query.shape[2], value.shape[-1]
     n = query.shape[-1] - p
     w_uk, w_uv = up_projections(module.kv_b_proj.weight, h, n)
@@ -186,6 +201,8 @@ def _attention(
         held = split_rows(key.squeeze(1), w_uk.shape[-1], p)
     else:
         held = Latents(key.squeeze(1), value.squeeze(1))
+    if attention_mask is not None:
+        held, attention_mask = _without_unseen_end(held, attention_mask)
     causal = attention_mask is None and s > 1 and (module.is_causal if is_causal is None else is_causal)
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         # The lowest finite number means "hidden" in additive masks; a query that sees nothing gives zero,
@@ -214,15 +231,33 @@ def _attention(
     return out, None
 
 
+def _without_unseen_end(held: Latents, mask: Tensor) -> tuple[Latents, Tensor]:
+    """Latents and mask up to the last key that any query sees: a StaticCache hands over all rows it has.
+
+    What is left is causal, or a mask of keys, which the kernels take, and as long as what has been written.
+    """
+    # Only where looking at values is free: not in a trace, which has none, and not on another device.
+    if mask.dtype != torch.bool or mask.device.type != "cpu" or _is_traced() or mask.shape[-1] < 2:
+        return held, mask
+    if bool(mask[..., -1].any()):
+        return held, mask
+    seen = mask.flatten(0, 2).any(0).nonzero()
+    if not len(seen):
+        return held, mask
+    t = int(seen[-1]) + 1
+    scale = None if held.scale is None else held.scale[:, :t]
+    return Latents(held.c_kv[:, :t], held.k_rope[:, :t], scale), mask[..., :t]
+
+
 def _only_indexed(indices: Tensor, held: Latents, mask: Tensor | None) -> tuple[Latents, Tensor | None]:
     """Restrict attention to the keys that a sparse indexer chose, ``indices`` [b, s, k]; -1 is no key."""
     b, s, _ = indices.shape
     t = held.c_kv.shape[1]
     indices = indices.long()
     exists = (indices >= 0) & (indices < t)
-    indices = indices.clamp(0, max(t - 1, 0))
     if s == 1:
         # One query: gather its few keys and read nothing else of the cache.
+        indices = indices.clamp(0, max(t - 1, 0))
         rows = indices[:, 0, :, None]
         held = Latents(
             held.c_kv.gather(1, rows.expand(-1, -1, held.c_kv.shape[2])),
@@ -233,9 +268,9 @@ def _only_indexed(indices: Tensor, held: Latents, mask: Tensor | None) -> tuple[
         if mask is not None:
             mask = mask.expand(b, -1, -1, -1).gather(3, indices[:, None].expand(-1, mask.shape[1], -1, -1))
     else:
-        # Counted, so that a clamped -1 cannot hide a key that is chosen as well.
-        counts = torch.zeros(b, s, t, dtype=torch.int32, device=indices.device)
-        chosen = counts.scatter_add_(2, indices, exists.int()).bool()[:, None]
+        # What is no key goes to a place behind the last one.
+        chosen = torch.zeros(b, s, t + 1, dtype=torch.bool, device=indices.device)
+        chosen = chosen.scatter_(2, torch.where(exists, indices, t), True)[:, None, :, :t]
     if mask is None:
         return held, chosen
     if mask.dtype == torch.bool:
@@ -291,9 +326,8 @@ def _attention_mask(
 
 
 def _is_traced() -> bool:
-    """Whether what runs now is recorded for other masks; torch.compile breaks its graph to see each."""
-    exported = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-    return exported or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    """Whether what runs now is recorded for other masks, whose values are not known yet."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _prepare_latent_cache(
@@ -331,18 +365,9 @@ def _check_up_projection(name: str, module: Any) -> None:
             f"{name} is latent attention, but Transformers has no expand_kv there to absorb through; "
             "load the model without remote code, with Transformers 5.19 or later"
         )
-    projection: Any = module.kv_b_proj
-    bias: Tensor | None = getattr(projection, "bias", None)
-    if type(projection) is not nn.Linear or bias is not None:
-        raise MLAError(
-            f"{name}.kv_b_proj: expected a plain linear layer without bias, got {projection}; merge an "
-            "adapter (merge_and_unload) or load this layer unquantised"
-        )
-    if projection.weight.is_meta or not projection.weight.is_floating_point():
-        raise MLAError(
-            f"{name}.kv_b_proj: expected floating-point weights in memory, got {projection.weight.dtype} on "
-            f"{projection.weight.device}; load the model without offloading"
-        )
+    check_weight_says_all(f"{name}.kv_b_proj", module.kv_b_proj)
+    if module.kv_b_proj.weight.is_meta:
+        raise MLAError(f"{name}.kv_b_proj: expected weights in memory; load the model without offloading")
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mla.cache import LatentCache
 from mla.config import MLAConfig
-from mla.nn.layers import Linear, RMSNorm
+from mla.nn.layers import Linear, RMSNorm, check_weight_says_all
 from mla.ops import attention as ops
 from mla.ops.latent import Latents
 from mla.ops.rope import apply_rope, rope_table
@@ -31,8 +31,8 @@ class MultiheadLatentAttention(nn.Module):
     loads as it is. Long inputs are attended in the expanded form, short ones (decoding) in the absorbed form,
     by operation count (:func:`mla.ops.attention.make_plan`); the results are equal to rounding.
 
-    ``kv_b_proj`` is used through its weight, never called: hooks on it do not run, adapters around it are
-    refused.
+    ``kv_b_proj`` is used through its weight, never called: hooks on it do not run; adapters around it, other
+    forward passes and quantised weights are refused.
 
     Args:
         config: dimensions, RoPE and softmax scale. ``config.attention_bias`` gives ``q_a_proj``,
@@ -169,11 +169,7 @@ class MultiheadLatentAttention(nn.Module):
                     "common order, got True; pass a [b, 1, s, t] attention_mask instead"
                 )
         causal = self.context_size is None if is_causal is None else is_causal
-        if not isinstance(self.kv_b_proj, nn.Linear):  # an adapter's base weight would be used without it
-            raise ValueError(
-                f"kv_b_proj: expected a linear layer, which is used by its weight, got {self.kv_b_proj}; "
-                "merge an adapter into it first"
-            )
+        check_weight_says_all("kv_b_proj", self.kv_b_proj)
         shape = (b, config.num_attention_heads, s, t)
         mask, padding = _read_mask(attention_mask, shape, hidden_states.device)
         # Everything that can be refused is refused before the cache changes.

@@ -1,8 +1,12 @@
 """The layers around the attention: norms and projections."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from mla.errors import MLAError
 from mla.ops.linear import linear
 
 
@@ -12,6 +16,36 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
         return linear(x, self.weight, self.bias)
+
+
+def check_weight_says_all(name: str, projection: Any) -> None:
+    """Refuse a projection that is more than its weight, which attention takes without ever calling it.
+
+    Args:
+        name: what the message calls it.
+        projection: any module.
+
+    Raises:
+        MLAError: an adapter, a subclass of the linear layer with a forward pass of its own, a bias, or a
+            weight that is quantised or sharded.
+    """
+    # A subclass may add what computes the weight (parametrisations), not what is done with it.
+    plain = isinstance(projection, nn.Linear) and type(projection).forward in (
+        nn.Linear.forward,
+        Linear.forward,
+    )
+    if not plain or projection.bias is not None:
+        raise MLAError(
+            f"{name}: expected a plain linear layer without bias, which is used by its weight, got "
+            f"{projection}; merge an adapter (merge_and_unload) or load this layer unquantised"
+        )
+    weight = projection.weight
+    # Quantised and sharded tensors say that they are floating, and hold something else.
+    if not weight.is_floating_point() or is_traceable_wrapper_subclass(weight):
+        raise MLAError(
+            f"{name}: expected a plain floating-point weight, got {type(weight).__name__} of "
+            f"{weight.dtype}; load this layer unquantised and whole"
+        )
 
 
 class RMSNorm(nn.Module):

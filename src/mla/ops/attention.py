@@ -67,15 +67,20 @@ def make_plan(
     Raises:
         ValueError: a path that does not exist.
     """
+    check_path(path)
     pairs = s * t - (s * (s - 1) // 2 if causal and s <= t else 0)
     absorbed_ops = 2 * h * (pairs * (2 * r + p) + s * r * (n + v))
     expanded_ops = 2 * h * (pairs * (n + p + v) + t * r * (n + v))
     if path == "auto":
         cheaper: Path = "absorbed" if absorbed_ops <= expanded_ops else "expanded"
         return Plan(cheaper, absorbed_ops, expanded_ops, asked=False)
-    if path not in ("absorbed", "expanded"):
-        raise ValueError(f'expected path "auto", "absorbed" or "expanded", got {path!r}')
     return Plan(path, absorbed_ops, expanded_ops, asked=True)
+
+
+def check_path(path: str) -> None:
+    """Refuse, by a ValueError, a path that does not exist."""
+    if path not in ("auto", "absorbed", "expanded"):
+        raise ValueError(f'expected path "auto", "absorbed" or "expanded", got {path!r}')
 
 
 def prefill(
