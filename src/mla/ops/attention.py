@@ -168,6 +168,7 @@ def decode(
     *,
     scale: float,
     lengths: Sequence[int] | Tensor,
+    page_table: Tensor | None = None,
     causal: bool = True,
     mask: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -181,51 +182,81 @@ def decode(
 
     Args:
         lengths: b numbers from 0 to t, a sequence or an integer tensor [b].
+        page_table: [b, pages of a sequence] int32 or int64: the cache is in pages, which sequences may share.
+            ``c_kv`` is [pages, page size, r] then, ``k_rope`` [pages, page size, p], ``latent_scale`` [pages,
+            page size], and t what the pages of a sequence hold. Entries behind a length are never read.
         Others and results: as for :func:`prefill`.
 
     Raises:
-        ValueError: as for :func:`prefill`, or a length outside 0..t.
+        ValueError: as for :func:`prefill`, or a length outside 0..t, or a page that is not there.
     """
     arguments.check_scale(scale)
-    _check(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, mask, sinks, latent_scale)
-    b, t = c_kv.shape[:2]
+    _check(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, mask, sinks, latent_scale, page_table)
+    b = len(q_nope)
+    page_size = c_kv.shape[1]
+    t = page_size if page_table is None else page_table.shape[1] * page_size
     given = lengths.flatten().tolist() if isinstance(lengths, Tensor) else list(lengths)
     if len(given) != b or any(not 0 <= length <= t or length != int(length) for length in given):
         raise ValueError(f"lengths: expected {b} whole numbers from 0 to {t}, got {given}")
     sizes = [int(length) for length in given]
+    ends = torch.tensor(sizes, dtype=torch.int32, device=c_kv.device)
+    if page_table is not None:
+        page_table = _used_pages(page_table, ends, *c_kv.shape[:2])
     # A mask with a row per query counts them from the end of each sequence: it stays with its sequence.
     if _kernels_take(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, sinks, latent_scale, 0.0) and (
         mask is None or (mask.dtype == torch.bool and mask.shape[1:3] == (1, 1))
     ):
         if plan is None:
-            plan = plan_for(q_nope, c_kv, k_rope, w_uv, causal=causal)
+            plan = plan_for(q_nope, c_kv, k_rope, w_uv, t=t, causal=causal)
         key_mask = None if mask is None else mask[:, 0, 0]
         tensors = (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, sinks, latent_scale)
-        ends = torch.tensor(sizes, dtype=torch.int32, device=c_kv.device)
-        return _native(*tensors, ends, scale, key_mask, causal, plan)
+        return _native(*tensors, ends, scale, key_mask, causal, plan, page_table)
     out, lse = [], []
     for i, size in enumerate(sizes or [t]):  # no sequences: one part of none
         row = slice(i, i + 1)
+
+        def held(x: Tensor, row: slice = row, size: int = size) -> Tensor:
+            """The rows [1, size, ...] of this sequence."""
+            if page_table is None:
+                return x[row, :size]
+            return x[page_table[row, : -(-size // max(page_size, 1))]].flatten(1, 2)[:, :size]
+
         row_mask = None
         if mask is not None:
             row_mask = mask.expand(b, mask.shape[1], mask.shape[2], t)[row, :, :, :size]
         row_out, row_lse = prefill(
             q_nope[row],
             q_rope[row],
-            c_kv[row, :size],
-            k_rope[row, :size],
+            held(c_kv),
+            held(k_rope),
             w_uk,
             w_uv,
             scale=scale,
             causal=causal,
             mask=row_mask,
             sinks=sinks,
-            latent_scale=None if latent_scale is None else latent_scale[row, :size],
+            latent_scale=None if latent_scale is None else held(latent_scale),
             plan=plan,
         )
         out.append(row_out)
         lse.append(row_lse)
     return torch.cat(out), torch.cat(lse)
+
+
+def _used_pages(page_table: Tensor, ends: Tensor, pages: int, page_size: int) -> Tensor:
+    """The page table as the kernels read it, [b, pages of a sequence] int32, 0 behind each length.
+
+    Raises:
+        ValueError: a page within the lengths that is not there.
+    """
+    first = torch.arange(page_table.shape[1], device=page_table.device) * page_size
+    used = torch.where(first < ends[:, None], page_table, 0)
+    wrong = ((used < 0) | (used >= max(pages, 1))).nonzero()
+    if len(wrong):
+        i, j = wrong[0].tolist()
+        came = int(page_table[i, j])
+        raise ValueError(f"page_table[{i}, {j}]: expected 0 to {pages - 1} within the lengths, got {came}")
+    return used.to(torch.int32).contiguous()
 
 
 def plan_for(
@@ -234,13 +265,14 @@ def plan_for(
     k_rope: Tensor,
     w_uv: Tensor,
     *,
+    t: int | None = None,
     causal: bool = True,
     path: Path | Literal["auto"] = "auto",
 ) -> Plan:
-    """:func:`make_plan` with the sizes read off the tensors."""
+    """:func:`make_plan` with the sizes read off the tensors; ``t`` where the latents are in pages."""
     return make_plan(
         s=q_nope.shape[1],
-        t=c_kv.shape[1],
+        t=c_kv.shape[1] if t is None else t,
         h=q_nope.shape[2],
         n=q_nope.shape[3],
         r=c_kv.shape[2],
@@ -325,9 +357,11 @@ def _native(
     key_mask: Tensor | None,
     causal: bool,
     plan: Plan,
+    page_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if key_mask is not None:
-        key_mask = key_mask.expand(q_nope.shape[0], c_kv.shape[1]).contiguous()
+        t = c_kv.shape[1] * (1 if page_table is None else page_table.shape[1])
+        key_mask = key_mask.expand(q_nope.shape[0], t).contiguous()
     sinks = None if sinks is None else sinks.float().contiguous()
     attend = native.prefill if plan.path == "expanded" else native.absorbed
     return attend(
@@ -341,6 +375,7 @@ def _native(
         scale=scale,
         causal=causal,
         latent_scale=latent_scale,
+        page_table=page_table,
         key_mask=key_mask,
         sinks=sinks,
     )
@@ -356,24 +391,35 @@ def _check(
     mask: Tensor | None,
     sinks: Tensor | None,
     latent_scale: Tensor | None,
+    page_table: Tensor | None = None,
 ) -> None:
     if q_nope.ndim != 4:
         raise ValueError(f"q_nope: expected 4 dimensions [b, s, h, n], got shape {tuple(q_nope.shape)}")
+    rows = "b, t" if page_table is None else "pages, page size"
     for name, tensor, sizes in (
-        ("c_kv", c_kv, "[b, t, r]"),
-        ("k_rope", k_rope, "[b, t, p]"),
+        ("c_kv", c_kv, f"[{rows}, r]"),
+        ("k_rope", k_rope, f"[{rows}, p]"),
         ("w_uv", w_uv, "[h, v, r]"),
     ):
         if tensor.ndim != 3:
             raise ValueError(f"{name}: expected 3 dimensions {sizes}, got shape {tuple(tensor.shape)}")
     b, s, h, n = q_nope.shape
-    t, r = c_kv.shape[1:]
-    p, v = k_rope.shape[2], w_uv.shape[1]
+    held, r = (b, c_kv.shape[1]), c_kv.shape[2]
+    t, p, v = c_kv.shape[1], k_rope.shape[2], w_uv.shape[1]
+    if page_table is not None:
+        _check_device("page_table", page_table, q_nope)
+        fits = page_table.ndim == 2 and len(page_table) == b
+        if not fits or page_table.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"page_table: expected int32 or int64 [b, pages of a sequence] with b = {b}, "
+                f"got {page_table.dtype} {tuple(page_table.shape)}"
+            )
+        held, t = (c_kv.shape[0], c_kv.shape[1]), page_table.shape[1] * c_kv.shape[1]
     expected = {
         "q_nope [b, s, h, n]": (q_nope, (b, s, h, n)),
         "q_rope [b, s, h, p]": (q_rope, (b, s, h, p)),
-        "c_kv [b, t, r]": (c_kv, (b, t, r)),
-        "k_rope [b, t, p]": (k_rope, (b, t, p)),
+        f"c_kv [{rows}, r]": (c_kv, (*held, r)),
+        f"k_rope [{rows}, p]": (k_rope, (*held, p)),
         "w_uk [h, n, r]": (w_uk, (h, n, r)),
         "w_uv [h, v, r]": (w_uv, (h, v, r)),
     }
@@ -381,7 +427,7 @@ def _check(
         wanted, came = ("a tensor", "None") if latent_scale is None else ("None", "a tensor")
         raise ValueError(f"latent_scale: expected {wanted} beside {c_kv.dtype} latents, got {came}")
     if latent_scale is not None:
-        expected["latent_scale [b, t]"] = (latent_scale, (b, t))
+        expected[f"latent_scale [{rows}]"] = (latent_scale, held)
     if sinks is not None:
         expected["sinks [h]"] = (sinks, (h,))
     for name, (tensor, shape) in expected.items():
