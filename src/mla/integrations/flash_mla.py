@@ -2,11 +2,14 @@
 
 Import from ``mla.integrations.flash_mla`` what came from ``flash_mla``. Names, arguments, defaults, layouts
 and results are those of https://github.com/deepseek-ai/FlashMLA (MIT licence, state of April 2026; interface
-only). Head counts, page sizes and widths that its GPU kernels refuse work as well. As there, no gradients.
+only). Head counts, page sizes and widths that its GPU kernels refuse work as well. As there, gradients flow
+through the functions of prefill on whole keys and values (``flash_attn_varlen_...``) and through no others.
 
 Shapes: b sequences, s query tokens, h query heads, t key tokens, d = r + p the width of a cached token, of
 which the first r values are the latent (``head_dim_v``) and the last p the rotary key.
 """
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,6 +19,9 @@ from mla.ops import arguments, native, portable
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _INTEGERS = (torch.int32, torch.int64)
 _BYTES = (torch.float8_e4m3fn, torch.uint8, torch.int8)
+
+# Scores of whole keys that are held at once (64 MiB), but at least one query's.
+_SCORES_AT_ONCE = 2**24
 
 # Bytes of a token in FlashMLA's two fp8 layouts, by d.
 _FP8_WIDTHS = {576: 656, 512: 584}
@@ -183,6 +189,103 @@ def flash_mla_sparse_fwd(
     return out[:, 0], max_logits, lse
 
 
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_qo: Tensor,
+    cu_seqlens_kv: Tensor,
+    max_seqlen_qo: int,
+    max_seqlen_kv: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+    is_varlen: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Attention over whole keys and values of sequences that lie one after another ("MHA mode"), in torch.
+
+    Args:
+        q: [tokens, h, d] queries, bf16, fp16 or fp32.
+        k: [keys, h_k, d] keys of q's dtype; h is a multiple of h_k.
+        v: [keys, h_k, d_v] values of q's dtype.
+        cu_seqlens_qo, cu_seqlens_kv: [b + 1] int32 or int64, where the queries and the keys of each sequence
+            begin, and after the last one their number.
+        max_seqlen_qo, max_seqlen_kv, is_varlen: not used, the sequences say their lengths.
+        dropout_p: 0.0 only, as in FlashMLA.
+        softmax_scale: factor on the scores; None means d ** -0.5.
+        causal: the queries of a sequence are its last keys, and none sees a key after itself.
+        deterministic: not used, the same call gives the same bits.
+
+    Returns:
+        out [tokens, h, d_v] in q's dtype, and lse [tokens, h] in fp32, the natural log-sum-exp of the scaled
+        scores. A query that sees no key gives out = 0 and lse = +inf.
+
+    Raises:
+        ValueError: arguments that do not fit: which, what was expected, what came.
+        NotImplementedError: dropout.
+    """
+    _expect("q [tokens, h, d]", q, (None, None, None), _FLOATS)
+    _expect("k [keys, h_k, d]", k, (None, None, q.shape[2]), (q.dtype,))
+    _expect("v [keys, h_k, d_v]", v, (*k.shape[:2], None), (q.dtype,))
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"k: expected heads that divide the {q.shape[1]} of q, got {k.shape[1]}")
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    arguments.check_scale(scale, "softmax_scale")
+    if dropout_p != 0.0:
+        raise NotImplementedError(f"dropout_p: expected 0.0, which is all that FlashMLA has, got {dropout_p}")
+    queries = _spans("cu_seqlens_qo", cu_seqlens_qo, len(q))
+    keys = _spans("cu_seqlens_kv", cu_seqlens_kv, len(k))
+    if len(queries) != len(keys):
+        wanted = f"as many sequences as cu_seqlens_qo, {len(queries)}"
+        raise ValueError(f"cu_seqlens_kv: expected {wanted}, got {len(keys)}")
+    nothing = slice(0, 0)  # so that there is a part also without sequences
+    with portable.no_autocast("cpu"):
+        parts = [
+            _attend_whole(q[mine], k[seen], v[seen], scale, causal)
+            for mine, seen in zip([nothing, *queries], [nothing, *keys], strict=True)
+        ]
+    out, lse = (torch.cat(x) for x in zip(*parts, strict=True))
+    return out, lse
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_qo: Tensor,
+    cu_seqlens_kv: Tensor,
+    max_seqlen_qo: int,
+    max_seqlen_kv: int,
+    head_dim_qk: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+    is_varlen: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """:func:`flash_attn_varlen_func` of keys and values in one tensor [keys, h_k, head_dim_qk + d_v]."""
+    k, v = kv[..., :head_dim_qk], kv[..., head_dim_qk:]
+    sizes = (cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv)
+    return flash_attn_varlen_func(q, k, v, *sizes, dropout_p, softmax_scale, causal)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    head_dim_qk: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+    is_varlen: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """:func:`flash_attn_varlen_func` of queries, keys and values in one [tokens, h, 2·head_dim_qk + d_v]."""
+    q, k, v = qkv.tensor_split([head_dim_qk, 2 * head_dim_qk], dim=-1)
+    sizes = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return flash_attn_varlen_func(q, k, v, *sizes, dropout_p, softmax_scale, causal)
+
+
 def _expect(name: str, x: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]) -> None:
     fits = len(shape) == x.ndim and all(n in (None, size) for n, size in zip(shape, x.shape, strict=True))
     if not fits or x.dtype not in dtypes:
@@ -191,6 +294,15 @@ def _expect(name: str, x: Tensor, shape: tuple[int | None, ...], dtypes: tuple[t
         raise ValueError(f"{name}: expected {kinds} of shape [{sizes}], got {x.dtype} {tuple(x.shape)}")
     if x.device.type != "cpu":
         raise ValueError(f"{name}: expected a CPU tensor, got one on {x.device}")
+
+
+def _spans(name: str, ends: Tensor, total: int) -> list[slice]:
+    """The rows of each sequence, of which the beginnings, and the end of the last one, are given."""
+    _expect(f"{name} [b + 1]", ends, (None,), _INTEGERS)
+    places: list[int] = ends.tolist()
+    if places[:1] != [0] or places[-1] != total or places != sorted(places):
+        raise ValueError(f"{name}: expected rising numbers from 0 to {total}, got {places}")
+    return [slice(first, last) for first, last in pairwise(places)]
 
 
 def _given(arguments: dict[str, Tensor | None]) -> str:
@@ -352,6 +464,28 @@ def _attend(
         out[i], lse[i] = (x[0] for x in made)
     # Without keys the share that a sink of -inf leaves is 0 / 0.
     return out.masked_fill(lse[..., None] == -torch.inf, 0.0).to(dtype), lse
+
+
+def _attend_whole(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """out [s, h, d_v] in q's dtype and lse [s, h] of one sequence, q [s, h, d], k and v [t, h_k, width]."""
+    s, h, d = q.shape
+    t, h_k, d_v = v.shape
+    blind = s if t == 0 else max(s - t, 0) if causal else 0  # the first queries, which see no key
+    out, lse = [q.new_zeros(blind, h, d_v)], [q.new_full((blind, h), torch.inf, dtype=torch.float32)]
+    keys, values = k.float().permute(1, 2, 0), v.float().transpose(0, 1)
+    size = max(1, _SCORES_AT_ONCE // max(h * t, 1))
+    for start in range(blind, s, size):
+        # The query heads of one key head, and their tokens, are the rows of one product.
+        tile = q[start : start + size].float().transpose(0, 1)
+        n = tile.shape[1]
+        scores = (tile.reshape(h_k, -1, d) @ keys * scale).view(h, n, t)
+        if causal:
+            seen = torch.ones(n, t, dtype=torch.bool, device=q.device).tril(t - s + start)
+            scores = scores.masked_fill(~seen, -torch.inf)
+        made = scores.softmax(-1).view(h_k, -1, t) @ values
+        out.append(made.view(h, n, d_v).transpose(0, 1).to(q.dtype))
+        lse.append(scores.logsumexp(-1).T)
+    return torch.cat(out), torch.cat(lse)
 
 
 def _lse(lse: Tensor) -> Tensor:
