@@ -50,6 +50,16 @@ class Letters:
         pass
 
 
+def test_a_limit_counts_tokens_however_long_they_are() -> None:
+    class Words(Letters):
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [1, *(len(word) for word in text.split())] if text else [1]}
+
+    text = ("pneumonoultramicroscopic" + " ") * 1000
+    assert cut_text(text, Words(), 8, limit=70).shape == (10, 8)
+    assert cut_text(text, Words(), 8).shape == (142, 8)
+
+
 @pytest.mark.parametrize(("bos", "fresh"), [(None, 8), (1, 7)])
 def test_all_of_a_text_in_windows_that_begin_as_in_use(bos: int | None, fresh: int) -> None:
     text = "abcdefghijklmnopqrstuvwxyz"

@@ -136,7 +136,10 @@ class _Run:
         self.reference = _hidden(teacher, held_out)
         self.keeps = windows.numel() * self.reference.shape[-1] * self.reference.element_size() <= _KEPT
         self.theirs: dict[int, Tensor] = {}
-        self.mark = [_FORMAT, seconds, seed, mark([windows, held_out], [student, teacher])]
+        # What is trained, not all of the student: the constant biases beside it are sums, whose last digits a
+        # process with other threads may find otherwise.
+        trained = nn.ParameterList(self.parameters.values())
+        self.mark = [_FORMAT, seconds, seed, mark([windows, held_out], [trained, teacher])]
         self.started, self.spent, self.saved_at = time.monotonic(), 0.0, 0.0
         self.step, self.tokens = 0, 0
         self.checked, self.check_takes = 0, 0.0  # the step of the last check, and its seconds

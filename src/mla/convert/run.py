@@ -170,7 +170,7 @@ def _command(source: str, out: Path, request: Request) -> str:
     for text in request.calibration:
         words += ["--calibration", text]
     words += ["--windows", request.windows, "--window", request.window, "--seed", request.seed]
-    words += ["--heal", f"{request.heal:g}"] if request.heal else []
+    words += ["--heal", request.heal] if request.heal else []
     words += ["--split-query"] if request.split_query else []
     return shlex.join(str(word) for word in [*words, "--dtype", request.dtype])
 
@@ -181,11 +181,15 @@ def _licence(source: str) -> str | None:
     card = None if folder is None else folder / "README.md"
     if card is None or not card.is_file():
         return None
-    head = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    named = (
-        re.search(r"^license:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*$", head[1], re.MULTILINE) if head else None
-    )
-    return named[1] if named else None
+    try:
+        text = card.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # the model is converted, and its licence is a matter of its own
+        return None
+    head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    if head is None:
+        return None
+    named = re.search(r"^license:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*$", head[1], re.MULTILINE)
+    return None if named is None else named[1]
 
 
 def _kept(promise: Promise, quality: dict[str, Any]) -> bool:

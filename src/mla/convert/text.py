@@ -227,15 +227,19 @@ def cut_text(text: str, tokenizer: Any, length: int, *, limit: int | None = None
         tokenizer: a Transformers tokenizer. Its beginning-of-sequence token, where it adds one by itself,
             starts every window, as it does in use.
         length: tokens per window.
-        limit: of the text at most so many tokens, and sixteen times as many characters: a large file is not
-            tokenised whole. None takes all of it.
+        limit: of the text at most so many tokens; a large file is not tokenised whole. None takes all of it.
 
     Returns:
         int64 token ids [windows, length]; there may be no window.
     """
     start = _beginning(tokenizer)
-    some = text if limit is None else text[: 16 * limit]
-    ids = tokenizer(some, verbose=False)["input_ids"][len(start) :][:limit]
+    # 16 characters per token are more than nearly every text needs; where they are not enough, more is read.
+    reach = len(text) if limit is None else 16 * limit
+    while True:
+        ids = tokenizer(text[:reach], verbose=False)["input_ids"][len(start) :][:limit]
+        if reach >= len(text) or len(ids) == limit:
+            break
+        reach *= 2
     fresh = length - len(start)
     count = len(ids) // fresh
     rows = torch.tensor(ids[: count * fresh], dtype=torch.int64).view(count, fresh)
