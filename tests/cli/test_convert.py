@@ -13,7 +13,8 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
 from mla.convert import exclusive
@@ -303,6 +304,39 @@ def test_a_file_on_the_way_to_out(mla, llama_folder, tmp_path, options, monkeypa
     run = mla("convert", llama_folder, tmp_path / "file" / "out", *options, *SMALL)
     assert run.status == 2
     assert "cannot be written" in " ".join(run.err.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "written", "kept"),
+    [
+        ((), 2, ".out.converting"),
+        (("--max-kl", 100), 3, ".out.exploring"),
+        (("--explore",), 3, ".out.exploring"),
+    ],
+)
+def test_a_full_disk(mla, llama_folder, tmp_path, monkeypatch, options, written, kept):
+    """One line, and the same command goes on."""
+    parts = []
+
+    def fills(tensors, path):
+        if len(parts) == written:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        parts.append(path)
+        save_file(tensors, path)
+
+    with monkeypatch.context() as full:
+        full.setattr("mla.convert.parts.save_file", fills)
+        run = mla("convert", llama_folder, tmp_path / "out", *options, *SMALL)
+    assert run.status == 2
+    (said,) = run.err.strip().splitlines()
+    assert said.startswith("mla: error: ")
+    assert "No space left on device (os error 28). There must be room for it" in said
+    assert said.endswith(
+        f"What is finished is kept in {tmp_path / kept}: the same command goes on from there"
+    )
+    run = mla("convert", llama_folder, tmp_path / "out", *options, *SMALL)
+    assert run.status == 0, run.err
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_more_than_there_is_memory(mla, llama_folder, tmp_path, monkeypatch):
