@@ -156,13 +156,16 @@ class Session:
                 "top_p": sampling.top_p,
                 "top_k": self.model.generation_config.top_k or 0,
             }
+        padding = self.tokenizer.pad_token_id
+        if padding is None:  # the first token, 0, is one
+            padding = self.tokenizer.eos_token_id
         with torch.no_grad():  # interrupted, the cache may hold half a step: it is not kept
             output = self.model.generate(
                 ids.to(self.model.device),
                 attention_mask=torch.ones_like(ids).to(self.model.device),
                 past_key_values=cache,
                 max_new_tokens=wanted - s,
-                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+                pad_token_id=padding,
                 streamer=clock,
                 stopping_criteria=StoppingCriteriaList(
                     [lambda ids, _, **__: torch.full((len(ids),), stopped(), device=ids.device)]
