@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from mla.digest import canonical, digest, digest_of_weights
+from mla.digest import canonical, digest, digest_of_files, digest_of_weights
 from tests.convert.tiny import teacher
 
 
@@ -28,3 +28,21 @@ def test_a_changed_matrix_a_dtype_and_a_buffer_are_seen():
     found |= {digest_of_weights(trained), digest_of_weights(turned)}
     assert len(found) == 4
     assert digest_of_weights(model) == digest_of_weights(teacher())
+
+
+def test_a_changed_or_other_file_is_seen(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(bytes(1 << 20))
+    two.write_bytes(b"short")
+    found = {
+        digest_of_files([one, two]),
+        digest_of_files([two, one]),
+        digest_of_files([one]),
+        digest_of_files([]),
+    }
+    content = bytearray(one.read_bytes())
+    content[-1] = 1
+    one.write_bytes(content)
+    found.add(digest_of_files([one, two]))
+    assert len(found) == 5
+    assert digest_of_files([one, two]) == digest_of_files([one, two])

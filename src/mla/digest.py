@@ -2,11 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_STRETCHES, _STRETCH = 64, 4096
 
 
 def digest(*parts: bytes) -> str:
@@ -26,6 +29,20 @@ def canonical(value: Any) -> bytes:
 def digest_of_weights(model: torch.nn.Module) -> str:
     """Of name, dtype, shape and a thousand numbers of every tensor, buffers like RoPE's included."""
     return digest(*_samples(model))
+
+
+def digest_of_files(files: Iterable[Path]) -> str:
+    """Of name, size and 64 stretches of every file, spread over it."""
+    return digest(*(part for file in files for part in _stretches(file)))
+
+
+def _stretches(file: Path) -> Iterator[bytes]:
+    size = file.stat().st_size
+    yield f"{file.name} {size}".encode()
+    with file.open("rb") as content:
+        for index in range(_STRETCHES):
+            content.seek(max(0, size - _STRETCH) * index // (_STRETCHES - 1))
+            yield content.read(_STRETCH)
 
 
 def _samples(model: torch.nn.Module) -> Iterator[bytes]:

@@ -58,7 +58,6 @@ def test_the_vllm_engine_is_vllms_own_server(mla, mla_folder, monkeypatch):
     count = len(became)
     asked = ("serve", mla_folder, "--engine", "vllm")
     assert "auto, fp32, bf16, int8, got fp16; take --engine t" in mla(*asked, "--cache-format", "fp16").err
-    assert "--cache-dir: vLLM keeps prefixes in its own way; take" in mla(*asked, "--cache-dir", "x").err
     assert len(became) == count
 
 
@@ -69,6 +68,14 @@ def test_vllms_own_options_follow_ours(mla, mla_folder, became):
     assert command[-3:] == ["--tensor-parallel-size", "2", "--seed=3"]
     run = mla("serve", mla_folder, "--engine", "transformers", "--", "--seed=3")
     assert (run.status, "--seed=3: options after -- are vLLM's; take --engine vllm" in run.err) == (2, True)
+
+
+def test_prefixes_on_disk_beneath_vllm(mla, mla_folder, tmp_path, became):
+    mla("serve", mla_folder, "--cache-dir", tmp_path / "latents", "--cache-dir-size", "3GB")
+    ((command, _),) = became
+    setting = json.loads(command[command.index("--kv-transfer-config") + 1])
+    assert setting["kv_connector_extra_config"] == {"folder": str(tmp_path / "latents"), "size": 3 * 10**9}
+    assert (setting["kv_connector"], setting["kv_load_failure_policy"]) == ("LatentConnector", "recompute")
 
 
 def test_what_no_server_could_serve_is_refused_before_vllm_starts(mla, mla_folder, llama_folder, became):
@@ -91,7 +98,6 @@ def test_what_vllm_cannot_serve_is_left_to_transformers(mla, mla_folder, tmp_pat
     config = json.loads((biased / "config.json").read_text())
     (biased / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
     for folder, options, reason in (
-        (mla_folder, ("--cache-dir", tmp_path), "vLLM keeps prefixes in its own way"),
         (mla_folder, ("--cache-format", "fp16"), "vLLM takes auto, fp32, bf16, int8, got fp16"),
         (biased, (), "has biases in its attention, for which vLLM has no place"),
     ):

@@ -210,16 +210,3 @@ def test_two_ranks_say_the_same(paths, texts):
     answers = engine.run([job(paths[name], tensor_parallel_size=2) for name in names], env)
     for name, answer in zip(names, answers, strict=True):
         assert tokens(answer) == texts[name]
-
-
-def test_a_prefix_survives_a_restart(paths, texts, tmp_path):
-    transfer = {
-        "kv_connector": "ExampleConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
-    }
-    jobs = [job(paths["deepseek-v3"], [[LONG]], kv_transfer_config=transfer, block_size=16)]
-    before, after = (engine.run(jobs)[0] for _ in range(2))
-    assert tokens(before) == tokens(after) == [texts["deepseek-v3"][PROMPTS.index(LONG)]]
-    assert before["rounds"][0][0]["cached"] == 0
-    assert after["rounds"][0][0]["cached"] == 144

@@ -15,6 +15,8 @@ from mla.digest import canonical, digest
 from mla.errors import MLAError
 
 _SUFFIX = ".latents.safetensors"
+#: So many new tokens make a conversation worth writing, and this share of its length.
+_WORTH_WRITING, _WORTH_WRITING_SHARE = 32, 8
 
 
 def common_length(one: Tensor, other: Tensor) -> int:
@@ -70,6 +72,11 @@ class PrefixFolder:
             if common > best[1]:
                 best = (file, common)
         return best
+
+    def wants(self, tokens: Sequence[int]) -> bool:
+        """Whether enough of ``tokens`` is new to be worth a file."""
+        new = len(tokens) - self.longest(tokens)[1]
+        return new >= max(_WORTH_WRITING, len(tokens) // _WORTH_WRITING_SHARE)
 
     def load(self, file: Path, cache: LatentCache, keep: int, device: torch.device) -> None:
         """Fill the empty ``cache`` with the first ``keep`` tokens of ``file``, which counts as used now.

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import socket
 import sys
@@ -42,7 +43,7 @@ def serve(
     ] = None,
     cache_dir: Annotated[
         Path | None,
-        typer.Option(help="Keep the latents of prompts in this folder, beyond a restart; transformers only."),
+        typer.Option(help="Keep the latents of prompts in this folder, beyond a restart."),
     ] = None,
     cache_dir_size: Annotated[
         str, typer.Option(help="Largest size of that folder; the prefix not used for longest goes first.")
@@ -68,12 +69,15 @@ def serve(
     name = served_model_name or model
     with ExitStack() as stack:
         stack.enter_context(console.quiet_libraries())
-        if _takes_vllm(engine, model, max_model_len, cache_format, cache_dir, vllm_options):
+        if _takes_vllm(engine, model, max_model_len, cache_format, vllm_options):
             _warn_of_strangers(host, api_key or os.environ.get("VLLM_API_KEY"))
             # Without "auto" vLLM ends where the model's full length does not fit, and takes nothing less.
             length = "auto" if max_model_len is None else str(max_model_len)
             options = ["--host", host, "--port", str(port), "--max-model-len", length]
             options += [] if served_model_name is None else ["--served-model-name", served_model_name]
+            options += (
+                [] if cache_dir is None else ["--kv-transfer-config", _connector(cache_dir, folder_size)]
+            )
             _become_vllm(model, options, vllm_options or [], cache_format, budget, api_key, dtype)
         listener = stack.enter_context(_listen(host, port))
         asked = (dtype, cache_format, max_model_len, budget, api_key, cache_dir, folder_size)
@@ -144,7 +148,6 @@ def _takes_vllm(
     model: str,
     max_model_len: int | None,
     cache_format: str,
-    cache_dir: Path | None,
     vllm_options: list[str] | None,
 ) -> bool:
     """Whether vLLM serves. What it cannot do is refused beforehand; "auto" leaves it to Transformers."""
@@ -159,9 +162,7 @@ def _takes_vllm(
 
     config, _ = load_mla_config(model, max_model_len=max_model_len)
     reason = None
-    if cache_dir is not None:
-        reason = "--cache-dir: vLLM keeps prefixes in its own way"
-    elif cache_format not in _VLLM_FORMATS:
+    if cache_format not in _VLLM_FORMATS:
         reason = f"--cache-format: vLLM takes {', '.join(_VLLM_FORMATS)}, got {cache_format}"
     elif getattr(config.get_text_config(decoder=True), "attention_bias", False):
         reason = f"{model} has biases in its attention, for which vLLM has no place"
@@ -171,6 +172,19 @@ def _takes_vllm(
         raise MLAError(f"{reason}; take --engine transformers")
     _say(f"{reason}; Transformers serves")
     return False
+
+
+def _connector(folder: Path, size: int) -> str:
+    """vLLM's setting that keeps prefixes in a folder."""
+    return json.dumps(
+        {
+            "kv_connector": "LatentConnector",
+            "kv_connector_module_path": "mla.integrations.vllm.connector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {"folder": str(folder.absolute()), "size": size},
+        }
+    )
 
 
 def _become_vllm(

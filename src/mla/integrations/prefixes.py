@@ -23,8 +23,6 @@ _STEP = 1024
 _WORTH_READING = 32
 #: So many tokens may a kept conversation lose by being cut back for another; beyond that it is copied.
 _WORTH_KEEPING = 32
-#: So many new tokens make a conversation worth writing to the folder, and this share of its length.
-_WORTH_WRITING, _WORTH_WRITING_SHARE = 32, 8
 
 
 def fingerprint(model: Any, cache_format: str) -> dict[str, str]:
@@ -154,13 +152,11 @@ class Prefixes:
             kept for kept in self._kept if common_length(kept.tokens, new.tokens) < len(kept.tokens)
         ]
         self._kept.append(new)
-        if self._folder is not None:
-            unwritten = len(held) - self._folder.longest(held)[1]
-            if unwritten >= max(_WORTH_WRITING, len(held) // _WORTH_WRITING_SHARE):
-                try:
-                    self._folder.save(cache, held)
-                except MLAError as error:
-                    self._note(str(error))
+        if self._folder is not None and self._folder.wants(held):
+            try:
+                self._folder.save(cache, held)
+            except MLAError as error:
+                self._note(str(error))
 
     def save(self, file: Path, model: Mapping[str, str]) -> None:
         """Write the conversation used last to a file, with the model's fingerprint.
