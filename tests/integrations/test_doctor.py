@@ -1,6 +1,7 @@
 """The doctor's refusals; what it finds is tested where the command line shows it."""
 
 import pytest
+import torch
 
 from mla.errors import MLAError
 from mla.integrations.doctor import diagnose
@@ -25,3 +26,11 @@ def test_weights_that_no_cache_format_holds():
     with pytest.raises(MLAError, match=r"expected weights in fp32, bf16 or fp16, got torch.float64; convert"):
         diagnose(model, token_ids(1, 8))
     assert not is_absorbed(model)
+
+
+def test_an_adapter_is_refused_as_absorb_refuses_it():
+    model = build("deepseek_v3")
+    attention = model.model.layers[1].self_attn
+    attention.kv_b_proj = torch.nn.Sequential(attention.kv_b_proj)
+    with pytest.raises(MLAError, match=r"layers\.1\.self_attn\.kv_b_proj: .* merge an adapter"):
+        diagnose(model, token_ids(1, 8))

@@ -13,6 +13,7 @@ from mla.config import MLAConfig
 from mla.errors import MLAError
 from mla.integrations.loading import DTYPE_FORMATS
 from mla.integrations.transformers import absorb, absorbed_path, latent_attentions, restore
+from mla.nn.layers import check_weight_says_all
 
 # Relative error of a layer's output that rounding alone explains, by the dtype of the weights. Half-precision
 # runs differ from themselves by this much when the order of a sum changes.
@@ -91,6 +92,8 @@ def diagnose(model: Any, ids: Tensor, *, on_progress: Callable[[int, int], None]
         wanted = f"[1, t] with t from {_FEWEST} to {config.max_position_embeddings}"
         raise MLAError(f"ids: expected {wanted}, got shape {tuple(ids.shape)}")
     modules = latent_attentions(model)
+    for name, module in modules.items():
+        check_weight_says_all(f"{name}.kv_b_proj", module.kv_b_proj)
     dtypes = {module.kv_b_proj.weight.dtype for module in modules.values()}
     if strange := dtypes - set(TOLERANCE):
         raise MLAError(

@@ -22,7 +22,7 @@ from mla.cache import LatentCache
 from mla.errors import MLAError
 from mla.integrations.layers import give_back, take_over
 from mla.nn.layers import check_weight_says_all
-from mla.ops.attention import Path, check_path, plan_for, prefill
+from mla.ops.attention import Path, check_path, has_values, plan_for, prefill
 from mla.ops.latent import Latents, split_rows
 
 IMPLEMENTATION = "mla_absorbed"
@@ -236,8 +236,8 @@ def _without_unseen_end(held: Latents, mask: Tensor) -> tuple[Latents, Tensor]:
 
     What is left is causal, or a mask of keys, which the kernels take, and as long as what has been written.
     """
-    # Only where looking at values is free: not in a trace, which has none, and not on another device.
-    if mask.dtype != torch.bool or mask.device.type != "cpu" or _is_traced() or mask.shape[-1] < 2:
+    # Only where looking at values is possible, and free: not on another device.
+    if mask.dtype != torch.bool or mask.device.type != "cpu" or not has_values(mask) or mask.shape[-1] < 2:
         return held, mask
     if bool(mask[..., -1].any()):
         return held, mask
@@ -308,7 +308,7 @@ def _attention_mask(
         and not isinstance(q_offset, Tensor)
         and kv_offset + kv_length == q_offset + q_length
         and (local_size is None or kv_length < local_size)
-        and (attention_mask is None or (not _is_traced() and bool(attention_mask.all())))
+        and (attention_mask is None or (has_values(attention_mask) and bool(attention_mask.all())))
     ):
         return None
     mask: Tensor | None = sdpa_mask(
@@ -323,11 +323,6 @@ def _attention_mask(
         **kwargs,
     )
     return mask
-
-
-def _is_traced() -> bool:
-    """Whether what runs now is recorded for other masks, whose values are not known yet."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _prepare_latent_cache(

@@ -35,9 +35,10 @@ def check_weight_says_all(name: str, projection: Any) -> None:
         Linear.forward,
     )
     if not plain or projection.bias is not None:
+        came = type(projection).__name__ + (" with a bias" if plain else "")
         raise MLAError(
-            f"{name}: expected a plain linear layer without bias, which is used by its weight, got "
-            f"{projection}; merge an adapter (merge_and_unload) or load this layer unquantised"
+            f"{name}: expected a plain linear layer without bias, which is used by its weight, got {came}; "
+            "merge an adapter (merge_and_unload) or load this layer unquantised"
         )
     weight = projection.weight
     # Quantised and sharded tensors say that they are floating, and hold something else.

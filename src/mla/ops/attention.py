@@ -289,6 +289,13 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return followed or arguments.forward_mode()
 
 
+def has_values(mask: Tensor) -> bool:
+    """Whether Python may look into a mask: a trace holds for others, too, and vmap makes it many in one."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(mask)
+
+
 def _kernels_take(
     q_nope: Tensor,
     q_rope: Tensor,
@@ -326,10 +333,7 @@ def _simple_mask(mask: Tensor | None, causal: bool, s: int, t: int) -> tuple[Ten
         return None
     if mask.shape[2] == 1:
         return mask[:, 0, 0], causal
-    # A trace knows no mask's values.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return None
-    if torch._C._functorch.is_functorch_wrapped_tensor(mask):  # many masks in one, by vmap: no one answer
+    if not has_values(mask):
         return None
     # Transformers writes padding and the causal limit into one mask, whose last query sees every key that is
     # not padding. Comparing costs one byte per score, next to nothing beside the score.
