@@ -70,6 +70,17 @@ def test_vllms_own_options_follow_ours(mla, mla_folder, became):
     assert (run.status, "--seed=3: options after -- are vLLM's; take --engine vllm" in run.err) == (2, True)
 
 
+@pytest.mark.parametrize(("cores", "own", "told"), [(2, None, "0"), (2, "1", "1"), (64, None, None)])
+def test_few_cores_all_compute(mla, mla_folder, monkeypatch, became, cores, own, told):
+    """vLLM would keep one of two for its scheduler."""
+    monkeypatch.setattr("mla.cli.serve.os.cpu_count", lambda: cores)
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    if own is not None:
+        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", own)
+    mla("serve", mla_folder)
+    assert became[0][1].get("VLLM_ENABLE_V1_MULTIPROCESSING") == told
+
+
 def test_prefixes_on_disk_beneath_vllm(mla, mla_folder, tmp_path, became):
     mla("serve", mla_folder, "--cache-dir", tmp_path / "latents", "--cache-dir-size", "3GB")
     ((command, _),) = became

