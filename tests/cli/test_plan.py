@@ -76,9 +76,8 @@ def test_files(mla, tmp_path):
     assert mla("plan", "youtu", "--png", picture).status == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     for option, name in (("--html", "plan.html"), ("--png", "plan.png")):
-        says(
-            mla("plan", "youtu", option, tmp_path / "none" / name), f"{name} cannot be written: No such file"
-        )
+        assert mla("plan", "youtu", option, tmp_path / "new" / name).status == 0
+        says(mla("plan", "youtu", option, page / name), f"{name} cannot be written: ")
 
 
 def test_png_without_matplotlib(mla, tmp_path, monkeypatch):

@@ -118,6 +118,14 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C means what it means at a terminal, also where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def press_ctrl_c(monkeypatch, *tokens):
     """While the second of three layers computes these tokens, counted from 1."""
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MLP
