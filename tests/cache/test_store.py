@@ -223,7 +223,14 @@ def test_killed_savers_and_shared_folders(tmp_path):
     (tmp_path / "kill").mkdir()
     (tmp_path / "replace").mkdir()
     command = [sys.executable, "-m", "tests.cache.killing", str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        timeout=600,
+    )
     assert run.returncode == 0, run.stderr
     assert "100 killed" in run.stdout
     assert "read while it was replaced" in run.stdout
