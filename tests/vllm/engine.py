@@ -96,11 +96,13 @@ def _answer(job: Job) -> Answer:
 
 def main() -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
     source, target = map(Path, sys.argv[1:])
     answers = []
     for job in json.loads(source.read_text()):
         answers.append(_answer(job))
+        ensure_kv_transfer_shutdown()  # the next model would be given this one's connector
         with contextlib.suppress(AssertionError):  # a refused model left nothing to clean up
             cleanup_dist_env_and_memory()
     target.write_text(json.dumps(answers))

@@ -8,13 +8,23 @@ import pytest
 
 from mla.cli.serve import _connector
 from tests.vllm import engine, models
-from tests.vllm.test_engine import LONG, TOKENS, job
+from tests.vllm.test_engine import LONG, TOKENS, job, tokens
 
 pytestmark = pytest.mark.vllm
 
 PAGE = 16
 #: What lies in whole pages of LONG, but for its last token.
 KEPT = (len(LONG) - 1) // PAGE * PAGE
+LONGER = [*LONG, *range(3, 40)]
+
+#: Options of a process that reads LONG, and of the one that takes it up after a restart.
+SETTINGS = {
+    "plain": {},
+    # A prompt that is read in several steps is whole when it is kept.
+    "chunks": {"max_num_batched_tokens": 32, "max_num_seqs": 4, "enable_prefix_caching": False},
+    "int8": {"kv_cache_dtype": "int8_per_token_head"},
+}
+PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -28,93 +38,98 @@ def model(folder):
 
 
 @pytest.fixture(scope="module")
-def text(model):
-    return models.Reference(model).greedy(LONG, TOKENS)
+def reference(model):
+    return models.Reference(model)
 
 
-def ask(model, place, rounds=([LONG],), size=10**9, env=None, **options):
-    """One process; answers of its rounds, how many tokens of each were there before, and its log."""
-    transfer = json.loads(_connector(Path(place), size))
-    (answer,) = engine.run(
-        [job(model, rounds, kv_transfer_config=transfer, **{"block_size": PAGE, **options})], env
+def keeping(model, place, rounds=([LONG],), **options):
+    transfer = json.loads(_connector(Path(place), 10**9))
+    return job(model, rounds, kv_transfer_config=transfer, **{"block_size": PAGE, **options})
+
+
+def cached(answer):
+    """How many tokens of each prompt were there before."""
+    return [each["cached"] for asked in answer["rounds"] for each in asked]
+
+
+@pytest.fixture(scope="module")
+def first(model, folder):
+    """Answers by setting of a process that finds nothing, and keeps what it reads."""
+    jobs = [keeping(model, folder / name, **options) for name, options in SETTINGS.items()]
+    return dict(zip(SETTINGS, engine.run(jobs), strict=True))
+
+
+@pytest.fixture(scope="module")
+def second(first, model, folder):
+    """Answers of another process, which finds that, also changed or where it is not its own."""
+    longer, damaged, strange = (
+        shutil.copytree(folder / "plain", folder / name) for name in ("longer", "damaged", "strange")
     )
-    assert "error" not in answer, answer["error"]
-    found = [each for asked in answer["rounds"] for each in asked]
-    return [each["tokens"] for each in found], [each["cached"] for each in found], answer["log"]
+    (file,) = damaged.iterdir()
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    other = shutil.copytree(model, folder / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    unsized = keeping(model, folder / "plain")
+    del unsized["options"]["kv_transfer_config"]["kv_connector_extra_config"]["size"]
+    jobs = {name: keeping(model, folder / name, **options) for name, options in SETTINGS.items()}
+    jobs |= {
+        "longer": keeping(model, longer, [[LONGER], [LONGER[:40]]]),
+        "damaged": keeping(model, damaged, [[LONGER]]),
+        "another model": keeping(str(other), strange),
+        "another format": keeping(model, folder / "int8"),
+        "without a size": unsized,
+    }
+    return dict(zip(jobs, engine.run(list(jobs.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_prefix_survives_a_restart(first, second, reference, folder, name):
+    assert cached(first[name]) == [0]
+    assert cached(second[name]) == [KEPT]
+    assert tokens(first[name]) == tokens(second[name])
+    if name != "int8":
+        assert tokens(first[name]) == [reference.greedy(LONG, TOKENS)]
+
+
+def test_a_longer_prompt_reads_the_rest(second, reference, folder):
+    """The next turn of a conversation; what it reads replaces the file."""
+    assert tokens(second["longer"])[0] == reference.greedy(LONGER, TOKENS)
+    assert cached(second["longer"]) == [len(LONG) // PAGE * PAGE, 32]
+    assert len(list((folder / "longer").iterdir())) == 1
+
+
+def test_a_damaged_file_is_computed_again(second, reference, folder):
+    """It goes, and what could not be filled from it is not kept."""
+    assert tokens(second["damaged"]) == [reference.greedy(LONGER, TOKENS)]
+    assert list((folder / "damaged").iterdir()) == []
+    assert "the prefix is computed again" in second["damaged"]["log"]
+    assert "checksum" in second["damaged"]["log"]
+
+
+def test_latents_of_another_model_or_format_are_not_taken(second, folder):
+    for name, place in (("another model", "strange"), ("another format", "int8")):
+        assert cached(second[name]) == [0]
+        assert len(list((folder / place).iterdir())) == 2
+
+
+def test_settings_that_are_missing_are_refused(second):
+    wanted = 'kv_connector_extra_config: expected "folder" and "size"'
+    assert wanted in second["without a size"]["error"]
 
 
 @pytest.mark.parametrize(
     ("options", "env"),
     [
-        ({}, {}),
-        # A prompt that is read in several steps is whole when it is kept.
-        ({"max_num_batched_tokens": 32, "max_num_seqs": 4, "enable_prefix_caching": False}, {}),
-        ({"enforce_eager": False}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}),
-        (
-            {"tensor_parallel_size": 2},
-            {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"},
-        ),
+        ({"enforce_eager": False}, PROCESSES),
+        ({"tensor_parallel_size": 2}, PROCESSES | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
     ],
-    ids=["plain", "chunks", "processes", "ranks"],
+    ids=["compiled", "ranks"],
 )
-def test_a_prefix_survives_a_restart(model, text, tmp_path, options, env):
-    said, cached, _ = ask(model, tmp_path / "latents", env=env, **options)
-    assert (said, cached) == ([text], [0])
-    assert len(list((tmp_path / "latents").iterdir())) == 1
-    said, cached, _ = ask(model, tmp_path / "latents", env=env, **options)
-    assert (said, cached) == ([text], [KEPT])
-
-
-@pytest.fixture(scope="module")
-def kept(model, text, folder):
-    """A folder with what one process has read: LONG."""
-    ask(model, folder / "kept")
-    return folder / "kept"
-
-
-def test_a_longer_prompt_reads_the_rest(model, kept, tmp_path):
-    """The next turn of a conversation; what it reads replaces the file."""
-    place = shutil.copytree(kept, tmp_path / "latents")
-    longer = [*LONG, *range(3, 40)]
-    said, cached, _ = ask(model, place, [[longer], [longer[:40]]])
-    assert said[0] == models.Reference(model).greedy(longer, TOKENS)
-    assert cached == [len(LONG) // PAGE * PAGE, 32]
-    assert len(list(place.iterdir())) == 1
-
-
-def test_int8_latents(model, tmp_path):
-    env = {"MLA_CACHE_FORMAT": "int8"}
-    before, _, _ = ask(model, tmp_path / "latents", env=env)
-    after, cached, _ = ask(model, tmp_path / "latents", env=env)
-    assert (after, cached) == (before, [KEPT])
-    _, cached, _ = ask(model, tmp_path / "latents")  # of another format
-    assert cached == [0]
-
-
-def test_a_file_that_changes_is_computed_again(model, text, kept, tmp_path):
-    place = shutil.copytree(kept, tmp_path / "latents")
-    (file,) = place.iterdir()
-    content = bytearray(file.read_bytes())
-    content[-100] ^= 1
-    file.write_bytes(content)
-    said, _, log = ask(model, place)
-    assert said == [text]
-    assert "the prefix is computed again" in log
-    assert "checksum" in log
-
-
-def test_another_models_latents_are_not_taken(model, kept, tmp_path):
-    other = shutil.copytree(model, tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
-    place = shutil.copytree(kept, tmp_path / "latents")
-    _, cached, _ = ask(str(other), place)
-    assert cached == [0]
-    assert len(list(place.iterdir())) == 2
-
-
-def test_what_cannot_be_kept_is_refused(model, tmp_path):
-    transfer = json.loads(_connector(tmp_path, 10**9))
-    del transfer["kv_connector_extra_config"]["size"]
-    (refused,) = engine.run([job(model, kv_transfer_config=transfer)])
-    assert 'kv_connector_extra_config: expected "folder" and "size"' in refused["error"]
+def test_in_processes_of_their_own(model, reference, tmp_path, options, env):
+    before, after = (engine.run([keeping(model, tmp_path, **options)], env)[0] for _ in range(2))
+    assert tokens(before) == tokens(after) == [reference.greedy(LONG, TOKENS)]
+    assert (cached(before), cached(after)) == ([0], [KEPT])
+    assert len(list(tmp_path.iterdir())) == 1

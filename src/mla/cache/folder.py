@@ -110,6 +110,10 @@ class PrefixFolder:
                 _remove(old)
         self._shrink()
 
+    def remove(self, file: Path) -> None:
+        """Remove a file of the folder, if it is there and may be removed."""
+        _remove(file)
+
     def _known(self) -> dict[Path, Tensor]:
         """The tokens of every file of this model; read once, since a file is never written twice."""
         known: dict[Path, Tensor] = {}

@@ -160,6 +160,7 @@ class LatentConnector(KVConnectorBase_V1):
                 self._folder.load(Path(load.file), cache, load.end, torch.device("cpu"))
             except MLAError as error:
                 _log.warning("%s; the prefix is computed again", error)
+                self._folder.remove(Path(load.file))  # or the scheduler would find it again
                 self._failed.update(load.pages[load.start // self._page : -(-load.end // self._page)])
                 continue
             where = self._where(load.pages, load.start, load.end)
@@ -176,7 +177,8 @@ class LatentConnector(KVConnectorBase_V1):
         """Copy prompts out of their pages, after the layers of this step; a thread writes them."""
         self._writing = [each for each in self._writing if not each.done()]
         for save in self._work().saves if self._writes else ():
-            if len(self._writing) < _WAITING:
+            # Pages that could not be filled hold nothing yet.
+            if len(self._writing) < _WAITING and not self._failed & set(save.pages):
                 self._writing.append(self._thread.submit(self._write, self._copy(save), save.tokens))
 
     def shutdown(self) -> None:
