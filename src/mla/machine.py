@@ -10,14 +10,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-
 _GROUPS = Path("/sys/fs/cgroup")
 _OWN = Path("/proc/self/cgroup")
 
 
 def free_memory() -> int:
     """Bytes that can be allocated now: what is free or soon would be, within every limit on this process."""
+    import psutil  # the command line loads this module for its quota alone
+
     free: int = psutil.virtual_memory().available
     for limit, used in _memory_limits():
         free = min(free, max(0, limit - used))
@@ -26,6 +26,8 @@ def free_memory() -> int:
 
 def total_memory() -> int:
     """Bytes of memory that this process might have if it were alone."""
+    import psutil
+
     total: int = psutil.virtual_memory().total
     return min([total, *(limit for limit, _ in _memory_limits())])
 

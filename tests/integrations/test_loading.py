@@ -49,17 +49,18 @@ def test_the_size_of_a_folder_is_that_of_the_files_that_are_read(half, tmp_path)
     bare = sum(each.numel() * each.element_size() for each in model.state_dict().values())
     folder = shutil.copytree(half, tmp_path / "twice")
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    config = load_config(str(half))
     for place in (half, folder):
-        assert weight_bytes(str(place), "float32") == 4 * numbers
-        assert bare <= weight_bytes(str(place), "auto") < bare + 20_000  # and a header
+        assert weight_bytes(str(place), config, "float32") == 4 * numbers
+        assert bare <= weight_bytes(str(place), config, "auto") < bare + 20_000  # and a header
 
 
 def test_a_hub_id_has_the_size_that_its_config_makes(half, monkeypatch):
     config = load_config(str(half))
     monkeypatch.setattr(loading, "load_config", lambda source: config)
     parameters = sum(each.numel() for each in build("deepseek_v3").parameters())
-    assert weight_bytes("some/model", "float32") == 4 * parameters
-    assert weight_bytes("some/model", "auto") == 2 * parameters
+    assert weight_bytes("some/model", config, "float32") == 4 * parameters
+    assert weight_bytes("some/model", config, "auto") == 2 * parameters
     monkeypatch.setattr(loading, "free_memory", lambda: 2 * parameters - 1)
     with pytest.raises(MLAError, match="the weights of some/model would need"):
         load_model("some/model")

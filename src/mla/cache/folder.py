@@ -107,12 +107,15 @@ class PrefixFolder:
         save_cache(file, cache, tokens, self.fingerprint)
         for old, held in self._known().items():
             if old != file and common_length(held, new) == len(held):
-                _remove(old)
+                self.remove(old)
         self._shrink()
 
-    def remove(self, file: Path) -> None:
-        """Remove a file of the folder, if it is there and may be removed."""
-        _remove(file)
+    def remove(self, file: Path) -> bool:
+        """Whether a file of the folder is gone: where users share it, it may be another one's to remove."""
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+            return True
+        return False
 
     def _known(self) -> dict[Path, Tensor]:
         """The tokens of every file of this model; read once, since a file is never written twice."""
@@ -148,13 +151,5 @@ class PrefixFolder:
         for file, status in files:
             if total <= self.limit:
                 return
-            if _remove(file):
+            if self.remove(file):
                 total -= status.st_size
-
-
-def _remove(file: Path) -> bool:
-    """Whether the file is gone: in a folder that users share it may be another one's to remove."""
-    with contextlib.suppress(OSError):
-        file.unlink(missing_ok=True)
-        return True
-    return False

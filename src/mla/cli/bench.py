@@ -37,7 +37,7 @@ def bench(
     """
     import torch
 
-    from mla.integrations.loading import choose_cache_format, load_mla_config, load_model
+    from mla.integrations.loading import load_mla_config, load_mla_model
     from mla.integrations.speed import measure_speed
     from mla.ops import native
 
@@ -45,17 +45,12 @@ def bench(
         raise MLAError(f"--tokens: expected at least 2, got {tokens}")
     checked = console.check_dtype(dtype)
     with console.quiet_libraries():
-        config, dimensions = load_mla_config(model)
+        _, dimensions = load_mla_config(model)
         most = dimensions.max_position_embeddings - tokens
         contexts = context or [each for each in _CONTEXTS if each <= most] or [most]
         if not all(1 <= each <= most for each in contexts):
             raise MLAError(f"--context: expected 1 to {most} beside {tokens} tokens to write, got {contexts}")
-        choose_cache_format(
-            cache_format, config, torch.float32
-        )  # an unknown one, before the weights are read
-        opened = load_model(model, dtype=checked, device=device)
-        computed = opened.get_input_embeddings().weight.dtype
-        chosen = choose_cache_format(cache_format, config, computed)
+        opened, _, chosen = load_mla_model(model, dtype=checked, cache_format=cache_format, device=device)
         with console.progress("timing") as advance:
             found = measure_speed(
                 opened,
@@ -67,7 +62,7 @@ def bench(
             )
     setting = {
         "model": model,
-        "dtype": str(computed).removeprefix("torch."),
+        "dtype": str(opened.get_input_embeddings().weight.dtype).removeprefix("torch."),
         "cache_format": chosen,
         "device": str(opened.device),
         "threads": torch.get_num_threads(),

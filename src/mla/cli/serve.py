@@ -71,7 +71,8 @@ def serve(
     name = served_model_name or model
     with ExitStack() as stack:
         stack.enter_context(console.quiet_libraries())
-        if _takes_vllm(engine, model, max_model_len, cache_format, vllm_options):
+        config = _config_for_vllm(engine, model, max_model_len, cache_format, vllm_options)
+        if config is not None:
             _warn_of_strangers(host, api_key or os.environ.get("VLLM_API_KEY"))
             # Without "auto" vLLM ends where the model's full length does not fit, and takes nothing less.
             length = "auto" if max_model_len is None else str(max_model_len)
@@ -80,10 +81,9 @@ def serve(
             options += (
                 [] if cache_dir is None else ["--kv-transfer-config", _connector(cache_dir, folder_size)]
             )
-            _become_vllm(model, options, vllm_options or [], cache_format, budget, api_key, dtype)
+            _become_vllm(model, config, options, vllm_options or [], cache_format, budget, api_key, dtype)
         listener = stack.enter_context(_listen(host, port))
-        asked = (dtype, cache_format, max_model_len, budget, api_key, cache_dir, folder_size)
-        app = _load(model, name, *asked)
+        app = _load(model, name, dtype, cache_format, max_model_len, budget, api_key, cache_dir, folder_size)
         _run(app, listener, name, host, api_key)
 
 
@@ -145,21 +145,21 @@ def _run(app: Any, listener: socket.socket, model: str, host: str, api_key: str 
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def _takes_vllm(
+def _config_for_vllm(
     engine: str,
     model: str,
     max_model_len: int | None,
     cache_format: str,
     vllm_options: list[str] | None,
-) -> bool:
-    """Whether vLLM serves. What it cannot do is refused beforehand; "auto" leaves it to Transformers."""
+) -> Any | None:
+    """The model's configuration if vLLM serves; what vLLM cannot do is refused, or left to Transformers."""
     has_vllm = importlib.util.find_spec("vllm") is not None
     if engine == "vllm" and not has_vllm:
         raise MLAError("--engine vllm: vLLM is not installed here; see docs/vllm.md")
     if engine == "transformers" or not has_vllm:
         if vllm_options:
             raise MLAError(f"{' '.join(vllm_options)}: options after -- are vLLM's; take --engine vllm")
-        return False
+        return None
     from mla.integrations.loading import load_mla_config
 
     config, _ = load_mla_config(model, max_model_len=max_model_len)
@@ -169,11 +169,11 @@ def _takes_vllm(
     elif getattr(config.get_text_config(decoder=True), "attention_bias", False):
         reason = f"{model} has biases in its attention, for which vLLM has no place"
     if reason is None:
-        return True
+        return config
     if engine == "vllm" or vllm_options:
         raise MLAError(f"{reason}; take --engine transformers")
     _say(f"{reason}; Transformers serves")
-    return False
+    return None
 
 
 def _connector(folder: Path, size: int) -> str:
@@ -191,6 +191,7 @@ def _connector(folder: Path, size: int) -> str:
 
 def _become_vllm(
     model: str,
+    config: Any,
     options: list[str],
     further: list[str],
     cache_format: str,
@@ -205,7 +206,7 @@ def _become_vllm(
     on_cpu = _is_for_cpus()
     settled = console.check_dtype(dtype)
     if settled == "auto" and on_cpu:
-        settled, usual_format = settle_auto(model)
+        settled, usual_format = settle_auto(model, config)
         if usual_format != "auto":
             environment.setdefault("MLA_CACHE_FORMAT", usual_format)
     options = [*options, "--dtype", settled]
@@ -216,7 +217,7 @@ def _become_vllm(
         # where the weights leave less than what it was told. The variable would win over the option.
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
         if budget is None:
-            weights, free = weight_bytes(model, settled), free_memory()
+            weights, free = weight_bytes(model, config, settled), free_memory()
             require_memory(weights + 1, f"the weights of {model}")
             budget = (free - weights) // 2
         options += ["--kv-cache-memory-bytes", str(budget)]

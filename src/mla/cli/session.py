@@ -13,10 +13,9 @@ from transformers.generation.streamers import BaseStreamer
 from mla.errors import MLAError
 from mla.integrations.loading import (
     DtypeName,
-    choose_cache_format,
-    load_mla_config,
-    load_model,
+    load_mla_model,
     load_tokenizer,
+    padding_token,
 )
 from mla.integrations.prefixes import Prefixes, read_prompt
 from mla.integrations.transformers import absorb
@@ -80,13 +79,11 @@ class Session:
         max_model_len: int | None = None,
         cache_format: str = "auto",
     ) -> None:
-        config, self.config = load_mla_config(source, max_model_len=max_model_len)
+        model, self.config, self.cache_format = load_mla_model(
+            source, dtype=dtype, cache_format=cache_format, device=device, max_model_len=max_model_len
+        )
         self.limit = max_model_len or self.config.max_position_embeddings
-        # An unknown name is refused before the weights are read.
-        choose_cache_format(cache_format, config, torch.float32)
-        self.model = absorb(load_model(source, dtype=dtype, device=device))
-        computed = self.model.get_input_embeddings().weight.dtype
-        self.cache_format = choose_cache_format(cache_format, config, computed)
+        self.model = absorb(model)
         self.tokenizer = load_tokenizer(source)
         self.prefixes = Prefixes(self.model, self.config, self.cache_format)
 
@@ -156,16 +153,13 @@ class Session:
                 "top_p": sampling.top_p,
                 "top_k": self.model.generation_config.top_k or 0,
             }
-        padding = self.tokenizer.pad_token_id
-        if padding is None:  # the first token, 0, is one
-            padding = self.tokenizer.eos_token_id
         with torch.no_grad():  # interrupted, the cache may hold half a step: it is not kept
             output = self.model.generate(
                 ids.to(self.model.device),
                 attention_mask=torch.ones_like(ids).to(self.model.device),
                 past_key_values=cache,
                 max_new_tokens=wanted - s,
-                pad_token_id=padding,
+                pad_token_id=padding_token(self.tokenizer),
                 streamer=clock,
                 stopping_criteria=StoppingCriteriaList(
                     [lambda ids, _, **__: torch.full((len(ids),), stopped(), device=ids.device)]

@@ -23,7 +23,7 @@ from mla.convert.pipeline import budget_for, convert
 from mla.convert.promise import Promise
 from mla.convert.saving import check_output, save
 from mla.convert.workspace import Notice, Progress, Request, Workspace, workspace
-from mla.reading import local_path
+from mla.reading import is_hub_id, local_path
 
 
 def run(
@@ -143,7 +143,7 @@ def _facts(
     return {
         "source": source,
         # What is not here came from the Hub.
-        "base_model": source if source.count("/") == 1 and local_path(source) is None else None,
+        "base_model": source if is_hub_id(source) and local_path(source) is None else None,
         "license": _licence(source),
         "command": _command(source, out, request),
         "dims": {"original_numbers_per_token_and_layer": original},

@@ -90,13 +90,43 @@ def load_mla_config(source: str, *, max_model_len: int | None = None) -> tuple[A
     return stored, config
 
 
-def settle_auto(source: str) -> tuple[DtypeName, str]:
+def load_mla_model(
+    source: str,
+    *,
+    dtype: DtypeName,
+    cache_format: str,
+    device: str = "cpu",
+    max_model_len: int | None = None,
+) -> tuple[Any, MLAConfig, str]:
+    """An MLA model, not absorbed yet, its dimensions, and the format of its caches.
+
+    Args:
+        source, dtype, device: as for :func:`load_model`.
+        cache_format: as for :func:`choose_cache_format`.
+        max_model_len: as for :func:`load_mla_config`.
+
+    Raises:
+        MLAError: as for these three.
+    """
+    stored, config = load_mla_config(source, max_model_len=max_model_len)
+    choose_cache_format(cache_format, stored, torch.float32)  # an unknown one, before the weights are read
+    model = load_model(source, dtype=dtype, device=device)
+    computed = model.get_input_embeddings().weight.dtype
+    return model, config, choose_cache_format(cache_format, stored, computed)
+
+
+def padding_token(tokenizer: Any) -> int | None:
+    """The token id to pad with: the tokenizer's own, which may be 0, or the one that ends a text."""
+    own: int | None = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if own is None else own
+
+
+def settle_auto(source: str, config: Any) -> tuple[DtypeName, str]:
     """What "auto" is for ``source`` on this CPU, by :func:`load_model` and :func:`choose_cache_format`.
 
     The dtype and the cache format of a model that is computed in float32, because it is stored so or because
     the checkpoint's own dtype is not computed in; else ("auto", "auto"). vLLM would take bf16 for the first.
     """
-    config = load_config(source)
     # Quantised weights are computed in what their kernels know.
     if not _is_quantised(config):
         chosen = _choose_dtype("auto", config, "cpu", _size(source, config))
@@ -105,9 +135,9 @@ def settle_auto(source: str) -> tuple[DtypeName, str]:
     return "auto", "auto"
 
 
-def weight_bytes(source: str, dtype: DtypeName) -> int:
+def weight_bytes(source: str, config: Any, dtype: DtypeName) -> int:
     """Bytes of the weights, in ``dtype`` or as they are stored for "auto"; 0 where nobody knows."""
-    size = _size(source, load_config(source))
+    size = _size(source, config)
     if size is None:
         return 0
     return size.nbytes if dtype == "auto" else size.numbers * getattr(torch, dtype).itemsize

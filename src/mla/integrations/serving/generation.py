@@ -24,6 +24,7 @@ from transformers.cli.serving.utils import (
 
 from mla.cache import LatentCache
 from mla.errors import MLAError
+from mla.integrations.loading import padding_token
 from mla.integrations.prefixes import Prefixes, read_prompt
 from mla.integrations.serving.requests import ApiError, Request, check_tokens
 
@@ -89,9 +90,7 @@ class Engine:
         config.max_length, config.max_new_tokens = None, max_new_tokens
         config.num_beams = config.num_return_sequences = 1  # what is written is sent: there is no going back
         if config.pad_token_id is None:
-            config.pad_token_id = self.tokenizer.pad_token_id
-            if config.pad_token_id is None:  # the first token, 0, is one
-                config.pad_token_id = self.tokenizer.eos_token_id
+            config.pad_token_id = padding_token(self.tokenizer)
         if request.temperature is not None and request.temperature < _COLDEST:
             config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
         elif request.temperature is not None:

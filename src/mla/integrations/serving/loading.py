@@ -4,17 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from mla.cache.folder import PrefixFolder
 from mla.config import MLAConfig
 from mla.errors import MLAError
 from mla.integrations.loading import (
     GIB,
     DtypeName,
-    choose_cache_format,
-    load_mla_config,
-    load_model,
+    load_mla_model,
     load_tokenizer,
 )
 from mla.integrations.prefixes import Prefixes, fingerprint, require_storable
@@ -71,10 +67,10 @@ def load_engine(
     Raises:
         MLAError: as for ``load_model``; or not a single token fits; or the model's prefixes cannot be kept.
     """
-    stored, config = load_mla_config(source, max_model_len=max_model_len)
-    choose_cache_format(cache_format, stored, torch.float32)
-    model = absorb(load_model(source, dtype=dtype))
-    chosen = choose_cache_format(cache_format, stored, model.get_input_embeddings().weight.dtype)
+    model, config, chosen = load_mla_model(
+        source, dtype=dtype, cache_format=cache_format, max_model_len=max_model_len
+    )
+    absorb(model)
     folder = None
     if cache_dir is not None:
         require_storable(model)

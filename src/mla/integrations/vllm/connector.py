@@ -24,8 +24,9 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from mla.cache import LatentCache
 from mla.cache.folder import PrefixFolder
-from mla.digest import canonical, digest, digest_of_files
+from mla.digest import digest_of_files
 from mla.errors import MLAError
+from mla.integrations.prefixes import config_fingerprint
 from mla.integrations.vllm import settings
 from mla.ops.latent import FORMAT_DTYPES
 from mla.reading import local_path
@@ -88,6 +89,7 @@ class LatentConnector(KVConnectorBase_V1):
         identity = _fingerprint(model, self._format)
         folder = (Path(given["folder"]), identity, int(given["size"]), _log.warning)
         self._folder = PrefixFolder(*folder)
+        # What a folder knows of its files is for one thread.
         self._folder_of_thread = PrefixFolder(*folder)
         self._sizes = model.hf_text_config.kv_lora_rank, model.hf_text_config.qk_rope_head_dim
         # Of the scheduler: what is found for a request before it has pages, the requests whose prompts are
@@ -232,17 +234,12 @@ def _tokens(request: Any) -> list[int]:
 def _fingerprint(model: Any, cache_format: str) -> dict[str, str]:
     """What must be equal for latents of one model to be latents of another. The scheduler has no weights:
     they are told by their files, or by the commit of the Hub."""
-    config = model.hf_config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
-        config.pop(name, None)
     folder = local_path(model.model)
     files = [] if folder is None else sorted(folder.glob("*.safetensors"))
     return {
+        **config_fingerprint(model.hf_config),
         "engine": "vllm",
-        "family": str(model.hf_config.model_type),
-        "revision": str(getattr(model.hf_config, "_commit_hash", None) or model.revision),
-        "name": model.model if folder is None else "",
-        "config": digest(canonical(config)),
+        "name": f"{model.model} {model.revision}" if folder is None else "",
         "weights": digest_of_files(files),
         "dtype": str(model.dtype).removeprefix("torch."),
         "cache format": cache_format,
