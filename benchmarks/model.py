@@ -33,22 +33,27 @@ ROUNDED = {None: 0.0, "fp32": 0.0, "fp16": 2e-3, "bf16": 1e-2, "int8": 3e-2}
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
 
 
-def build(layers: int, heads: int, context: int, dtype: torch.dtype) -> DeepseekV3ForCausalLM:
+def build(layers: int, heads: int, context: int, dtype: torch.dtype, **others: Any) -> DeepseekV3ForCausalLM:
+    """Random weights; ``others`` are fields of the configuration."""
+    sizes = {
+        "vocab_size": 1024,
+        "hidden_size": 1024,
+        "intermediate_size": 2048,
+        "n_routed_experts": 1,
+        "q_lora_rank": None,
+        **others,
+    }
     config = DeepseekV3Config(
-        vocab_size=1024,
-        hidden_size=1024,
-        intermediate_size=2048,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
         first_k_dense_replace=layers,
-        n_routed_experts=1,
-        q_lora_rank=None,
         kv_lora_rank=512,
         qk_nope_head_dim=128,
         qk_rope_head_dim=64,
         v_head_dim=128,
         max_position_embeddings=max(context, 4096) + 64,
+        **sizes,
     )
     torch.manual_seed(0)
     return DeepseekV3ForCausalLM(config).to(dtype).eval()

@@ -13,17 +13,17 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 
 from benchmarks import timing
+from benchmarks.contender import Contender
 from mla.integrations.loading import computes_in_half
 
 STOCK, OURS = "vLLM", "vLLM + mla"
@@ -46,66 +46,25 @@ class Case:
         return f"{self.context} tokens x {self.requests}{prefix}"
 
 
-class Contender:
-    """vLLM in a process of its own, asked over a pipe."""
+class Engine(Contender):
+    """vLLM in a process of its own."""
 
     def __init__(self, name: str, options: dict[str, Any], env: dict[str, str]) -> None:
-        self.name = name
-        self.log: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the process
         settings = {
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no second process to talk to: only the engine is timed
-            **env,
         }
-        read, write = os.pipe()
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "benchmarks.serving",
-                "--worker",
-                json.dumps(options),
-                "--answers",
-                str(write),
-            ],
-            env={**os.environ, **settings},
-            stdin=subprocess.PIPE,
-            stdout=self.log,
-            stderr=self.log,
-            pass_fds=[write],
-            text=True,
-        )
-        os.close(write)
-        self.answers = os.fdopen(read)
+        command = [sys.executable, "-m", "benchmarks.serving", "--worker", json.dumps(options)]
+        super().__init__(name, command, {**settings, **env})
 
-    def ask(self, prompts: list[list[int]], tokens: int, logprobs: int | None = None) -> list[dict[str, Any]]:
+    def complete(self, prompts: list[list[int]], tokens: int, logprobs: int | None = None) -> Any:
         """One dict per prompt: tokens, the seconds at which each came, and the likeliest ones' logprobs."""
-        assert self.process.stdin is not None
-        try:
-            job = {"prompts": prompts, "tokens": tokens, "logprobs": logprobs}
-            print(json.dumps(job), file=self.process.stdin, flush=True)
-            line = self.answers.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            self.log.seek(0)
-            raise SystemExit(f"{self.name} ended:\n{self.log.read()[-4000:]}")
-        found: list[dict[str, Any]] = json.loads(line)
-        return found
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-        self.log.close()
+        return self.ask({"prompts": prompts, "tokens": tokens, "logprobs": logprobs})
 
 
 def worker(options: dict[str, Any], answers: int) -> None:
-    """The process of one contender."""
+    """The process of one engine."""
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
@@ -138,14 +97,14 @@ def worker(options: dict[str, Any], answers: int) -> None:
             print(json.dumps(ordered), file=out, flush=True)
 
 
-def same_answers(contenders: list[Contender], context: int) -> float:
+def same_answers(engines: list[Engine], context: int) -> float:
     """The largest difference of log-probabilities, up to where a near tie sends the texts apart.
 
     Raises:
         SystemExit: a difference beyond rounding.
     """
     prompts = [prompt_of(seed, context, 0) for seed in "abc"]
-    theirs, ours = (each.ask(prompts, 8, logprobs=5) for each in contenders)
+    theirs, ours = (each.complete(prompts, 8, logprobs=5) for each in engines)
     worst = 0.0
     for a, b in zip(theirs, ours, strict=True):
         for i, (x, y) in enumerate(zip(a["tokens"], b["tokens"], strict=True)):
@@ -169,7 +128,7 @@ def prompt_of(seed: str, context: int, shared: int, prefix_seed: str = "") -> li
     ]
 
 
-def measure(contender: Contender, case: Case, tokens: int, turn: int) -> dict[str, float]:
+def measure(engine: Engine, case: Case, tokens: int, turn: int) -> dict[str, float]:
     """Seconds to the first token (the mean over requests), and tokens per second from then on.
 
     With a shared prefix, ``first_alone_s`` is what the request that computes it waits.
@@ -179,9 +138,9 @@ def measure(contender: Contender, case: Case, tokens: int, turn: int) -> dict[st
     seeds = [f"{case.name} {turn} {i}" for i in range(case.requests + 1)]
     prompts = [prompt_of(seed, case.context, case.shared, f"{case.name} {turn}") for seed in seeds]
     if case.shared:
-        (alone,) = contender.ask(prompts[:1], 1)
+        (alone,) = engine.complete(prompts[:1], 1)
         row["first_alone_s"] = alone["seconds"][0]
-    answers = contender.ask(prompts[1:], tokens)
+    answers = engine.complete(prompts[1:], tokens)
     firsts = [each["seconds"][0] for each in answers]
     started, ended = max(firsts), max(each["seconds"][-1] for each in answers)
     later = sum(second > started for each in answers for second in each["seconds"])
@@ -257,25 +216,25 @@ def main(arguments: list[str] | None = None) -> None:
         space = {"VLLM_CPU_KVCACHE_SPACE": str(chosen.space)}
         ours = {"MLA_CACHE_FORMAT": chosen.cache_format} if chosen.cache_format else {}
         with contextlib.ExitStack() as stack:
-            contenders = []
+            engines = []
             for name, more, environment in (
                 (STOCK, right, {**space, "VLLM_PLUGINS": ""}),
                 (OURS, {}, {**space, **ours}),
             ):
-                contenders.append(Contender(name, {**options, **more}, environment))
-                stack.callback(contenders[-1].close)
-            difference = same_answers(contenders, min(min(chosen.context), 300))
-            rows = [run_case(case, contenders, chosen, heads) for case in cases]
+                engines.append(Engine(name, {**options, **more}, environment))
+                stack.callback(engines[-1].close)
+            difference = same_answers(engines, min(min(chosen.context), 300))
+            rows = [run_case(case, engines, chosen, heads) for case in cases]
     if chosen.json:
         print(json.dumps({"machine": timing.machine(), "difference": difference, "rows": rows}))
     else:
         show(rows, difference, chosen)
 
 
-def run_case(case: Case, contenders: list[Contender], chosen: Any, heads: int) -> dict[str, Any]:
+def run_case(case: Case, engines: list[Engine], chosen: Any, heads: int) -> dict[str, Any]:
     row: dict[str, Any] = {"case": case.name, **asdict(case), "results": {}}
     reason = too_large(case, heads)
-    taking_part = [each for each in contenders if each.name == OURS or not reason]
+    taking_part = [each for each in engines if each.name == OURS or not reason]
     if reason:
         row["note"] = f"{STOCK} {reason}"
     samples: dict[str, list[dict[str, float]]] = {each.name: [] for each in taking_part}
