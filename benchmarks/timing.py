@@ -6,7 +6,6 @@ A B C, and every figure is given twice: the median, and the best, which is what 
 
 import argparse
 import math
-import os
 import platform
 import statistics
 import time
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from mla.machine import allowed_cores
 from mla.ops import native
 
 # Relative error of our own kernels per cache format: norm of the difference over that of the reference.
@@ -125,11 +125,10 @@ def machine() -> dict[str, Any]:
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = set(told.get("flags", told.get("Features", "")).split())
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": told.get("model name") or platform.processor() or platform.machine(),
         "flags": [flag for flag in FLAGS if flag in flags],
-        "cores": affinity,
+        "cores": allowed_cores(),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "instruction_sets": list(native.instruction_sets()),

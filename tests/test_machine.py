@@ -31,11 +31,11 @@ def groups(tmp_path, monkeypatch):
 
 
 def found():
-    return machine.free_memory(), machine.total_memory(), machine.core_quota()
+    return machine.free_memory(), machine.total_memory(), machine.usable_cores()
 
 
 def test_a_machine_without_groups(groups):
-    assert found() == (40 * GIB, 64 * GIB, None)
+    assert found() == (40 * GIB, 64 * GIB, 8)
 
 
 def test_a_container(groups):
@@ -47,7 +47,7 @@ def test_a_container(groups):
 
 def test_no_limit_is_the_machines(groups):
     groups("0::/", {"memory.max": "max", "memory.current": "5", "cpu.max": "max 100000"})
-    assert found() == (40 * GIB, 64 * GIB, None)
+    assert found() == (40 * GIB, 64 * GIB, 8)
 
 
 def test_the_tightest_of_nested_groups_counts(groups):

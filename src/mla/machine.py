@@ -32,11 +32,14 @@ def total_memory() -> int:
     return min([total, *(limit for limit, _ in _memory_limits())])
 
 
-def core_quota() -> int | None:
-    """Cores that this process may keep busy, where that is fewer than it may run on; else None."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = min((math.ceil(quota) for quota in _core_quotas()), default=allowed)
-    return max(1, quota) if quota < allowed else None
+def allowed_cores() -> int:
+    """Cores that this process may run on, of which torch makes its threads. SMT counts twice."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_cores() -> int:
+    """Cores that this process may keep busy: those above, or a container's quota where that is smaller."""
+    return max(1, min([allowed_cores(), *(math.ceil(quota) for quota in _core_quotas())]))
 
 
 def _memory_limits() -> Iterator[tuple[int, int]]:

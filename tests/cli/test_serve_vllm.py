@@ -73,7 +73,7 @@ def test_vllms_own_options_follow_ours(mla, mla_folder, became):
 @pytest.mark.parametrize(("cores", "own", "told"), [(2, None, "0"), (2, "1", "1"), (64, None, None)])
 def test_few_cores_all_compute(mla, mla_folder, monkeypatch, became, cores, own, told):
     """vLLM would keep one of two for its scheduler."""
-    monkeypatch.setattr("mla.cli.serve.os.cpu_count", lambda: cores)
+    monkeypatch.setattr("mla.cli.serve.usable_cores", lambda: cores)
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
     if own is not None:
         monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", own)

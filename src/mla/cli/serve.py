@@ -14,7 +14,7 @@ import typer
 
 from mla.cli import console
 from mla.errors import MLAError
-from mla.machine import free_memory
+from mla.machine import free_memory, usable_cores
 from mla.reading import expect_bytes
 
 _ENGINES = ("auto", "transformers", "vllm")
@@ -221,7 +221,7 @@ def _become_vllm(
             require_memory(weights + 1, f"the weights of {model}")
             budget = (free - weights) // 2
         options += ["--kv-cache-memory-bytes", str(budget)]
-    if on_cpu and (os.cpu_count() or 1) <= _FEW_CORES:
+    if on_cpu and usable_cores() <= _FEW_CORES:
         # vLLM would keep one for its scheduler, half of two: now the scheduler's process computes, on all.
         environment.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     if api_key is not None:  # not on the command line, where every user of the machine can read it

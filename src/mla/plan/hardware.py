@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mla.machine import core_quota, free_memory, total_memory
+from mla.machine import free_memory, total_memory, usable_cores
 from mla.plan.known import find_hardware, known_hardware, plain
 
 _THIS = {"thismachine", "this", "here", "local", "localhost"}
@@ -85,9 +84,8 @@ def measure_this_machine() -> Hardware:
     """
     import psutil
 
-    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    cores = min(cores, allowed, core_quota() or cores)
+    usable = usable_cores()
+    cores = min(psutil.cpu_count(logical=False) or usable, usable)
     # An eighth of what is free at most, both buffers of all cores together.
     size = min(_MEBIBYTES << 20, free_memory() // (16 * cores))
     bandwidth = _copy_bandwidth(cores, size)
