@@ -61,10 +61,11 @@ def test_groups_of_the_first_version(groups):
     files = {
         "memory/job/memory.limit_in_bytes": f"{8 * GIB}",
         "memory/job/memory.usage_in_bytes": f"{6 * GIB}",
+        "memory/job/memory.stat": f"inactive_file 7\ntotal_inactive_file {GIB}\ntotal_active_file 0",
         "cpu/job/cpu.cfs_quota_us": "-1",
         "cpu/job/cpu.cfs_period_us": "100000",
         "cpu/cpu.cfs_quota_us": "50000",
         "cpu/cpu.cfs_period_us": "100000",
     }
     groups("9:cpu,cpuacct:/job\n4:memory:/job\n3:pids:/job", files)
-    assert found() == (2 * GIB, 8 * GIB, 1)
+    assert found() == (3 * GIB, 8 * GIB, 1)

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -105,3 +107,26 @@ def test_pipes_are_written_to(tmp_path):
     reader.join(10)
     assert got == ["new"]
     assert pipe.is_fifo()
+
+
+@pytest.mark.skipif(not Path("/dev/stdout").exists(), reason="needs /dev")
+def test_standard_output_is_written_to():
+    lines = ("from pathlib import Path", "from mla.whole import whole")
+    program = "\n".join([*lines, "with whole(Path('/dev/stdout')) as partial: partial.write_text('new')"])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("new", "")
+
+
+def test_a_file_that_is_mounted_alone_is_written_in_place(tmp_path, monkeypatch):
+    path = tmp_path / "page.html"
+    path.write_text("the old one, which is longer")
+    inode = path.stat().st_ino
+
+    def busy(self, target):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(Path, "replace", busy)
+    with whole(path) as partial:
+        partial.write_text("new")
+    assert (path.read_text(), path.stat().st_ino) == ("new", inode)
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]

@@ -50,13 +50,14 @@ def _memory_limits() -> Iterator[tuple[int, int]]:
         limit = _number(two if two.exists() else group / "memory.limit_in_bytes")
         used = _number(group / ("memory.current" if two.exists() else "memory.usage_in_bytes"))
         if limit is not None and used is not None:
-            yield limit, used - sum(_files(group))
+            # Version 1 counts the files of groups within this one under other names.
+            yield limit, used - sum(_files(group, "" if two.exists() else "total_"))
 
 
-def _files(group: Path) -> Iterator[int]:
+def _files(group: Path, prefix: str) -> Iterator[int]:
     for line in _text(group / "memory.stat").splitlines():
         name, _, value = line.partition(" ")
-        if name in ("inactive_file", "active_file"):
+        if name in (f"{prefix}inactive_file", f"{prefix}active_file"):
             yield int(value)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,7 +34,7 @@ def whole(path: Path, *others: type[Exception]) -> Iterator[Path]:
 
     Whatever ends the block early, a file that was there stays as it was, and nothing is left beside it.
     Folders on the way are created. A link is followed; a pipe or a device has no place to take and is written
-    to itself.
+    to itself, and so is a file that a container mounts alone.
 
     Args:
         path: the file; one that is there already is replaced.
@@ -47,16 +49,25 @@ def whole(path: Path, *others: type[Exception]) -> Iterator[Path]:
     # A name may be as long as the system allows, and still leaves room for the other one.
     beside = place.with_name(f".{place.name[:40]}.{os.getpid()}.part")
     try:
-        if place.is_dir():
+        if path.is_dir():
             raise MLAError(f"{path} cannot be written: expected a file, got a folder")
-        if place.exists() and not place.is_file():
-            yield place
+        if path.exists() and not path.is_file():  # /dev/stdout is one by its own name only
+            yield path
             return
         place.parent.mkdir(parents=True, exist_ok=True)
         yield beside
-        beside.replace(place)
+        _take_place(beside, place)
     except failures as error:
         raise UnwrittenError(path, error) from error
     finally:
         with suppress(OSError):  # it is usually not there, and where it cannot be there is no folder
             beside.unlink()
+
+
+def _take_place(beside: Path, place: Path) -> None:
+    try:
+        beside.replace(place)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        shutil.copyfile(beside, place)  # mounted alone: no other file can have its name

@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mla import absorb
+from mla.errors import MLAError
 from mla.integrations import speed
 from mla.integrations import transformers as integration
 from mla.integrations.speed import measure_speed
@@ -58,6 +60,25 @@ def test_no_figure_without_the_right_answers(mla, mla_folder, monkeypatch):
     run = mla("bench", mla_folder)
     assert (run.status, run.out) == (2, "")
     assert "absorbed, the model does not give its own answers: model.layers.0.self_attn differs by" in run.err
+
+
+def test_stock_is_stock_also_of_an_absorbed_model(mla_folder, monkeypatch):
+    model, ran = absorb(AutoModelForCausalLM.from_pretrained(mla_folder)), []
+    timed = speed._time
+    monkeypatch.setattr(
+        speed, "_time", lambda *given: ran.append((given[3], integration.is_absorbed(model))) or timed(*given)
+    )
+    measure_speed(model, [20], cache_format="fp32", tokens=2, ways=("stock", "absorbed"))
+    assert ran == [("stock", False), ("absorbed", True)]
+    assert not integration.is_absorbed(model)
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_anything_is_timed(mla_folder, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(mla_folder)
+    monkeypatch.setattr("mla.integrations.loading.free_memory", lambda: 10**5)
+    monkeypatch.setattr(speed, "_time", lambda *given: pytest.fail("timed"))
+    with pytest.raises(MLAError, match="a cache of 502 tokens"):
+        measure_speed(model, [20, 500], cache_format="fp32", tokens=2)
 
 
 def test_the_model_is_left_as_it_was(mla_folder, monkeypatch):

@@ -54,6 +54,15 @@ def test_a_bias_or_another_layer_type_is_refused_and_nothing_changed(model):
     assert all("expand_kv" not in vars(module) for module in latent_attentions(model).values())
 
 
+def test_an_absorbed_model_that_is_refused_stays_absorbed(model):
+    absorb(model, path="expanded")
+    attention = list(latent_attentions(model).values())[-1]
+    attention.kv_b_proj = replaced("bias")
+    with pytest.raises(MLAError, match="with a bias"):
+        absorb(model)
+    assert integration.absorbed_path(model) == "expanded"
+
+
 def test_an_adapter_that_comes_after_absorb_is_refused(model):
     """Its base layer's weight alone would be used, in silence."""
     absorb(model)

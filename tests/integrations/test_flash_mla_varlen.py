@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from mla.integrations import flash_mla
 from mla.integrations.flash_mla import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from mla.ops import whole_keys
 
 QUERIES, KEYS = [5, 1, 0, 7, 4, 3], [9, 1, 3, 7, 0, 1]
 
@@ -55,7 +55,7 @@ def reference(q, k, v, queries, keys, scale, causal):
     ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
 )
 def test_sequences_equal_the_reference(monkeypatch, scores_at_once, causal, h_k, dtype, bound):
-    monkeypatch.setattr(flash_mla, "_SCORES_AT_ONCE", scores_at_once)
+    monkeypatch.setattr(whole_keys, "_AT_ONCE", scores_at_once)
     q, k, v = inputs(h_k=h_k, dtype=dtype)
     want, want_lse = reference(q, k, v, QUERIES, KEYS, 12**-0.5, causal)
     out, lse = flash_attn_varlen_func(q, k, v, ends(QUERIES), ends(KEYS, torch.int64), 7, 9, causal=causal)
@@ -85,6 +85,22 @@ def test_gradients(causal):
     wanted, found = (torch.autograd.grad((out * weights).sum(), tensors) for out in (want, got))
     for have, gradient in zip(found, wanted, strict=True):
         torch.testing.assert_close(have, gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [([2, 3], [0, 0]), ([], [])])
+def test_a_backward_pass_goes_through_queries_that_see_nothing(queries, keys):
+    tensors = [x.requires_grad_() for x in inputs(queries=queries, keys=keys)]
+    out, _ = flash_attn_varlen_func(*tensors, ends(queries), ends(keys), 3, 0)
+    for gradient, x in zip(torch.autograd.grad(out.sum(), tensors), tensors, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(x))
+
+
+def test_training_keeps_no_scores():
+    q, k, v = (x.requires_grad_() for x in inputs(queries=[64], keys=[64]))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        flash_attn_varlen_func(q, k, v, ends([64]), ends([64]), 64, 64)
+    assert max(kept, default=0) < 4 * 64 * 64  # heads · queries · keys
 
 
 def test_packed_tensors():

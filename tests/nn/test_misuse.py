@@ -127,6 +127,8 @@ def replaced(kind) -> torch.nn.Module:
         layer.weight = layer[0].weight
         return layer
     layer = (Doubled if kind == "subclass" else torch.nn.Linear)(rank, rows, bias=kind == "bias")
+    if kind == "patched":
+        layer.forward = lambda x: 2 * torch.nn.Linear.forward(layer, x)
     codes = torch.ones(rows, rank, dtype=torch.int8)
     if kind == "int8":
         layer.weight = torch.nn.Parameter(codes, requires_grad=False)
@@ -140,6 +142,7 @@ def replaced(kind) -> torch.nn.Module:
     [
         ("adapter", r"kv_b_proj: expected a plain linear layer without bias, .* got Sequential"),
         ("subclass", r"expected a plain linear layer .* got Doubled"),
+        ("patched", r"expected a plain linear layer .* got Linear; merge"),
         ("bias", r"expected a plain linear layer without bias, .* got Linear with a bias; merge"),
         ("int8", r"expected a plain floating-point weight, got Parameter of torch.int8; load"),
         ("wrapped", r"expected a plain floating-point weight, got Wrapped of torch.float32"),
@@ -158,6 +161,18 @@ def test_a_parametrised_weight_is_one():
     torch.nn.utils.parametrizations.weight_norm(module.kv_b_proj)
     assert type(module.kv_b_proj) is not torch.nn.Linear
     torch.testing.assert_close(module(X), want)
+
+
+def test_a_hook_that_moves_tensors_is_no_adapter():
+    hooks = pytest.importorskip("accelerate.hooks")
+    module = build()
+    want = module(X)
+    hooks.add_hook_to_module(module.kv_b_proj, hooks.AlignDevicesHook("cpu"))
+    assert "forward" in vars(module.kv_b_proj)
+    torch.testing.assert_close(module(X), want)
+    module.kv_b_proj._old_forward = lambda x: 2 * x
+    with pytest.raises(ValueError, match="expected a plain linear layer"):
+        module(X)
 
 
 def test_the_tokens_of_a_self_attention_are_no_context():

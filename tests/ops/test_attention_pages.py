@@ -107,6 +107,19 @@ def test_no_keys(b, width):
         assert (lse == -torch.inf).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tensors_without_values_have_shapes(dtype):
+    case = Case(b=4, t=37)
+    given, table = in_pages(case.inputs(), LENGTHS)
+    meta = {name: x.to(dtype).to("meta") for name, x in given.items()}
+    out, lse = attention.decode(**meta, scale=0.2, lengths=LENGTHS, page_table=table.to("meta"))
+    assert (out.device.type, out.shape, lse.shape) == (
+        "meta",
+        (4, case.s, case.h, case.v),
+        (4, case.s, case.h),
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -124,6 +137,10 @@ def test_no_keys(b, width):
         (
             {"page_table": torch.tensor([[0, 1, 2], [-1, 0, 9]])},
             r"page_table\[1, 0\]: expected 0 to 3 .* got -1",
+        ),
+        (
+            {"c_kv": torch.zeros(0, 8, 24), "k_rope": torch.zeros(0, 8, 6)},
+            r"page_table\[0, 0\]: expected none, the cache has no pages, got 0",
         ),
         ({"lengths": [25, 3]}, r"lengths: expected 2 whole numbers from 0 to 24, got \[25, 3\]"),
         ({"k_rope": torch.zeros(3, 8, 6)}, r"k_rope \[pages, page size, p\]: expected shape \(4, 8, 6\)"),

@@ -9,6 +9,8 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear as torch_linear
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 from mla.nn.layers import Linear
 from mla.ops import linear as module
@@ -247,6 +249,34 @@ def test_who_follows_operators_sees_ours():
     for context in (contextlib.nullcontext(), torch.inference_mode(), torch.device("meta")):
         with context:
             assert torch.equal(linear(x, weight), want)
+    with Functions() as seen:
+        linear(x, weight)
+    assert seen.names == ["linear.default"]
+
+
+class Functions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if isinstance(func, torch._ops.OpOverload):
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@used
+@torch.no_grad()
+def test_tensors_whose_numbers_lie_elsewhere():
+    """The kernel reads memory: where a tensor is a wrapper, or its sign is to be turned, torch sees to it."""
+    x, weight = make(2, 5, 8, torch.float32)
+    want = native.linear(x, weight)
+    for mine, theirs in ((TwoTensor(x, x), weight), (TwoTensor(x, x), torch.nn.Parameter(weight))):
+        got = linear(mine, theirs)
+        assert isinstance(got, TwoTensor)
+        assert torch.equal(got.a, want)
+    assert torch.equal(linear(torch._neg_view(x), weight), -want)
+    assert torch.equal(linear(x, torch._neg_view(weight)), -want)
 
 
 @used

@@ -14,14 +14,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mla.ops import arguments, native, portable
+from mla.ops import arguments, native, portable, whole_keys
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _INTEGERS = (torch.int32, torch.int64)
 _BYTES = (torch.float8_e4m3fn, torch.uint8, torch.int8)
-
-# Scores of whole keys that are held at once (64 MiB), but at least one query's.
-_SCORES_AT_ONCE = 2**24
 
 # Bytes of a token in FlashMLA's two fp8 layouts, by d.
 _FP8_WIDTHS = {576: 656, 512: 584}
@@ -242,7 +239,7 @@ def flash_attn_varlen_func(
     nothing = slice(0, 0)  # so that there is a part also without sequences
     with portable.no_autocast("cpu"):
         parts = [
-            _attend_whole(q[mine], k[seen], v[seen], scale, causal)
+            whole_keys.attend(q[mine], k[seen], v[seen], scale=scale, causal=causal)
             for mine, seen in zip([nothing, *queries], [nothing, *keys], strict=True)
         ]
     out, lse = (torch.cat(x) for x in zip(*parts, strict=True))
@@ -309,12 +306,6 @@ def _given(arguments: dict[str, Tensor | None]) -> str:
     return " and ".join(name for name, x in arguments.items() if x is not None)
 
 
-def _check_range(name: str, x: Tensor, most: int) -> None:
-    inside = x.clamp(0, most)
-    if not torch.equal(inside, x):
-        raise ValueError(f"{name}: expected 0 to {most}, got {int(x[inside != x][0])}")
-
-
 def _check_cache(name: str, k_cache: Tensor, q: Tensor, r: int, fp8: bool, *, one_head: bool) -> None:
     h, d = q.shape[2:]
     if fp8 and d not in _FP8_WIDTHS:
@@ -346,14 +337,13 @@ def _pages(
     _expect("cache_seqlens [b]", cache_seqlens, (len(q),), _INTEGERS)
     _expect("block_table [b, pages]", block_table, (len(q), None), _INTEGERS)
     width = block_table.shape[1]
-    _check_range("cache_seqlens (in the room of block_table)", cache_seqlens, width * page_size)
-    used = torch.arange(width, device=cache_seqlens.device) * page_size < cache_seqlens[:, None]
-    table = torch.where(used, block_table, 0)
-    _check_range("block_table (within the lengths)", table, max(pages - 1, 0))
+    if len(wrong := cache_seqlens[(cache_seqlens < 0) | (cache_seqlens > width * page_size)]):
+        room = "in the room of block_table"
+        raise ValueError(f"cache_seqlens ({room}): expected 0 to {width * page_size}, got {int(wrong[0])}")
+    table, used = arguments.used_pages("block_table", block_table, cache_seqlens, pages, page_size)
     lengths = cache_seqlens.to(torch.int32).contiguous()
     if not fp8 and k_cache.dtype != torch.float16:
-        # Into a new tensor: the kernels want rows without gaps, also where there is one column.
-        return k_cache, table.new_empty(table.shape, dtype=torch.int32).copy_(table), lengths
+        return k_cache, table, lengths
     chosen, places = _distinct(table[used], pages)
     return _rows(k_cache, (chosen,), q.shape[3], fp8), _table(used, places), lengths
 
@@ -464,28 +454,6 @@ def _attend(
         out[i], lse[i] = (x[0] for x in made)
     # Without keys the share that a sink of -inf leaves is 0 / 0.
     return out.masked_fill(lse[..., None] == -torch.inf, 0.0).to(dtype), lse
-
-
-def _attend_whole(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """out [s, h, d_v] in q's dtype and lse [s, h] of one sequence, q [s, h, d], k and v [t, h_k, width]."""
-    s, h, d = q.shape
-    t, h_k, d_v = v.shape
-    blind = s if t == 0 else max(s - t, 0) if causal else 0  # the first queries, which see no key
-    out, lse = [q.new_zeros(blind, h, d_v)], [q.new_full((blind, h), torch.inf, dtype=torch.float32)]
-    keys, values = k.float().permute(1, 2, 0), v.float().transpose(0, 1)
-    size = max(1, _SCORES_AT_ONCE // max(h * t, 1))
-    for start in range(blind, s, size):
-        # The query heads of one key head, and their tokens, are the rows of one product.
-        tile = q[start : start + size].float().transpose(0, 1)
-        n = tile.shape[1]
-        scores = (tile.reshape(h_k, -1, d) @ keys * scale).view(h, n, t)
-        if causal:
-            seen = torch.ones(n, t, dtype=torch.bool, device=q.device).tril(t - s + start)
-            scores = scores.masked_fill(~seen, -torch.inf)
-        made = scores.softmax(-1).view(h_k, -1, t) @ values
-        out.append(made.view(h, n, d_v).transpose(0, 1).to(q.dtype))
-        lse.append(scores.logsumexp(-1).T)
-    return torch.cat(out), torch.cat(lse)
 
 
 def _lse(lse: Tensor) -> Tensor:

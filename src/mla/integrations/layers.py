@@ -5,7 +5,7 @@ module gets a forward pass of its own, which hands on to its class, or to torch,
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from mla.ops.linear import linear, takes
 
 
-def take_over(model: nn.Module) -> tuple[nn.Module, ...]:
+def take_over(model: nn.Module, *, but: Collection[nn.Module] = ()) -> tuple[nn.Module, ...]:
     """Change the layers of a model in place; returns those that :func:`give_back` has to restore.
 
     Taken are torch's linear layers and experts of Transformers as they are: not subclasses, and none whose
-    forward pass another library has replaced.
+    forward pass another library has replaced. Those in ``but`` stay.
     """
     changed = []
     for module in model.modules():
-        forward = _forward_for(module)
+        forward = None if module in but else _forward_for(module)
         if forward is not None and ("forward" not in vars(module) or _has_ours(module)):
             module.forward = partial(forward, module)  # a bound method of no class could not be pickled
             changed.append(module)

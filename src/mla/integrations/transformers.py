@@ -22,7 +22,8 @@ from mla.cache import LatentCache
 from mla.errors import MLAError
 from mla.integrations.layers import give_back, take_over
 from mla.nn.layers import check_weight_says_all
-from mla.ops.attention import Path, check_path, has_values, plan_for, prefill
+from mla.ops.arguments import has_values
+from mla.ops.attention import Path, check_path, plan_for, prefill
 from mla.ops.latent import Latents, split_rows
 
 IMPLEMENTATION = "mla_absorbed"
@@ -84,8 +85,6 @@ def absorb(model: Model, *, path: Path | Literal["auto"] = "auto") -> Model:
             f"expected a model of Transformers (PreTrainedModel), got {type(model).__name__}; take the model "
             "out of its wrapper, or merge an adapter into it (merge_and_unload)"
         )
-    if is_absorbed(model):
-        restore(model)
     modules = latent_attentions(model)
     if not modules:
         raise MLAError(
@@ -94,10 +93,12 @@ def absorb(model: Model, *, path: Path | Literal["auto"] = "auto") -> Model:
         )
     for name, module in modules.items():
         _check_up_projection(name, module)
+    if is_absorbed(model):
+        restore(model)
     configs = {id(module.config): module.config for module in modules.values()}
     record = _Absorbed(
         tuple(modules.values()),
-        take_over(model),
+        take_over(model, but={module.kv_b_proj for module in modules.values()}),
         tuple((config, _implementation(model, config)) for config in configs.values()),
     )
     for module in record.modules:

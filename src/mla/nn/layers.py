@@ -26,14 +26,11 @@ def check_weight_says_all(name: str, projection: Any) -> None:
         projection: any module.
 
     Raises:
-        MLAError: an adapter, a subclass of the linear layer with a forward pass of its own, a bias, or a
-            weight that is quantised or sharded.
+        MLAError: an adapter, a forward pass of its own (a subclass's, or one put into this layer alone), a
+            bias, or a weight that is quantised or sharded.
     """
     # A subclass may add what computes the weight (parametrisations), not what is done with it.
-    plain = isinstance(projection, nn.Linear) and type(projection).forward in (
-        nn.Linear.forward,
-        Linear.forward,
-    )
+    plain = isinstance(projection, nn.Linear) and _forward(projection) in (nn.Linear.forward, Linear.forward)
     if not plain or projection.bias is not None:
         came = type(projection).__name__ + (" with a bias" if plain else "")
         raise MLAError(
@@ -47,6 +44,13 @@ def check_weight_says_all(name: str, projection: Any) -> None:
             f"{name}: expected a plain floating-point weight, got {type(weight).__name__} of "
             f"{weight.dtype}; load this layer unquantised and whole"
         )
+
+
+def _forward(layer: nn.Module) -> Any:
+    """The forward pass that a layer has, without the hook of accelerate, which only moves tensors."""
+    own = vars(layer)
+    replaced = own.get("_old_forward" if "_hf_hook" in own else "forward")
+    return type(layer).forward if replaced is None else getattr(replaced, "__func__", replaced)
 
 
 class RMSNorm(nn.Module):

@@ -214,6 +214,32 @@ def weight(x: Tensor) -> tuple[int, ...]:
     return x.data_ptr(), _TYPES[x.dtype], h * size, row * size
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether Python may look into a tensor: a trace holds for others, too, and vmap makes it many in one."""
+    if x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def used_pages(
+    name: str, table: Tensor, lengths: Tensor, pages: int, page_size: int
+) -> tuple[Tensor, Tensor]:
+    """A page table as the kernels read it, [b, pages of a sequence] int32 without gaps and 0 behind each
+    length, and which of its entries lie within the lengths.
+
+    Raises:
+        ValueError: a page within the lengths that is not there.
+    """
+    within = torch.arange(table.shape[1], device=table.device) * page_size < lengths[:, None]
+    if has_values(table):
+        wrong = (within & ((table < 0) | (table >= pages))).nonzero()
+        if len(wrong):
+            i, j = wrong[0].tolist()
+            wanted = f"0 to {pages - 1} within the lengths" if pages else "none, the cache has no pages"
+            raise ValueError(f"{name}[{i}, {j}]: expected {wanted}, got {int(table[i, j])}")
+    return torch.where(within, table, 0).to(torch.int32).contiguous(), within
+
+
 def check_linear(x: Tensor, weight: Tensor) -> None:
     """Refuse what is not rows x [..., k] and a weight [n, k] of one dtype (ValueError)."""
     if weight.ndim != 2 or not x.ndim or x.shape[-1] != weight.shape[1]:

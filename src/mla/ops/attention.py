@@ -201,7 +201,7 @@ def decode(
     sizes = [int(length) for length in given]
     ends = torch.tensor(sizes, dtype=torch.int32, device=c_kv.device)
     if page_table is not None:
-        page_table = _used_pages(page_table, ends, *c_kv.shape[:2])
+        page_table, _ = arguments.used_pages("page_table", page_table, ends, *c_kv.shape[:2])
     # A mask with a row per query counts them from the end of each sequence: it stays with its sequence.
     if _kernels_take(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, sinks, latent_scale, 0.0) and (
         mask is None or (mask.dtype == torch.bool and mask.shape[1:3] == (1, 1))
@@ -243,22 +243,6 @@ def decode(
     return torch.cat(out), torch.cat(lse)
 
 
-def _used_pages(page_table: Tensor, ends: Tensor, pages: int, page_size: int) -> Tensor:
-    """The page table as the kernels read it, [b, pages of a sequence] int32, 0 behind each length.
-
-    Raises:
-        ValueError: a page within the lengths that is not there.
-    """
-    first = torch.arange(page_table.shape[1], device=page_table.device) * page_size
-    used = torch.where(first < ends[:, None], page_table, 0)
-    wrong = ((used < 0) | (used >= max(pages, 1))).nonzero()
-    if len(wrong):
-        i, j = wrong[0].tolist()
-        came = int(page_table[i, j])
-        raise ValueError(f"page_table[{i}, {j}]: expected 0 to {pages - 1} within the lengths, got {came}")
-    return used.to(torch.int32).contiguous()
-
-
 def plan_for(
     q_nope: Tensor,
     c_kv: Tensor,
@@ -287,13 +271,6 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd follows any of them, backward or (it may be) forward."""
     followed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     return followed or arguments.forward_mode()
-
-
-def has_values(mask: Tensor) -> bool:
-    """Whether Python may look into a mask: a trace holds for others, too, and vmap makes it many in one."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(mask)
 
 
 def _kernels_take(
@@ -333,7 +310,7 @@ def _simple_mask(mask: Tensor | None, causal: bool, s: int, t: int) -> tuple[Ten
         return None
     if mask.shape[2] == 1:
         return mask[:, 0, 0], causal
-    if not has_values(mask):
+    if not arguments.has_values(mask):
         return None
     # Transformers writes padding and the causal limit into one mask, whose last query sees every key that is
     # not padding. Comparing costs one byte per score, next to nothing beside the score.

@@ -22,7 +22,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not takes(x, weight, bias):
         return torch_linear(x, weight, bias)
     # The dispatcher costs as much as the product of a small layer.
-    out = native.linear(x, weight) if _is_followed() else native.compute_linear(x, weight)
+    direct = not _is_followed() and _is_plain(x) and _is_plain(weight)
+    out = native.compute_linear(x, weight) if direct else native.linear(x, weight)
     return out if bias is None else out.add_(bias)
 
 
@@ -44,11 +45,16 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     )
 
 
-# What torch looks for by itself in every call of an operator.
-_ALWAYS = sum(
-    torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr()
-    for name in ("BackendSelect", "ADInplaceOrView")
-)
+def _keys(*names: str) -> int:
+    found = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
+    for name in names[1:]:
+        found = found | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+    return found.raw_repr()
+
+
+# What torch looks for by itself in every call of an operator, and in every tensor on a CPU.
+_ALWAYS = _keys("BackendSelect", "ADInplaceOrView")
+_PLAIN = _keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
 
 
 def _is_followed() -> bool:
@@ -56,8 +62,14 @@ def _is_followed() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._dispatch_tls_local_include_set().raw_repr() & ~_ALWAYS != 0
+        or torch._C._is_torch_function_mode_enabled()
         or torch._C._autograd._profiler_enabled()
     )
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether a tensor's numbers lie where it says: no wrapper of others, none with a sign to be turned."""
+    return torch._C._dispatch_keys(x).raw_repr() & ~_PLAIN == 0
 
 
 def _goes_with(x: Tensor, parameter: Tensor) -> bool:
