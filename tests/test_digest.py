@@ -2,9 +2,12 @@
 
 import copy
 
+import pytest
 import torch
+from safetensors.torch import save_file
 
-from mla.digest import canonical, digest, digest_of_files, digest_of_weights
+from mla.digest import canonical, digest, digest_of_checkpoint, digest_of_weights
+from mla.errors import MLAError
 from tests.convert.tiny import teacher
 
 
@@ -30,19 +33,22 @@ def test_a_changed_matrix_a_dtype_and_a_buffer_are_seen():
     assert digest_of_weights(model) == digest_of_weights(teacher())
 
 
-def test_a_changed_or_other_file_is_seen(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.write_bytes(bytes(1 << 20))
-    two.write_bytes(b"short")
-    found = {
-        digest_of_files([one, two]),
-        digest_of_files([two, one]),
-        digest_of_files([one]),
-        digest_of_files([]),
-    }
-    content = bytearray(one.read_bytes())
-    content[-1] = 1
-    one.write_bytes(content)
-    found.add(digest_of_files([one, two]))
-    assert len(found) == 5
-    assert digest_of_files([one, two]) == digest_of_files([one, two])
+def test_a_changed_or_other_checkpoint_is_seen(tmp_path):
+    """However small a part of the file: an adapter that was merged changes one of many matrices."""
+    weights = {"large": torch.zeros(1 << 20), "small": torch.zeros(3), "one": torch.zeros(())}
+    file, found = tmp_path / "model.safetensors", set()
+    changes = [{}, {"small": torch.ones(3)}, {"one": torch.ones(())}, {"large": torch.ones(1 << 20)}]
+    changes += [{"small": torch.zeros(3, 1)}, {"more": torch.zeros(1)}, {"none": torch.zeros(0, 1)}]
+    for change in changes:
+        save_file(weights | change, file)
+        found.add(digest_of_checkpoint([file]))
+    assert len(found) == len(changes)
+    assert digest_of_checkpoint([file]) in found
+    assert digest_of_checkpoint([]) not in found
+
+
+@pytest.mark.parametrize("content", [b"", b"no safetensors", b"\xff" * 9, b"\2" + bytes(7) + b"[]"])
+def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(MLAError, match=r"x.safetensors is damaged: expected safetensors"):
+        digest_of_checkpoint([tmp_path / "x.safetensors"])

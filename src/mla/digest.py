@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_STRETCHES, _STRETCH = 64, 4096
+from mla.errors import MLAError
+
+# Of a tensor in a file: pieces that are read, and their bytes.
+_STRETCHES, _STRETCH = 4, 256
 
 
 def digest(*parts: bytes) -> str:
@@ -31,18 +34,28 @@ def digest_of_weights(model: torch.nn.Module) -> str:
     return digest(*_samples(model))
 
 
-def digest_of_files(files: Iterable[Path]) -> str:
-    """Of name, size and 64 stretches of every file, spread over it."""
+def digest_of_checkpoint(files: Iterable[Path]) -> str:
+    """Of name, dtype, shape and a thousand bytes of every tensor in safetensors files.
+
+    Raises:
+        MLAError: a file that is not one.
+    """
     return digest(*(part for file in files for part in _stretches(file)))
 
 
 def _stretches(file: Path) -> Iterator[bytes]:
-    size = file.stat().st_size
-    yield f"{file.name} {size}".encode()
-    with file.open("rb") as content:
-        for index in range(_STRETCHES):
-            content.seek(max(0, size - _STRETCH) * index // (_STRETCHES - 1))
-            yield content.read(_STRETCH)
+    try:
+        with file.open("rb") as content:
+            start = 8 + int.from_bytes(content.read(8), "little")
+            header = json.loads(content.read(start - 8))
+            yield canonical(header)
+            for name in sorted(header.keys() - {"__metadata__"}):
+                begin, end = header[name]["data_offsets"]
+                for index in range(_STRETCHES):
+                    content.seek(start + begin + max(0, end - begin - _STRETCH) * index // (_STRETCHES - 1))
+                    yield content.read(min(_STRETCH, end - begin))
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, MemoryError) as error:
+        raise MLAError(f"{file} is damaged: expected safetensors; fetch or convert it again") from error
 
 
 def _samples(model: torch.nn.Module) -> Iterator[bytes]:

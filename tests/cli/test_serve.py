@@ -407,6 +407,17 @@ def test_save_and_load_cache(mla, mla_folder, tmp_path):
     assert "--save-cache: expected a file in a folder that exists" in missing.err
 
 
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_a_cache_that_cannot_be_kept_costs_no_answer(mla, mla_folder, tmp_path, monkeypatch, form):
+    def full(self, file, identity):
+        raise MLAError(f"{file} cannot be written: No space left on device")
+
+    monkeypatch.setattr("mla.integrations.prefixes.Prefixes.save", full)
+    run = mla("generate", mla_folder, "Hi", "--max-new-tokens", 2, "--save-cache", tmp_path / "file", *form)
+    assert (run.status, "No space left on device" in run.err) == (2, True)
+    assert run.out.strip()
+
+
 def test_a_cache_of_another_model_is_not_used(mla, mla_folder, tmp_path):
     sibling = shutil.copytree(mla_folder, tmp_path / "sibling")
     model = AutoModelForCausalLM.from_pretrained(sibling)

@@ -14,24 +14,24 @@ from tests.cli.test_serve import KEY
 @pytest.fixture
 def became(monkeypatch):
     """The commands and environments that this process was replaced by, vLLM installed."""
-    from mla.cli import serve
+    from mla.cli import vllm
 
     commands = []
-    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(serve.os, "execve", lambda *command: commands.append(command[1:]) or exit(0))
+    monkeypatch.setattr(vllm.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(vllm.os, "execve", lambda *command: commands.append(command[1:]) or exit(0))
     for name in ("MLA_CACHE_FORMAT", "VLLM_CPU_KVCACHE_SPACE"):
         monkeypatch.delenv(name, raising=False)
     return commands
 
 
 def test_the_vllm_engine_is_vllms_own_server(mla, mla_folder, monkeypatch):
-    from mla.cli import serve
+    from mla.cli import vllm
 
     says = mla("serve", mla_folder, "--engine", "vllm")
     assert "vLLM is not installed here" in says.err
     became = []
-    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(serve.os, "execve", lambda *command: became.append(command) or exit(0))
+    monkeypatch.setattr(vllm.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(vllm.os, "execve", lambda *command: became.append(command) or exit(0))
     options = ("--port", 9000, "--max-model-len", 256, "--cache-format", "int8", "--memory", "500MB")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
     assert mla("serve", mla_folder, *options, "--api-key", KEY).status == 0
@@ -73,7 +73,7 @@ def test_vllms_own_options_follow_ours(mla, mla_folder, became):
 @pytest.mark.parametrize(("cores", "own", "told"), [(2, None, "0"), (2, "1", "1"), (64, None, None)])
 def test_few_cores_all_compute(mla, mla_folder, monkeypatch, became, cores, own, told):
     """vLLM would keep one of two for its scheduler."""
-    monkeypatch.setattr("mla.cli.serve.usable_cores", lambda: cores)
+    monkeypatch.setattr("mla.cli.vllm.usable_cores", lambda: cores)
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
     if own is not None:
         monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", own)
@@ -81,12 +81,63 @@ def test_few_cores_all_compute(mla, mla_folder, monkeypatch, became, cores, own,
     assert became[0][1].get("VLLM_ENABLE_V1_MULTIPROCESSING") == told
 
 
-def test_prefixes_on_disk_beneath_vllm(mla, mla_folder, tmp_path, became):
+def test_a_quota_is_not_filled_with_threads(mla, mla_folder, monkeypatch, became):
+    """vLLM binds a thread to every core that it sees, and sets OMP_NUM_THREADS to their number."""
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    for allowed, told in ((64, "nobind"), (8, None)):
+        monkeypatch.setattr("mla.cli.vllm.usable_cores", lambda: 8)
+        monkeypatch.setattr("mla.cli.vllm.allowed_cores", lambda allowed=allowed: allowed)
+        mla("serve", mla_folder)
+        assert became[-1][1].get("VLLM_CPU_OMP_THREADS_BIND") == told
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [
+        (("--tensor-parallel-size", 2), 2),
+        (("-tp=2", "--data-parallel-size=3"), 6),
+        (("-dp", 2, "-dp", 4), 4),
+        (("--tensor-parallel-size", "two"), 1),  # vLLM's to refuse
+        ((), 1),
+    ],
+)
+def test_memory_is_that_of_all_ranks(mla, mla_folder, monkeypatch, became, options, ranks):
+    mla("serve", mla_folder, "--memory", "600MB", "--", *options)
+    command, _ = became[0]
+    assert int(command[command.index("--kv-cache-memory-bytes") + 1]) == 6 * 10**8 // ranks
+    weights = (mla_folder / "model.safetensors").stat().st_size
+    replicas = ranks // 2 if ranks == 6 else ranks if "-dp" in options else 1
+    monkeypatch.setattr("mla.cli.vllm.free_memory", lambda: replicas * weights + 10**6)
+    mla("serve", mla_folder, "--", *options)
+    command, _ = became[1]
+    share = int(command[command.index("--kv-cache-memory-bytes") + 1])
+    assert 500_000 // ranks <= share < 560_000 // ranks  # and headers, which do not count in fp32
+
+
+def test_a_format_in_vllms_own_words_is_the_format(mla, mla_folder, became):
+    """The variable that says what the dtype comes to would contradict it."""
+    own = ("--kv-cache-dtype", "int8_per_token_head")
+    for options in (own, ("=".join(own),)):
+        mla("serve", mla_folder, "--", *options)
+        assert "MLA_CACHE_FORMAT" not in became[-1][1]
+    run = mla("serve", mla_folder, "--cache-format", "bf16", "--", *own)
+    assert (run.status, "--kv-cache-dtype int8_per_token_head: expected one of them" in run.err) == (2, True)
+
+
+def test_prefixes_on_disk_beneath_vllm(mla, mla_folder, tmp_path, monkeypatch, became):
     mla("serve", mla_folder, "--cache-dir", tmp_path / "latents", "--cache-dir-size", "3GB")
-    ((command, _),) = became
+    ((command, environment),) = became
+    assert environment["VLLM_CPU_NUM_OF_RESERVED_CPU"] == "1"  # two beside a connector, by itself
     setting = json.loads(command[command.index("--kv-transfer-config") + 1])
     assert setting["kv_connector_extra_config"] == {"folder": str(tmp_path / "latents"), "size": 3 * 10**9}
     assert (setting["kv_connector"], setting["kv_load_failure_policy"]) == ("LatentConnector", "recompute")
+    bare = shutil.copytree(mla_folder, tmp_path / "bare")
+    (bare / "model.safetensors").rename(bare / "model.bin")
+    run = mla("serve", bare, "--cache-dir", tmp_path, "--memory", "1GB", "--dtype", "float32")
+    assert (run.status, "--cache-dir: expected safetensors in" in run.err) == (2, True)
+    monkeypatch.setattr("mla.cli.vllm.importlib.metadata.version", lambda name: "0.32.0")
+    run = mla("serve", mla_folder, "--cache-dir", tmp_path)
+    assert (run.status, "--cache-dir: expected a vLLM for CPUs, got one for GPUs" in run.err) == (2, True)
 
 
 def test_what_no_server_could_serve_is_refused_before_vllm_starts(mla, mla_folder, llama_folder, became):
@@ -120,7 +171,7 @@ def test_what_vllm_cannot_serve_is_left_to_transformers(mla, mla_folder, tmp_pat
 
 def test_vllm_keeps_fp32_and_gets_what_fits_beside_the_weights(mla, mla_folder, monkeypatch, became):
     weights = (mla_folder / "model.safetensors").stat().st_size  # and a header
-    monkeypatch.setattr("mla.cli.serve.free_memory", lambda: weights + 10**6)
+    monkeypatch.setattr("mla.cli.vllm.free_memory", lambda: weights + 10**6)
     mla("serve", mla_folder)
     ((command, environment),) = became
     assert command[command.index("--dtype") + 1] == "float32"  # it would take bf16 by itself
@@ -138,9 +189,9 @@ def test_vllm_takes_quantised_weights_as_it_does(mla, mla_folder, tmp_path, beca
 
 
 def test_a_vllm_for_gpus_is_told_nothing_of_the_cpu(mla, mla_folder, monkeypatch, became):
-    from mla.cli import serve
+    from mla.cli import vllm
 
-    monkeypatch.setattr(serve.importlib.metadata, "version", lambda name: "0.32.0")
+    monkeypatch.setattr(vllm.importlib.metadata, "version", lambda name: "0.32.0")
     mla("serve", mla_folder)
     ((command, environment),) = became
     assert command[-4:] == ["--max-model-len", "auto", "--dtype", "auto"]

@@ -60,7 +60,7 @@ def test_refused(config: PreTrainedConfig, reason: str) -> None:
 @pytest.mark.parametrize(
     ("kinds", "reason"),
     [
-        (("qwen3", "gemma3_text", "olmo2", "olmo3", "qwen3_moe"), "QK-norm"),
+        (("qwen3", "gemma3_text", "olmo2", "olmo3", "qwen3_moe", "gemma3", "qwen3_vl"), "QK-norm"),
         (("qwen3_moe", "qwen2_moe", "mixtral", "granitemoe", "gpt_oss"), "experts"),
         (("gpt_oss",), "sinks"),
         (("smollm3",), "no RoPE"),
@@ -69,11 +69,9 @@ def test_refused(config: PreTrainedConfig, reason: str) -> None:
         (("cohere",), "side by side"),
         (("gemma",), "scaled"),
         (("gemma2",), "caps logits"),
-        (("qwen2_5_vl", "qwen3_vl"), "more than text"),
-        (
-            ("gemma3", "llama4", "llava", "llava_next", "mistral3", "mllama", "smolvlm", "qwen2_vl"),
-            "more than text.*saved by itself",
-        ),
+        (("gemma3", "qwen3_vl", "llama4"), "more than text"),
+        (("qwen2_vl", "qwen2_5_vl", "mllama"), "language model is of a type of its own"),
+        (("llava", "llava_next", "mistral3", "smolvlm"), "more than text.*saved by itself"),
     ],
 )
 def test_families_that_people_will_try(kinds: tuple[str, ...], reason: str) -> None:
@@ -101,6 +99,7 @@ def test_odd_head_dim_is_refused() -> None:
         LlamaConfig(),
         LlamaConfig(attention_bias=True),
         Qwen2Config(),
+        Qwen2Config(use_sliding_window=True, sliding_window=4096, max_window_layers=40, num_hidden_layers=32),
         MistralConfig(sliding_window=None),
         MistralConfig(sliding_window=4096, max_position_embeddings=4096),
     ],

@@ -112,6 +112,23 @@ def test_an_exception_leaves_nothing(
     assert json.loads((keep / "report.json").read_text())["seed"] == 1
 
 
+def test_a_disk_that_is_full_of_weights_has_no_room_for_the_tokenizer(
+    student: DeepseekV3ForCausalLM, tmp_path: Path
+) -> None:
+    class Tokenizer:
+        error: Exception = Exception("No space left on device (os error 28)")
+
+        def save_pretrained(self, folder: Path) -> None:
+            raise self.error
+
+    with pytest.raises(MLAError, match="out cannot be written: No space left on device"):
+        save(student, Tokenizer(), tmp_path / "out", report=FACTS)  # type: ignore[arg-type]
+    Tokenizer.error = ZeroDivisionError("a defect")
+    with pytest.raises(ZeroDivisionError):
+        save(student, Tokenizer(), tmp_path / "out", report=FACTS)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failed_rename_brings_the_old_folder_back(
     student: DeepseekV3ForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

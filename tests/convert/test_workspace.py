@@ -154,6 +154,7 @@ def test_the_windows_of_a_search_are_those_of_its_conversion(tmp_path: Path) -> 
     search, request = (Request(windows=3, window=16, heal=minutes) for minutes in (0.0, 1.0))
     with workspace(model, Letters(), out, search, "exploring") as found:
         with workspace(model, Letters(), out, request, "converting", search=found) as work:
+            assert (found.searched, work.searched) == (False, True)
             assert torch.equal(work.calibration, found.calibration)
             assert torch.equal(work.held_out, found.held_out)
             assert len(work.training) == 3 + 1536 // 16
@@ -311,6 +312,44 @@ def test_what_does_not_depend_on_the_change_is_kept(
     made, (notice,) = stopped(replace(first, heal=0.2, cache=0.4))
     assert made == {"text", "text to heal on", "layers", "healing"}
     assert "text, text to heal on, layers, healing. They were made with another calibration" in notice
+
+
+def test_what_killed_processes_were_writing_goes(tmp_path: Path, stopped: Any) -> None:
+    first = Request(cache=0.5, windows=2, window=16)
+    stopped(first)
+    place = tmp_path / ".out.converting"
+    for name in (".healing.pt.17.part", "points/.rank-10.19.part"):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text("half")
+    assert stopped(first) == (set(), [])
+    assert not list(place.rglob(".*"))
+
+
+def test_a_result_ends_an_earlier_search_for_it(tmp_path: Path) -> None:
+    model, out, request = teacher(), tmp_path / "out", Request(cache=0.5, windows=2, window=16)
+    search = replace(request, cache=None)
+    with pytest.raises(StoppedError), workspace(model, Letters(), out, search, "exploring"):
+        raise StoppedError
+    assert [path.name for path in tmp_path.iterdir()] == [".out.exploring"]
+    run("tiny", model, Letters(), out, request)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_another_transformers_is_named_as_the_reason(tmp_path: Path, monkeypatch: Any, stopped: Any) -> None:
+    first = Request(cache=0.5, windows=2, window=16)
+    stopped(first)
+    monkeypatch.setattr("transformers.__version__", "99.0")
+    _, (notice,) = stopped(first)
+    assert notice.endswith("They were made with another transformers")
+
+
+def test_a_text_is_too_short_only_where_it_is(tmp_path: Path) -> None:
+    for text, vocabulary, holds in (("a" * 2000, 93, True), ("a" * 60, 93, False)):
+        given = (teacher(vocab_size=vocabulary), Letters(), Request(calibration=("x",), windows=4, window=32))
+        assert WORKSPACE.holds_windows(*given, [text]) == holds
+    given = (teacher(vocab_size=20), Letters(), Request(calibration=("x",), windows=4, window=32))
+    with pytest.raises(MLAError, match="outside the model's vocabulary of 20"):
+        WORKSPACE.holds_windows(*given, ["Y" * 2000])
 
 
 def test_a_request_that_is_refused_removes_nothing(tmp_path: Path, stopped: Any) -> None:

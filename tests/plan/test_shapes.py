@@ -193,6 +193,20 @@ def test_memory_is_what_drivers_report_or_binary():
         assert hardware.memory % 2**20 == 0, f"{hardware.name}: decimal gigabytes are no memory's size"
 
 
+def test_a_machine_without_memory_is_not_measured(monkeypatch):
+    """A thread that finds none must not leave the others waiting for it."""
+
+    def none(size):
+        raise MemoryError
+
+    monkeypatch.setattr("mla.plan.hardware.bytearray", none, raising=False)
+    with pytest.raises(MLAError, match="this machine cannot be measured: no memory for"):
+        get_hardware("this machine")
+    monkeypatch.undo()
+    monkeypatch.setattr("mla.plan.hardware.free_memory", lambda: 0)
+    assert get_hardware("this machine").bandwidth > 0
+
+
 def test_this_machine_is_measured(monkeypatch):
     monkeypatch.setattr("mla.plan.hardware._MEBIBYTES", 4)
     here = get_hardware("this machine")

@@ -3,6 +3,7 @@
     python -m tests.vllm.engine JOBS.json ANSWERS.json
 
 A job is a model, options for ``vllm.LLM``, and rounds of prompts; the prompts of a round are asked at once.
+Clients who asked the prompts in "left" before have gone after three steps.
 """
 
 import contextlib
@@ -69,6 +70,11 @@ def _answer(job: Job) -> Answer:
     sampling = SamplingParams(
         temperature=0, max_tokens=job.get("tokens", 12), ignore_eos=True, logprobs=5, detokenize=False
     )
+    for number, prompt in enumerate(job.get("left", ())):
+        llm.llm_engine.add_request(f"left {number}", TokensPrompt(prompt_token_ids=prompt), sampling)
+        for _ in range(3):
+            llm.llm_engine.step()
+        llm.llm_engine.abort_request([f"left {number}"])
     rounds = []
     for prompts in job["rounds"]:
         inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]

@@ -43,6 +43,11 @@ Device = Annotated[str, typer.Option(help="Any torch device: cpu, cuda, mps ..."
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
+def say(text: str) -> None:
+    """One line for people, on standard error."""
+    print(f"mla: {text}", file=sys.stderr, flush=True)
+
+
 def check_dtype(dtype: str, *known: str) -> Any:
     """The name as given, or a clear refusal; by default what ``load_model`` takes."""
     known = known or ("auto", "float32", "bfloat16", "float16")

@@ -153,7 +153,9 @@ def convert(
         if device == "cpu":
             largest = asked or budget_for(config, cache=0.5, rank=None, rope=None)
             require_memory(
-                least_memory(config, largest, windows=count, window=window, split_query=split_query),
+                least_memory(
+                    config, largest, windows=count, window=window, split_query=split_query, heal=heal > 0
+                ),
                 f"converting {model}, both models in float32 and {count} windows of {window} tokens,",
             )
         tokenizer = load_tokenizer(model)

@@ -1,6 +1,5 @@
 """``mla generate``: one answer to one prompt."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -54,21 +53,21 @@ def generate(
             try:
                 session.prefixes.load(load_cache, identity)
             except MLAError as error:
-                print(f"mla: {error}; the prefix is computed again", file=sys.stderr)
+                console.say(f"{error}; the prefix is computed again")
         ids = session.encode([{"role": "user", "content": text}], raw=raw)
         stream = None if as_json else lambda piece: print(piece, end="", flush=True)
         with console.long_progress("reading") as advance:
             answer = session.answer(ids, sampling, on_read=advance, on_text=stream)
-        if save_cache is not None:
-            session.prefixes.save(save_cache, identity)
     if as_json:
         console.print_json(answer)
-        return
-    print()
-    reused = f" ({answer.reused_tokens} from the cache)" if answer.reused_tokens else ""
-    console.people.print(
-        f"{answer.prompt_tokens} tokens{reused} read at {answer.prefill_speed:.0f}/s, "
-        f"{answer.new_tokens} written at {answer.decode_speed:.1f}/s, "
-        f"{answer.cache_bytes_per_token:.0f} cache bytes per token",
-        style="dim",
-    )
+    else:
+        print()
+        reused = f" ({answer.reused_tokens} from the cache)" if answer.reused_tokens else ""
+        console.people.print(
+            f"{answer.prompt_tokens} tokens{reused} read at {answer.prefill_speed:.0f}/s, "
+            f"{answer.new_tokens} written at {answer.decode_speed:.1f}/s, "
+            f"{answer.cache_bytes_per_token:.0f} cache bytes per token",
+            style="dim",
+        )
+    if save_cache is not None:  # after the answer, which a full disk does not take away
+        session.prefixes.save(save_cache, identity)

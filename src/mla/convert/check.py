@@ -19,6 +19,7 @@ _WRAPPER = (
     "it reads more than text; its language model alone can be converted, if that is of type llama, mistral "
     "or qwen2 and saved by itself"
 )
+_OTHER_TEXT = "it reads more than text, and its language model is of a type of its own"
 _EXPERTS = "its feed-forward layers are experts, and what is written is a dense model"
 _SCALED = "its multipliers on embeddings, residuals and logits have no place in the target"
 _REASONS = {
@@ -37,15 +38,15 @@ _REASONS = {
     "cohere": "its attention and feed-forward run side by side, and the target runs one after the other",
     "gemma": "its embeddings are scaled and its norms count from 1, which the conversion does not fold in",
     "gemma2": "it caps logits (softcapping) and norms every block's output, which the target does not",
-    "gemma3": _WRAPPER,
-    "llama4": _WRAPPER,
+    "gemma3": f"it reads more than text, and {_QK_NORM}",
+    "llama4": f"it reads more than text, {_EXPERTS}, and some of its layers have no RoPE",
     "llava": _WRAPPER,
     "llava_next": _WRAPPER,
     "mistral3": _WRAPPER,
-    "mllama": _WRAPPER,
-    "qwen2_vl": _WRAPPER,
-    "qwen2_5_vl": _WRAPPER,
-    "qwen3_vl": _WRAPPER,
+    "mllama": f"{_OTHER_TEXT}, with cross-attention to pictures",
+    "qwen2_vl": _OTHER_TEXT,
+    "qwen2_5_vl": _OTHER_TEXT,
+    "qwen3_vl": f"it reads more than text, and {_QK_NORM}",
     "smolvlm": _WRAPPER,
 }
 
@@ -97,6 +98,9 @@ def check_convertible(config: Any) -> None:
 
 def _check_window(config: Any) -> None:
     window = getattr(config, "sliding_window", None)
+    # Qwen2 names the layers that have it.
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+        return
     if window is not None and window < config.max_position_embeddings:
         raise MLAError(
             f"cannot convert: a sliding window of {window} tokens is active (of "

@@ -97,7 +97,7 @@ def _start(terms: Terms, rank: int) -> Tensor:
 def _joint_energy(terms: Terms) -> tuple[Tensor, Tensor]:
     """Σ_i scale_i · KᵀSK as whitened inputs see it, and what whitens them; both [m, m]."""
     scale = torch.einsum("imm->i", terms.cov)
-    common = (terms.cov / scale[:, None, None]).mean(0)
+    common = torch.einsum("imk,i->mk", terms.cov, 1 / scale) / len(scale)
     values, vectors = torch.linalg.eigh(common)
     values = values.clamp(min=values[-1] * 1e-10)
     load = torch.einsum("i,idm,ide,iek->mk", scale, terms.targets, terms.metric, terms.targets)
@@ -108,27 +108,32 @@ def _joint_energy(terms: Terms) -> tuple[Tensor, Tensor]:
 
 def _read_out(terms: Terms, encoder: Tensor) -> Tensor:
     """Closed form of the decoders: targets · C Aᵀ (A C Aᵀ)⁻¹."""
-    through = terms.cov @ encoder.T  # [i, m, r]
-    gram = encoder @ through
-    ridge = 1e-9 * torch.einsum("irr->i", gram) / gram.shape[1]
-    gram = gram + torch.diag_embed(ridge[:, None].expand(-1, gram.shape[1]))
-    decoders: Tensor = torch.linalg.solve(gram, (terms.targets @ through).mT).mT
-    return decoders
+    decoders = []
+    for targets, cov in zip(terms.targets, terms.cov, strict=True):  # those of all heads are large
+        through = cov @ encoder.T  # [m, r]
+        gram = encoder @ through
+        gram.diagonal().add_(1e-9 * gram.diagonal().mean())
+        decoders.append(torch.linalg.solve(gram, (targets @ through).mT).mT)
+    return torch.stack(decoders)
 
 
 def _improve(terms: Terms, encoder: Tensor, decoders: Tensor) -> Tensor:
     """Conjugate gradients on the encoder, Σ_i UᵢᵀSᵢUᵢ A Cᵢ = Σ_i UᵢᵀSᵢ Kᵢ Cᵢ, starting from the present
     one."""
     weighted = decoders.mT @ terms.metric  # [i, r, d]
-    left = weighted @ decoders  # [i, r, r]
 
     def apply(x: Tensor) -> Tensor:
-        return (left @ (x @ terms.cov)).sum(0)
+        total = torch.zeros_like(x)
+        for outer, inner, cov in zip(weighted, decoders, terms.cov, strict=True):
+            total += outer @ (inner @ (x @ cov))
+        return total
 
     x = encoder
-    residual = ((weighted @ terms.targets) @ terms.cov).sum(0) - apply(x)
+    residual = -apply(x)
+    for outer, targets, cov in zip(weighted, terms.targets, terms.cov, strict=True):
+        residual += outer @ (targets @ cov)
     # Diagonal preconditioner: rows see Σ left, columns Σ cov.
-    rows = left.diagonal(dim1=1, dim2=2)
+    rows = (weighted * decoders.mT).sum(-1)
     columns = terms.cov.diagonal(dim1=1, dim2=2)
     scale = torch.einsum("ir,im->rm", rows, columns)
     scale = scale.clamp(min=float(scale.max()) * 1e-12)

@@ -140,7 +140,8 @@ def figures(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     promise = facts.get("promise")
     if promise is not None:
         asked = Promise(promise["max_kl"], promise["max_ppl_increase"])
-        rows.append((f"promised: {asked}", "kept" if promise["kept"] else "not kept on this text"))
+        text = "text that the search did not see" if promise["new_text"] else "the windows of the search"
+        rows.append((f"promised: {asked}", f"{'kept' if promise['kept'] else 'not kept'} on {text}"))
     decoded = facts.get("decoding")
     if decoded is not None:
         count = decoded["prompts"] * decoded["tokens"]

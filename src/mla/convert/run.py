@@ -126,7 +126,9 @@ def _finish(
         facts["heal"] = given | asdict(healing)
     facts["quality"] = _quality(teacher, student, work.held_out, request, on_progress)
     kept = promise is not None and _kept(promise, facts["quality"])
-    facts["promise"] = None if promise is None else asdict(promise) | {"kept": kept}
+    facts["promise"] = None
+    if promise is not None:
+        facts["promise"] = asdict(promise) | {"kept": kept, "new_text": not work.searched}
     facts["layer_errors"] = layer_errors(student, teacher, work.held_out)
     facts["seconds"] = round(time.monotonic() - work.started, 1)
     save(student, tokenizer, out, report=facts, dtype=dtype, overwrite=overwrite)

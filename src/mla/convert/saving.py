@@ -83,7 +83,7 @@ def save(
         if student.generation_config is not None:
             student.generation_config.save_pretrained(partial)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+            _save_tokenizer(tokenizer, partial)
         for name, text in told.items():
             (partial / name).write_text(text, encoding="utf-8")
         for path in partial.rglob("*"):
@@ -102,6 +102,15 @@ def save(
             raise UnwrittenError(out, error) from error
         raise
     return out
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is Exception:  # all that tokenizers says of a full disk
+            raise OSError(str(error)) from error
+        raise
 
 
 @contextlib.contextmanager

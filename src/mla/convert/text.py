@@ -26,6 +26,10 @@ _BATCH = 128
 _FREE = -1
 
 
+class TooShortError(MLAError):
+    """A text with fewer windows than are asked for."""
+
+
 def write_windows(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -183,7 +187,7 @@ def tokenize_windows(
         int64 token ids [windows, length].
 
     Raises:
-        MLAError: the text is too short; says how many windows fit.
+        TooShortError: says how many windows fit.
     """
     check_windows(windows, length)
     # 8 characters per token is more than most text needs; where it is not enough, all is read anew in longer
@@ -199,7 +203,7 @@ def tokenize_windows(
         if windows > fitting or reach >= len(text):
             if len(tokenizer(text[-reach:])["input_ids"]) < length:
                 fitting = 0
-            raise MLAError(
+            raise TooShortError(
                 f"{name} is too short: {len(text)} characters hold {fitting} of {windows} windows of "
                 f"{length} tokens; give a longer text, fewer windows or shorter ones"
             )

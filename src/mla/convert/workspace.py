@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,6 +27,7 @@ from mla import __version__
 from mla.convert.parts import load, store
 from mla.convert.pipeline import check_split_query
 from mla.convert.text import (
+    TooShortError,
     check_vocabulary,
     check_window,
     check_windows,
@@ -46,7 +48,7 @@ _TRAINING = "training.safetensors"  # what to heal on
 # What the model has written of either so far; a generator of one kind of device is of no use on another.
 _WRITING = "{}-writing-{}.safetensors"
 # The parts of the folder, their files, and what of :func:`_identity` they depend on. On "dtype" none does.
-_OF_TEXT = {"mla", "torch", "model", "tokenizer", "calibration", "windows", "window", "seed"}
+_OF_TEXT = {"mla", "torch", "transformers", "model", "tokenizer", "calibration", "windows", "window", "seed"}
 _OF_LAYERS = _OF_TEXT | {"cache", "rank", "rope"}
 _PARTS = (
     ("text", "windows*.safetensors", _OF_TEXT),
@@ -92,14 +94,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder for finished parts, token ids [w, t] to calibrate on, to heal on and to measure on, and when
-    work on them began (``time.monotonic``)."""
+    """A folder for finished parts, token ids [w, t] to calibrate on, to heal on and to measure on, when work
+    on them began (``time.monotonic``), and whether they are those of a search for the budget."""
 
     place: Path
     calibration: Tensor
     training: Tensor
     held_out: Tensor
     started: float
+    searched: bool
 
 
 def check_request(request: Request) -> None:
@@ -142,7 +145,7 @@ def holds_windows(
     """Whether the ``texts`` (of :func:`read_texts`) are long enough for the windows that are asked for."""
     try:
         _Texts(teacher, tokenizer, request, texts, None).cut()
-    except MLAError:
+    except TooShortError:
         return False
     return True
 
@@ -179,7 +182,7 @@ def workspace(
     read = read_texts(request) if texts is None else texts
     source = _Texts(teacher, tokenizer, request, read, on_progress)
     out = out.absolute()
-    place = out.parent / f".{out.name}.{purpose}"
+    place = _place(out, purpose)
     identity = _identity(teacher, tokenizer, request, read)
     useless, notice = _useless(place, identity)
     new = not place.exists()
@@ -204,7 +207,7 @@ def workspace(
             training = source.mixed(_evened(healing), "training")
         begun = started if search is None else search.started
         ready = True
-        yield Workspace(place, calibration, training, held_out, begun)
+        yield Workspace(place, calibration, training, held_out, begun, taken is not None)
     except UnwrittenError as error:
         raise MLAError(
             f"{error}. What is finished is kept in {place}: the same command goes on from there"
@@ -214,6 +217,12 @@ def workspace(
             shutil.rmtree(place, ignore_errors=True)
         raise
     shutil.rmtree(place, ignore_errors=True)
+    # There is a result now: what an earlier search for one has left is of no more use.
+    shutil.rmtree(_place(out, "exploring"), ignore_errors=True)
+
+
+def _place(out: Path, purpose: str) -> Path:
+    return out.parent / f".{out.name}.{purpose}"
 
 
 @dataclass(frozen=True)
@@ -334,12 +343,14 @@ def _identity(
 ) -> dict[str, Any]:
     """Everything that the finished parts depend on: of model and texts what they are, not where they lie."""
     config = teacher.config.to_dict()
-    for name in ("_name_or_path", "quantization_config"):  # the path as it was typed, a GGUF file's name
+    # The path as it was typed, a GGUF file's name, and the version that reads it now.
+    for name in ("_name_or_path", "quantization_config", "transformers_version"):
         config.pop(name, None)
     return {
         **asdict(request),
         "mla": __version__,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "model": digest(canonical(config), digest_of_weights(teacher).encode()),
         "tokenizer": _tokenizer_digest(tokenizer),
         "calibration": [None if text is None else digest(text.encode()) for text in texts],
@@ -382,5 +393,7 @@ def _enter(place: Path, identity: dict[str, Any], useless: list[Path]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+    for path in place.rglob(".*.part"):  # what was being written by processes that were killed
+        path.unlink()
     with whole(place / "request.json") as partial:
         partial.write_text(json.dumps(identity, sort_keys=True), encoding="utf-8")

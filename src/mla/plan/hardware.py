@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mla.errors import MLAError
 from mla.machine import free_memory, total_memory, usable_cores
 from mla.plan.known import find_hardware, known_hardware, plain
 
@@ -87,7 +88,7 @@ def measure_this_machine() -> Hardware:
     usable = usable_cores()
     cores = min(psutil.cpu_count(logical=False) or usable, usable)
     # An eighth of what is free at most, both buffers of all cores together.
-    size = min(_MEBIBYTES << 20, free_memory() // (16 * cores))
+    size = max(1 << 16, min(_MEBIBYTES << 20, free_memory() // (16 * cores)))
     bandwidth = _copy_bandwidth(cores, size)
     clock, clock_source = _clock()
     fp32, bf16, kind = _operations_per_clock()
@@ -118,7 +119,11 @@ def _copy_bandwidth(threads: int, size: int) -> float:
 
     def copy() -> None:
         # Made by the thread that copies them: where there are several memory nodes they lie on its own.
-        buffers = bytearray(size), bytearray(size)
+        try:
+            buffers = bytearray(size), bytearray(size)
+        except MemoryError:
+            barrier.abort()
+            return
         target, source = (ctypes.addressof(ctypes.c_char.from_buffer(each)) for each in buffers)
         for _ in range(_REPEATS):
             barrier.wait()
@@ -130,11 +135,17 @@ def _copy_bandwidth(threads: int, size: int) -> float:
     for worker in workers:
         worker.start()
     best = 0.0
-    for _ in range(_REPEATS):
-        barrier.wait()
-        started = time.perf_counter()
-        barrier.wait()
-        best = max(best, 2 * size * threads / (time.perf_counter() - started))
+    try:
+        for _ in range(_REPEATS):
+            barrier.wait()
+            started = time.perf_counter()
+            barrier.wait()
+            best = max(best, 2 * size * threads / (time.perf_counter() - started))
+    except threading.BrokenBarrierError as error:
+        raise MLAError(
+            f"this machine cannot be measured: no memory for {threads} x 2 buffers of {size >> 10} KiB; end "
+            "other programs, or name another --hardware"
+        ) from error
     return best
 
 
