@@ -94,6 +94,47 @@ struct Linear {
   int32_t rows, n, k, threads;
 };
 
+// The norm of rows: out = rounded(x / sqrt(mean(x²) + eps)) · weight, all of one type, f32 or bf16.
+struct Norm {
+  const char* x; // [rows, width]
+  int64_t stride_x;
+  const char* weight; // [width]
+  char* out;          // [rows, width], without gaps
+  Type type;
+  int64_t rows;
+  int32_t width;
+  float eps;
+  int32_t threads;
+};
+
+// New tokens [b, s, width], f32 or bf16.
+struct Source {
+  const char* data;
+  Type type;
+  int64_t stride_b;
+  int64_t stride_s;
+};
+
+// Rows to be written: as Rows.
+struct Written {
+  char* data;
+  int64_t page_stride;
+  int64_t row_stride;
+};
+
+// New tokens on their way into a cache of `type`. Token i of sequence j goes to row i of page j; with slots, token
+// number t of all of them to row slots[t] % page_size of page slots[t] / page_size, or nowhere where that is negative.
+struct Append {
+  Source c_kv;   // [b, s, r]
+  Source k_rope; // [b, s, p]
+  Written to_c_kv, to_k_rope, to_scale;
+  Type type;
+  const int64_t* slots; // [b * s] or null
+  int64_t page_size;
+  int64_t b, s;
+  int32_t r, p, threads;
+};
+
 // One instruction set's kernels. `ceiling` runs `rounds` of the instruction that carries the products, on one
 // thread, out of registers, and returns the operations done (2 per multiply-add): the bound of the benchmarks.
 struct Kernels {
@@ -103,6 +144,8 @@ struct Kernels {
   void (*prefill)(const Projected&);
   void (*absorbed)(const Projected&);
   void (*linear)(const Linear&);
+  void (*norm)(const Norm&);
+  void (*append)(const Append&);
   double (*ceiling)(int64_t rounds);
 };
 

@@ -25,6 +25,7 @@ using CacheTuple =
 // b, s, h, lengths, key_mask, key_mask_stride, sinks, lse
 using SizesTuple = std::tuple<int, int, int, int64_t, int64_t, int64_t, int64_t, int64_t>;
 using HeadsTuple = std::tuple<int64_t, int, int64_t, int64_t, int64_t>;
+using SourceTuple = std::tuple<int64_t, int, int64_t, int64_t>;
 using WeightTuple = std::tuple<int64_t, int, int64_t, int64_t>;
 
 template <class T> T* pointer(int64_t address) { return reinterpret_cast<T*>(address); }
@@ -35,6 +36,12 @@ Heads heads(const HeadsTuple& t) {
   return {pointer<char>(std::get<0>(t)), static_cast<Type>(std::get<1>(t)), std::get<2>(t), std::get<3>(t),
           std::get<4>(t)};
 }
+
+Source source(const SourceTuple& t) {
+  return {pointer<const char>(std::get<0>(t)), static_cast<Type>(std::get<1>(t)), std::get<2>(t), std::get<3>(t)};
+}
+
+Written written(const RowsTuple& t) { return {pointer<char>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)}; }
 
 Weight weight(const WeightTuple& t) {
   return {pointer<const char>(std::get<0>(t)), static_cast<Type>(std::get<1>(t)), std::get<2>(t), std::get<3>(t)};
@@ -136,6 +143,35 @@ NB_MODULE(_kernels, m) {
     nb::gil_scoped_release release;
     named(isa).linear({pointer<const char>(x), stride_x, pointer<const char>(w), stride_w, pointer<char>(out),
                        static_cast<Type>(type), rows, n, k, threads});
+  });
+  m.def("norm", [](const std::string& isa, int64_t x, int64_t stride_x, int64_t weight, int64_t out, int type,
+                   int64_t rows, int width, float eps, int threads) {
+    nb::gil_scoped_release release;
+    named(isa).norm({pointer<const char>(x), stride_x, pointer<const char>(weight), pointer<char>(out),
+                     static_cast<Type>(type), rows, width, eps, threads});
+  });
+  m.def("append", [](const std::string& isa, const SourceTuple& c_kv, const SourceTuple& k_rope,
+                     const RowsTuple& to_c_kv, const RowsTuple& to_k_rope, const RowsTuple& to_scale, int type,
+                     int64_t slots, int64_t pages, int64_t page_size, int64_t b, int64_t s, int r, int p, int threads) {
+    nb::gil_scoped_release release;
+    const Append call{source(c_kv),
+                      source(k_rope),
+                      written(to_c_kv),
+                      written(to_k_rope),
+                      written(to_scale),
+                      static_cast<Type>(type),
+                      pointer<const int64_t>(slots),
+                      page_size,
+                      b,
+                      s,
+                      r,
+                      p,
+                      threads};
+    for (int64_t i = 0; call.slots && i < b * s; ++i)
+      if (call.slots[i] >= pages * page_size)
+        throw std::invalid_argument("slots[" + std::to_string(i) + "]: expected less than " +
+                                    std::to_string(pages * page_size) + ", got " + std::to_string(call.slots[i]));
+    named(isa).append(call);
   });
   m.def("ceiling", [](const std::string& isa, int64_t rounds) {
     nb::gil_scoped_release release;

@@ -4,6 +4,7 @@
 
 #include "absorbed.h"
 #include "prefill.h"
+#include "tokens.h"
 
 namespace mla {
 namespace {
@@ -50,6 +51,10 @@ void linear(const Linear& call) {
     Layer<HalfWeights, Type::bf16>::run(call);
 }
 
+void norm(const Norm& call) { norm_rows<Isa::Full::lanes>(call); }
+
+void append(const Append& call) { append_rows<Isa::Full::lanes>(call); }
+
 #if defined(__aarch64__)
 #define MLA_REGISTER(x) "+w"(x)
 #elif defined(__x86_64__) && !defined(MLA_EMULATE_AVX512)
@@ -82,6 +87,6 @@ double ceiling(int64_t rounds) {
 
 } // namespace
 
-const Kernels MLA_KERNELS = {MLA_NAME, supported, decode, prefill, absorbed, linear, ceiling};
+const Kernels MLA_KERNELS = {MLA_NAME, supported, decode, prefill, absorbed, linear, norm, append, ceiling};
 
 } // namespace mla

@@ -32,9 +32,9 @@ TOKENS = torch.zeros(5, 1, 4, dtype=torch.int32)
         (
             {"cache_seqlens": torch.tensor([0, 0, 0, 320, 0])},
             {},
-            f"block_table .*: expected 0 to 24, got {HUGE}",
+            rf"block_table\[3, 3\]: expected 0 to 24 within the lengths, got {HUGE}",
         ),
-        ({"block_table": torch.full((5, 5), -1)}, {}, "block_table .*: expected 0 to 24, got -1"),
+        ({"block_table": torch.full((5, 5), -1)}, {}, r"block_table\[1, 0\]: expected 0 to 24 .*, got -1"),
         ({}, {"head_dim_v": 577}, "head_dim_v: expected 1 to 576, got 577"),
         (
             {},

@@ -10,7 +10,8 @@ from torch import nn
 from mla.integrations.layers import give_back, take_over
 from mla.integrations.transformers import absorb, is_absorbed, restore
 from mla.ops import native
-from mla.ops.linear import FEW_ROWS, USED
+from mla.ops.direct import USED
+from mla.ops.linear import FEW_ROWS
 from tests.families import build, token_ids
 
 pytestmark = pytest.mark.skipif(not USED, reason="no kernel for linear layers")
@@ -141,6 +142,37 @@ def test_another_librarys_hook_around_ours_stays(model, taken):
     del model.lm_head.forward  # nothing there to give back
     restore(model)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+class GemmaRMSNorm(nn.Module):
+    """The name, and another norm: it counts its weight from 1."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.zeros(size)), 1e-6
+
+    def forward(self, x):
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], 1 + self.weight, self.variance_epsilon)
+
+
+@torch.no_grad()
+def test_norms_are_the_kernels_where_they_are_ours(model, monkeypatch):
+    calls = []
+    real = native.rms_norm
+    monkeypatch.setattr(native, "rms_norm", lambda *given: calls.append(1) or real(*given))
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    ids = token_ids(1, 1)
+    want = model(ids).logits
+    other = GemmaRMSNorm(8)
+    model.model.add_module("other", other)
+    changed = take_over(model)
+    assert set(norms) <= set(changed)
+    assert other not in changed
+    torch.testing.assert_close(model(ids).logits, want)
+    assert len(calls) == len(norms)
+    give_back(changed)
+    assert torch.equal(model(ids).logits, want)
+    assert len(calls) == len(norms)
 
 
 def test_subclasses_of_linear_layers_are_left_alone():

@@ -6,7 +6,7 @@ import torch
 from mla.errors import MLAError
 from mla.formats import cache_format
 from mla.integrations.vllm import pages, plugin, settings
-from mla.ops import native, reference
+from mla.ops import latent, native, reference
 from mla.ops.attention import make_plan
 
 H, N, R, P, V = 3, 20, 75, 26, 12
@@ -38,11 +38,11 @@ def test_runs_over_pages(dtype, name, page_size):
         at = torch.arange(t)
         slots = table[i][at // page_size].long() * page_size + at % page_size
         padding = torch.tensor([-1])
-        pages.write(
+        latent.store(
             latents,
-            torch.cat([padding, slots]),
-            torch.cat([torch.full((1, R), torch.nan), c_kv[i]]),
-            torch.cat([torch.full((1, P), torch.nan), k_rope[i]]),
+            torch.cat([torch.full((1, R), torch.nan), c_kv[i]])[:, None],
+            torch.cat([torch.full((1, P), torch.nan), k_rope[i]])[:, None],
+            slots=torch.cat([padding, slots]),
         )
     q = torch.randn(sum(news), H, N + P).to(dtype)
     weights = torch.float32 if dtype == torch.float16 else dtype

@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 from mla.nn.layers import Linear
+from mla.ops import direct, native
 from mla.ops import linear as module
-from mla.ops import native
 from mla.ops.linear import FEW_ROWS, linear
 from tests.ops.linear_cases import check, make
 from tests.ops.native_cases import ISAS
@@ -151,7 +151,7 @@ def test_another_default_device():
         assert torch.equal(native.linear(x, weight), want)
 
 
-used = pytest.mark.skipif(not module.USED, reason="no kernel that models use")
+used = pytest.mark.skipif(not direct.USED, reason="no kernel that models use")
 
 
 @pytest.fixture

@@ -227,17 +227,13 @@ class LatentLayer(CacheLayerMixin):
                 f"expected latents of {self.rank} numbers and rotary keys of {self.rope}, as held, "
                 f"got {r} and {p}"
             )
-        c_kv, k_rope = key_states[:, 0].detach(), value_states[:, 0].detach()
+        c_kv, k_rope = key_states[:, 0], value_states[:, 0]
         if self.format == "int8":
             slot = self._rows.reserve(b, s, latent.row_bytes(r, p), torch.uint8, c_kv.device)
-            new = latent.split_rows(slot, r, p)
-            assert new.scale is not None
-            new.c_kv[:], new.scale[:] = latent.quantise(c_kv)
-            new.k_rope[:] = k_rope
+            latent.store(latent.split_rows(slot, r, p), c_kv, k_rope)
         else:
             slot = self._rows.reserve(b, s, r + p, self._dtype_of(c_kv), c_kv.device)
-            slot[..., :r] = c_kv
-            slot[..., r:] = k_rope
+            latent.store(latent.Latents(slot[..., :r], slot[..., r:]), c_kv, k_rope)
         self._publish()
         if not (torch.is_grad_enabled() or forward_mode()):
             return self.keys, self.values

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mla.ops.linear import linear, takes
+from mla.ops.norm import in_torch, rms_norm
+from mla.ops.norm import takes as takes_norm
 
 
 def take_over(model: nn.Module, *, but: Collection[nn.Module] = ()) -> tuple[nn.Module, ...]:
@@ -52,15 +54,36 @@ def give_back(modules: Iterable[nn.Module]) -> None:
 def _has_ours(module: nn.Module) -> bool:
     """Whether a module has a forward pass of this file, and nothing around it."""
     forward = vars(module).get("forward")
-    return isinstance(forward, partial) and forward.func in (_linear, _experts)
+    return isinstance(forward, partial) and forward.func in (_linear, _norm, _experts)
 
 
 def _forward_for(module: nn.Module) -> Any:
     if type(module) is nn.Linear:
         return _linear
+    if _is_rms_norm(module):
+        return _norm
     if _are_experts(module):
         return _experts
     return None
+
+
+def _is_rms_norm(module: Any) -> bool:
+    """Whether a module is an RMSNorm like ours: its class is asked, on a row of numbers.
+
+    Many have the name, and count their weight from 1, or subtract the mean.
+    """
+    weight = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
+        return False
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or weight.device.type != "cpu":
+        return False
+    x = torch.linspace(-2.0, 3.0, len(weight), dtype=torch.float32, device="cpu")[None].to(weight.dtype)
+    with torch.no_grad():
+        try:
+            theirs = type(module).forward(module, x)
+        except (TypeError, RuntimeError):  # it takes more than rows
+            return False
+        return torch.equal(theirs, in_torch(x, weight, module.variance_epsilon))
 
 
 def _are_experts(module: Any) -> bool:
@@ -74,6 +97,13 @@ def _are_experts(module: Any) -> bool:
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return linear(x, layer.weight, layer.bias)
+
+
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    if takes_norm(x, norm.weight):
+        return rms_norm(x, norm.weight, norm.variance_epsilon)
+    out: Tensor = type(norm).forward(norm, x)
+    return out
 
 
 def _experts(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

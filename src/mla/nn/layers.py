@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mla.errors import MLAError
 from mla.ops.linear import linear
+from mla.ops.norm import rms_norm
 
 
 class Linear(nn.Linear):
@@ -84,10 +85,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] to [..., size], in the dtype of ``x``."""
-        precise = x if x.dtype == torch.float64 else x.float()
-        normed = precise * torch.rsqrt(precise.square().mean(-1, keepdim=True) + self.eps)
-        # Under autocast the weight is wider than the activations; the result must not widen with it.
-        return (self.weight * normed.to(x.dtype)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"

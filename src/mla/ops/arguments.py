@@ -265,6 +265,84 @@ def linear(x: Tensor, weight: Tensor, out: Tensor) -> tuple[int, ...]:
     )
 
 
+def check_norm(x: Tensor, weight: Tensor) -> None:
+    """Refuse what is not rows x [..., k] and a contiguous weight [k] of one dtype (ValueError)."""
+    if not x.ndim or weight.shape != x.shape[-1:] or not weight.is_contiguous():
+        came = f"{tuple(x.shape)} and {tuple(weight.shape)}"
+        raise ValueError(f"x [..., k], weight [k]: expected one k and a contiguous weight, got {came}")
+    if x.dtype not in QUERY_DTYPES or weight.dtype != x.dtype:
+        raise ValueError(f"x and weight: expected both fp32 or both bf16, got {x.dtype} and {weight.dtype}")
+
+
+def norm(x: Tensor, weight: Tensor, out: Tensor) -> tuple[int, ...]:
+    """Rows x [rows, k], a weight [k], the contiguous result: addresses, a stride in bytes, type, sizes."""
+    stride = x.stride(0) * x.element_size()
+    return x.data_ptr(), stride, weight.data_ptr(), out.data_ptr(), _TYPES[x.dtype], *x.shape
+
+
+def check_append(
+    c_kv: Tensor,
+    k_rope: Tensor,
+    to_c_kv: Tensor,
+    to_k_rope: Tensor,
+    to_scale: Tensor | None,
+    slots: Tensor | None,
+) -> None:
+    """Refuse new tokens and a cache that do not go together (ValueError)."""
+    b, s, r = c_kv.shape
+    expect("k_rope [b, s, p]", k_rope, (b, s, k_rope.shape[-1]))
+    for name, x in (("c_kv", c_kv), ("k_rope", k_rope)):
+        if x.dtype not in QUERY_DTYPES:
+            raise ValueError(f"{name}: expected fp32 or bf16, got {x.dtype}")
+    if to_c_kv.dtype not in CACHE_DTYPES:
+        raise ValueError(f"to_c_kv: expected fp32, bf16 or int8, got {to_c_kv.dtype}")
+    places = (b, s) if slots is None else to_c_kv.shape[:2]
+    expect("to_c_kv", to_c_kv, (*places, r))
+    expect("to_k_rope", to_k_rope, (*places, k_rope.shape[-1]), rope_dtype(to_c_kv.dtype))
+    for name, x in (("to_c_kv", to_c_kv), ("to_k_rope", to_k_rope)):
+        if not has_rows(x):
+            raise ValueError(f"{name}: expected a contiguous last dimension, got strides {x.stride()}")
+    if (to_c_kv.dtype == torch.int8) != (to_scale is not None):
+        raise ValueError(f"to_scale: expected a tensor beside int8 latents alone, got {to_c_kv.dtype} ones")
+    if to_scale is not None:
+        expect("to_scale", to_scale, tuple(places), torch.float32)
+    if slots is not None:
+        expect("slots [b · s]", slots, (b * s,), torch.int64)
+        if not slots.is_contiguous():
+            raise ValueError(f"slots: expected a contiguous tensor, got strides {slots.stride()}")
+
+
+def append(
+    c_kv: Tensor,
+    k_rope: Tensor,
+    to_c_kv: Tensor,
+    to_k_rope: Tensor,
+    to_scale: Tensor | None,
+    slots: Tensor | None,
+) -> tuple[object, ...]:
+    """New tokens and where they go, in the form of csrc/binding.cpp; the tensors must outlive the call."""
+    b, s, r = c_kv.shape
+    return (
+        _source(c_kv),
+        _source(k_rope),
+        _pages(to_c_kv),
+        _pages(to_k_rope),
+        (0, 0, 0) if to_scale is None else _pages(to_scale),
+        _TYPES[to_c_kv.dtype],
+        0 if slots is None else slots.data_ptr(),
+        *to_c_kv.shape[:2],
+        b,
+        s,
+        r,
+        k_rope.shape[2],
+    )
+
+
+def _source(x: Tensor) -> tuple[int, ...]:
+    size, strides = x.element_size(), x.stride()
+    return x.data_ptr(), _TYPES[x.dtype], strides[0] * size, strides[1] * size
+
+
 def check_devices(names: str, *tensors: Tensor | None) -> None:
     """A single tensor on "meta" makes torch run the shape function, whose results hold nothing."""
     devices = {name: x.device for name, x in zip(names.split(), tensors, strict=True) if x is not None}

@@ -175,6 +175,63 @@ def linear(x: Tensor, weight: Tensor, *, isa: str | None = None) -> Tensor:
     return out
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, isa: str | None = None) -> Tensor:
+    """RMSNorm of rows, as :func:`mla.ops.norm.rms_norm`; no operator.
+
+    Args:
+        x: [..., k], fp32 or bf16.
+        weight: [k] of the same dtype, contiguous.
+        eps: added to the mean square.
+        isa: an instruction set by name; :func:`best` when None.
+
+    Returns:
+        [..., k] in the dtype of ``x``.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit; an instruction set that is not available.
+    """
+    isa = _choose(isa)
+    arguments.check_norm(x, weight)
+    width = x.shape[-1]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if out.numel():
+        flat = arguments.rows(x.reshape(-1, width))
+        _kernels.norm(isa, *arguments.norm(flat, weight, out), eps, torch.get_num_threads())
+    return out
+
+
+def append(
+    c_kv: Tensor,
+    k_rope: Tensor,
+    to_c_kv: Tensor,
+    to_k_rope: Tensor,
+    to_scale: Tensor | None = None,
+    *,
+    slots: Tensor | None = None,
+    isa: str | None = None,
+) -> None:
+    """Write new tokens into a cache, in its format; no operator.
+
+    Args:
+        c_kv: [b, s, r] latents, fp32 or bf16.
+        k_rope: [b, s, p] rotary keys, fp32 or bf16.
+        to_c_kv: [b, s, r], or with ``slots`` [pages, page size, r]: fp32, bf16, or int8 with ``to_scale``.
+        to_k_rope: likewise with p: fp32 beside fp32 latents, else bf16.
+        to_scale: [b, s] or [pages, page size] fp32, what the int8 latents are to be multiplied by.
+        slots: [b · s] int64, page · page size + offset of each token; what is negative goes nowhere.
+        isa: an instruction set by name; :func:`best` when None.
+
+    Raises:
+        ValueError: shapes, dtypes or slots that do not fit; an instruction set that is not available.
+    """
+    isa = _choose(isa)
+    arguments.check_append(c_kv, k_rope, to_c_kv, to_k_rope, to_scale, slots)
+    c_kv, k_rope = arguments.rows(c_kv), arguments.rows(k_rope)
+    if c_kv.shape[0] * c_kv.shape[1]:
+        described = arguments.append(c_kv, k_rope, to_c_kv, to_k_rope, to_scale, slots)
+        _kernels.append(isa, *described, torch.get_num_threads())
+
+
 def ceiling(isa: str, rounds: int) -> float:
     """Run the instruction that carries the products of ``isa`` on one thread, out of registers.
 

@@ -25,6 +25,7 @@ from mla.integrations.loading import computes_in_half
 from mla.integrations.vllm import pages, settings
 from mla.ops import arguments
 from mla.ops.attention import make_plan
+from mla.ops.latent import store
 
 
 class Backend(MLACommonBackend):
@@ -205,7 +206,9 @@ class Impl(MLACommonImpl):
         k_scale: Tensor,
     ) -> None:
         if kv_cache.numel():
-            pages.write(self._latents(kv_cache), slot_mapping.flatten(), kv_c_normed, k_pe.squeeze(1))
+            # k_pe is [tokens, 1, p]. What is padding has negative slots.
+            latents = self._latents(kv_cache)
+            store(latents, kv_c_normed.unsqueeze(1), k_pe, slots=slot_mapping.flatten())
 
     def forward_mha(
         self,

@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import linear as torch_linear
 
 from mla.ops import arguments
-from mla.ops.linear import FEW_ROWS, USED, linear
+from mla.ops.direct import USED
+from mla.ops.linear import FEW_ROWS, linear
 
 # With AMX a packed weight serves many rows much faster, and few rows were not compared.
 _DTYPES = {dtype for dtype in FEW_ROWS if USED and not torch.cpu._is_amx_tile_supported()}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mla.ops import native
 from mla.ops.attention import Plan
-from mla.ops.latent import FORMAT_DTYPES, Latents, quantise, split_rows
+from mla.ops.latent import FORMAT_DTYPES, Latents, split_rows
 
 
 @dataclass(frozen=True)
@@ -49,27 +49,6 @@ def split(pages: Tensor, cache_format: str, r: int, p: int) -> Latents:
         )
     numbers = pages.view(dtype)
     return Latents(c_kv=numbers[..., :r], k_rope=numbers[..., r:])
-
-
-def write(latents: Latents, slots: Tensor, c_kv: Tensor, k_rope: Tensor) -> None:
-    """Store new tokens, each at page · page size + offset.
-
-    Args:
-        latents: from :func:`split`.
-        slots: [tokens] int64; what is negative is padding and goes nowhere.
-        c_kv: [tokens, r], floating.
-        k_rope: [tokens, p], floating.
-    """
-    real = slots >= 0
-    if not bool(real.all()):
-        slots, c_kv, k_rope = slots[real], c_kv[real], k_rope[real]
-    page_size = latents.c_kv.shape[1]
-    where = (slots // page_size, slots % page_size)
-    latents.k_rope[where] = k_rope.to(latents.k_rope.dtype)
-    if latents.scale is None:
-        latents.c_kv[where] = c_kv.to(latents.c_kv.dtype)
-    else:
-        latents.c_kv[where], latents.scale[where] = quantise(c_kv)
 
 
 def attend(
