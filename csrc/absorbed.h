@@ -62,7 +62,7 @@ private:
     Carver count(nullptr);
     Scratch().carve(count, *this);
     Memory memory(count.used() * threads);
-    team(threads, [&](int i) {
+    team(attention_.threads, threads, [&](int i) {
       Carver carver(memory.data + count.used() * i);
       Scratch scratch;
       scratch.carve(carver, *this);

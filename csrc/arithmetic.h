@@ -22,6 +22,7 @@
 //   shifted              whether keys have an offset
 //   second               0, or by what the first part of a query is finer in the second digits that follow its row
 //   collect, limit       of a row's probabilities in one tile, what may reach `limit`
+//   peak, counts, split  with second digits: when those of probabilities are needed, and what they are
 #pragma once
 
 #include <type_traits>

@@ -103,6 +103,16 @@ template <class Rest_> struct Int8 {
   // The largest probability of a row and tile becomes 255.
   static constexpr float limit = 255.0f;
   static MLA_INLINE F collect(F so_far, F p) { return V::max(so_far, p); }
+  // Where all of a row and tile are less than so many times the largest, those beside it are a few steps of rounding
+  // each, or none. That is of no account where the largest is less than a 32nd of all that came before.
+  static constexpr float peak = 5.0f, counts = 32.0f;
+  // Leaves whole steps, and returns what is beyond them in steps of its own.
+  static MLA_INLINE F split(F& p) {
+    const F whole = __builtin_convertvector(__builtin_convertvector(p, typename V::I), F);
+    const F beyond = p - whole;
+    p = whole;
+    return beyond * limit;
+  }
   static MLA_INLINE Unit weights(const F* p) {
     return (V::nearest(p[0]) & 0xffu) | ((V::nearest(p[1]) & 0xffu) << 8) | ((V::nearest(p[2]) & 0xffu) << 16) |
            (V::nearest(p[3]) << 24);
@@ -124,7 +134,9 @@ bool has_avx512() { return true; }
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni");
+         __builtin_cpu_supports("avx512vnni") &&
+         // What the compiler takes for granted there; a virtual machine may hide it.
+         __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
 }
 #endif
 

@@ -87,11 +87,11 @@ private:
     Carver carver(memory.data);
     scratch_.resize(static_cast<size_t>(threads_));
     for (Scratch& scratch : scratch_) scratch.carve(carver, *this);
-    team(threads_, [this](int i) { stretch(i); });
+    team(attention_.threads, threads_, [this](int i) { stretch(i); });
     if (threads_ == 1) return;
     const int64_t partial = int64_t{threads_ - 1} * rows_ * r_; // a boundary between two stretches cuts one item
     const int mergers = partial <= kMergedAlone ? 1 : threads_;
-    team(mergers, [&](int i) { merge(i, mergers); });
+    team(attention_.threads, mergers, [&](int i) { merge(i, mergers); });
   }
 
   int64_t start(int thread) const { return stripes_ * thread / threads_; }

@@ -179,7 +179,7 @@ public:
     Carver count(nullptr);
     carve(count);
     const Memory memory(count.used() * threads);
-    team(threads, [&](int i) {
+    team(call.threads, threads, [&](int i) {
       Carver carver(memory.data + count.used() * i);
       LinearRows<A> rows = carve(carver);
       multiply(call, rows, stretches * i / threads * apart, least(call.n, stretches * (i + 1) / threads * apart));

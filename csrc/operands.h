@@ -36,6 +36,15 @@ inline int64_t odd_stride(int64_t units) { return up(units, 16) | 16; }
 
 template <class A> constexpr bool kSplit = !std::is_void_v<typename A::Rest>;
 
+// Whether one number may need two units, the second of which holds what rounding took from the first.
+template <class A> constexpr bool has_digits() {
+  if constexpr (kSplit<A>)
+    return A::second > 0;
+  else
+    return false;
+}
+template <class A> constexpr bool kDigits = has_digits<A>();
+
 // Units of a row of two parts, the second from its own unit on.
 template <class A> constexpr int units_of(int a, int b) {
   if constexpr (kSplit<A>)
@@ -47,7 +56,7 @@ template <class A> constexpr int units_of(int a, int b) {
 // The same with the second digits, if there are any.
 template <class A> constexpr int query_units_of(int a, int b) {
   if constexpr (kSplit<A>)
-    return units_of<A>(a, b) + (A::second > 0 ? units_of<A>(a) : 0);
+    return units_of<A>(a, b) + (kDigits<A> ? units_of<A>(a) : 0);
   else
     return units_of<A>(a, b);
 }
@@ -220,7 +229,7 @@ template <class A> struct Tile {
   float* factors;       // [kKeys] of the first part
   float* rests;         // [kKeys] of the second part
   float* offsets;       // [kKeys] what is to be taken from products with the first part
-  float* biases;        // [kKeys] 0, or -inf for a key that nobody sees
+  bool* hidden;         // [kKeys] whether nobody sees a key
 
   void carve(Carver& carver, int units) {
     own_stride_ = odd_stride(units);
@@ -228,7 +237,7 @@ template <class A> struct Tile {
     factors = carver.take<float>(kKeys);
     rests = carver.take<float>(kKeys);
     offsets = carver.take<float>(kKeys);
-    biases = carver.take<float>(kKeys);
+    hidden = carver.take<bool>(kKeys);
   }
   // Whether rows of `type` at `data`, `step` bytes apart, are units where they lie.
   static bool lendable(Type type, const char* data, int64_t step) {
@@ -238,7 +247,7 @@ template <class A> struct Tile {
   void borrow(const char* data, int64_t step, int count) {
     rows = reinterpret_cast<const uint32_t*>(data);
     stride = step / 4;
-    for (int i = 0; i < count; ++i) biases[i] = 0.0f;
+    for (int i = 0; i < count; ++i) hidden[i] = false;
   }
   // Rows 0..count-1, whose first parts are of `type`. row(i, take), called in order, hands the parts to take(parts) and
   // returns true, or false for a row that nobody sees.
@@ -265,7 +274,7 @@ private:
     if constexpr (!kSplit<A>) {
       for (int i = 0; i < count; ++i) {
         uint32_t* to = at(places[i]);
-        biases[places[i]] = 0.0f;
+        hidden[places[i]] = false;
         mla::pack<A, type>(parts[i].a, 1.0f, to);
         mla::pack<A, beside(type)>(parts[i].b, 1.0f, to + units_of<A>(parts[i].a.count));
       }
@@ -274,7 +283,7 @@ private:
       for (int i = 0; i < count; ++i) measures[i] = A::template measure<type>(parts[i]);
       for (int i = 0; i < count; ++i) {
         const Factors own = A::template pack_key<type>(parts[i], measures[i], at(places[i]));
-        biases[places[i]] = 0.0f;
+        hidden[places[i]] = false;
         factors[places[i]] = own.first;
         rests[places[i]] = own.rest;
         offsets[places[i]] = own.offset;
@@ -284,7 +293,7 @@ private:
   void erase(int i) {
     std::memset(at(i), 0, static_cast<size_t>(own_stride_) * 4);
     factors[i] = rests[i] = offsets[i] = 0.0f;
-    biases[i] = -kInfinity;
+    hidden[i] = true;
   }
 
   uint32_t* own_;

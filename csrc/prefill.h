@@ -16,6 +16,11 @@ namespace {
 
 constexpr int kQueries = 4096; // queries per item at most: what bounds the scratch memory
 
+// Of a type of its own: functions of std::vector<int> would be merged across instruction sets.
+struct Sequence {
+  int index;
+};
+
 template <class A, int wide_x, int narrow_x> class Prefiller {
 public:
   // Serves the sequences whose length lies in `lengths`.
@@ -58,7 +63,7 @@ private:
 
   Prefiller(const Projected& call, Lengths lengths) : call_(call), attention_(call.attention) {
     for (int sequence = 0; sequence < attention_.b; ++sequence)
-      if (lengths.hold(attention_.lengths[sequence])) sequences_.push_back(sequence);
+      if (lengths.hold(attention_.lengths[sequence])) sequences_.push_back({sequence});
     units_ = units_of<A>(call.n, attention_.cache.p);
     // As few chunks as give every thread an item: each chunk rebuilds the keys that it sees.
     const int64_t heads = static_cast<int64_t>(sequences_.size()) * attention_.h;
@@ -76,7 +81,7 @@ private:
     Memory memory(count.used());
     std::atomic<int64_t> next{0};
     const int64_t each = count.used() / threads_;
-    team(threads_, [&](int i) {
+    team(attention_.threads, threads_, [&](int i) {
       Carver carver(memory.data + i * each);
       Scratch scratch;
       scratch.carve(carver, *this);
@@ -88,7 +93,7 @@ private:
     // The last chunk first: with a causal limit it is the longest.
     const int64_t heads = static_cast<int64_t>(sequences_.size()) * attention_.h;
     const int first = static_cast<int>(chunks_ - 1 - item / heads) * chunk_;
-    const int sequence = sequences_[static_cast<size_t>(item % heads / attention_.h)];
+    const int sequence = sequences_[static_cast<size_t>(item % heads / attention_.h)].index;
     const int h = static_cast<int>(item % attention_.h);
     const int rows = static_cast<int>(least(chunk_, attention_.s - first));
     const int padded = static_cast<int>(up(rows, A::lanes));
@@ -138,14 +143,14 @@ private:
     Cursor cursor(cache, sequence, from);
     for (int i = 0; i < count; ++i, cursor.next()) {
       if (cursor.stale()) cursor.turn();
-      if (scratch.latents.biases[i] != 0.0f) continue;
+      if (scratch.latents.hidden[i]) continue;
       float* to = scratch.key_floats + static_cast<int64_t>(i) * scratch.key_line + scratch.key_channels;
       const Part part = rotary(cache, cursor);
       with(part.type, [&](auto type) { mla::pack<Floats, type()>(part, 1.0f, reinterpret_cast<uint32_t*>(to)); });
     }
     multiply(scratch.uk, scratch.key_channels, scratch.latents, filled, scratch.key_floats, scratch.key_line);
     multiply(scratch.uv, scratch.value_channels, scratch.latents, filled, scratch.value_floats, scratch.value_line);
-    const auto seen = [&](int t) { return scratch.latents.biases[t] == 0.0f; };
+    const auto seen = [&](int t) { return !scratch.latents.hidden[t]; };
     scratch.keys.pack(Type::f32, filled, [&](int t, auto&& take) {
       const float* key = scratch.key_floats + static_cast<int64_t>(t) * scratch.key_line;
       if (seen(t)) take(Parts{floats(key, call_.n), floats(key + scratch.key_channels, cache.p)});
@@ -192,7 +197,7 @@ private:
   const Attention& attention_;
   int units_, chunk_, threads_;
   int64_t chunks_, items_;
-  std::vector<int> sequences_;
+  std::vector<Sequence> sequences_;
 };
 
 } // namespace

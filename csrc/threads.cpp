@@ -33,11 +33,11 @@ Parallel openmp() {
 
 } // namespace
 
-void run_team(int count, void (*work)(void*, int), void* context) {
+void run_team(int threads, int count, void (*work)(void*, int), void* context) {
   if (count == 1) return work(context, 0);
   Job job{work, context, count};
   if (Parallel parallel = openmp()) {
-    parallel(member, &job, static_cast<unsigned>(count), 0);
+    parallel(member, &job, static_cast<unsigned>(threads > count ? threads : count), 0);
     return;
   }
   std::vector<std::thread> others;

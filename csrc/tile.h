@@ -42,14 +42,18 @@ struct Shares {
 
 // What one row tile needs besides its state.
 template <class A> struct Weights {
-  float* scores;   // [kKeys][row of the tile]
-  uint32_t* units; // [kKeys / per_unit][row of the tile]
-  float* factors;  // [row of the tile]
+  float* scores;    // [kKeys][row of the tile]
+  uint32_t* units;  // [kKeys / per_unit][row of the tile]
+  float* factors;   // [row of the tile]
+  uint32_t* digits; // second ones of the units, and their factors, where the arithmetic has any
+  float* parts;
 
   void carve(Carver& carver) {
     scores = carver.take<float>(kKeys * 2 * A::lanes);
     units = carver.take<uint32_t>(kKeys * 2 * A::lanes);
     factors = carver.take<float>(2 * A::lanes);
+    digits = carver.take<uint32_t>(kDigits<A> ? kKeys * 2 * A::lanes : 0);
+    parts = carver.take<float>(kDigits<A> ? 2 * A::lanes : 0);
   }
 };
 
@@ -72,7 +76,7 @@ void score(const Lanes<A>& queries, int row, int first, const Tile<A>& keys, int
   bool finer = false;
   if constexpr (kSplit<A>) {
     length = first;
-    rest = queries.units - first - (A::second > 0 ? first : 0);
+    rest = queries.units - first - (kDigits<A> ? first : 0);
     for (int i = 0; i < G * A::lanes; ++i) finer |= queries.second[row + i];
   }
   for (int t = 0; t < tokens; t += X) {
@@ -85,7 +89,7 @@ void score(const Lanes<A>& queries, int row, int first, const Tile<A>& keys, int
       } else {
         value = value * factors[g];
       }
-      V::store(to + (x * G + g) * A::lanes, value + keys.biases[t + x]);
+      V::store(to + (x * G + g) * A::lanes, value);
     });
     if constexpr (kSplit<A>) {
       const auto add = [&](int x, int g, F value) MLA_INLINE_LAMBDA {
@@ -95,7 +99,7 @@ void score(const Lanes<A>& queries, int row, int first, const Tile<A>& keys, int
       product<typename A::Rest, X, G>(ready(typename A::Rest(), first), rest, rows + first, keys.stride, 1, ahead,
                                       [&](int x, int g, F value)
                                           MLA_INLINE_LAMBDA { add(x, g, value * (rests[g] * keys.rests[t + x])); });
-      if constexpr (A::second > 0) {
+      if constexpr (kDigits<A>) {
         if (finer)
           product<A, X, G>(ready(A(), first + rest), first, rows, keys.stride, 1, ahead,
                            [&](int x, int g, F value) MLA_INLINE_LAMBDA {
@@ -104,18 +108,31 @@ void score(const Lanes<A>& queries, int row, int first, const Tile<A>& keys, int
                            });
       }
     }
+    // In place of what was computed, which NaN in a query would have made NaN.
+    for (int x = 0; x < X; ++x) {
+      if (!keys.hidden[t + x]) continue;
+      for (int g = 0; g < G; ++g) V::store(to + (x * G + g) * A::lanes, V::all(-kInfinity));
+    }
   }
+}
+
+// Whether a tile of keys needs more digits for its probabilities: one key outweighs the others, whose share would be
+// rounded away, and the tile counts beside those before it.
+template <class A, class F> MLA_INLINE bool needs_digits(F largest, F sum, F top, F total) {
+  return A::V::any((sum < largest * A::peak) & (total < top * A::counts));
 }
 
 // Scores -> probabilities relative to the running maximum, as units. `limits`: keys below it are seen, per row,
 // counted from the tile's first key; null where all rows see all keys. `value_factors`: those of the rows that
-// the weighted sum will run over.
-template <class A, int G> void soften(int tokens, const float* value_factors, const int32_t* limits, int64_t row,
+// the weighted sum will run over. Returns whether the second digits are needed.
+template <class A, int G> bool soften(int tokens, const float* value_factors, const int32_t* limits, int64_t row,
                                       State& state, Weights<A>& weights) {
   using V = typename A::V;
   using F = typename A::F;
   using I = typename V::I;
   constexpr int lanes = A::lanes;
+  F inner[G];
+  bool finer = false;
   for (int g = 0; g < G; ++g) {
     float* scores = weights.scores + g * lanes;
     F top = V::all(-kInfinity);
@@ -145,29 +162,47 @@ template <class A, int G> void soften(int tokens, const float* value_factors, co
           for (int d = 0; d < state.width; d += lanes) V::store(sums + d, V::template load<F>(sums + d) * shrink[i]);
         }
     }
-    F weighted{};
+    // By themselves first: beside the total of a long context a key's share would lose its last digits.
+    F sum{}, weighted{}, all{};
     for (int t = 0; t < tokens; ++t) {
       F e = V::exp2(V::template load<F>(scores + t * G * lanes) - finite);
-      total += e;
+      sum += e;
       if constexpr (kSplit<A>) {
-        e *= value_factors[t];
+        e = e != 0.0f ? e * value_factors[t] : F{}; // a hidden key's factor may be NaN
         weighted = A::collect(weighted, e);
+        if constexpr (kDigits<A>) all += e;
       }
       V::store(scores + t * G * lanes, e);
     }
+    total += sum;
     V::store(state.total + row + g * lanes, total);
-    F inner = V::all(1.0f);
+    inner[g] = V::all(1.0f);
     if constexpr (kSplit<A>) {
       // Below that the quotient would be infinite.
-      inner = weighted > 1e-34f ? A::limit / weighted : F{};
+      inner[g] = weighted > 1e-34f ? A::limit / weighted : F{};
       V::store(weights.factors + g * lanes, weighted / A::limit);
-    }
-    for (int t = 0; t < tokens; t += A::per_unit) {
-      F p[A::per_unit];
-      for (int i = 0; i < A::per_unit; ++i) p[i] = V::template load<F>(scores + (t + i) * G * lanes) * inner;
-      V::store(weights.units + (t / A::per_unit * G + g) * lanes, A::weights(p));
+      if constexpr (kDigits<A>) {
+        V::store(weights.parts + g * lanes, weighted / (A::limit * A::limit));
+        finer |= needs_digits<A>(weighted, all, V::exp2(top - finite), total);
+      }
     }
   }
+  for (int t = 0; t < tokens; t += A::per_unit)
+    for (int g = 0; g < G; ++g) {
+      const int64_t to = (t / A::per_unit * G + g) * lanes;
+      F p[A::per_unit];
+      for (int i = 0; i < A::per_unit; ++i)
+        p[i] = V::template load<F>(weights.scores + ((t + i) * G + g) * lanes) * inner[g];
+      if constexpr (kDigits<A>) {
+        if (finer) {
+          F more[A::per_unit];
+          for (int i = 0; i < A::per_unit; ++i) more[i] = A::split(p[i]);
+          V::store(weights.digits + to, A::weights(more));
+        }
+      }
+      V::store(weights.units + to, A::weights(p));
+    }
+  return finer;
 }
 
 // X rows from `i` of a row tile that is `lanes` wide and begins with `row`: sums += probability * value, over the keys
@@ -232,8 +267,9 @@ template <class A, int X, int G, class Ahead>
 void attend(const Lanes<A>& queries, int row, int rows, int first, const Tile<A>& keys, const Tile<A>& values,
             int tokens, const int32_t* limits, State& state, Weights<A>& weights, Ahead& ahead) {
   score<A, X, G>(queries, row, first, keys, tokens, weights.scores, ahead);
-  soften<A, G>(tokens, values.factors, limits, row, state, weights);
+  const bool finer = soften<A, G>(tokens, values.factors, limits, row, state, weights);
   weigh<A>(tokens, values, rows, G * A::lanes, row, state, {weights.units, weights.factors}, ahead);
+  if (finer) weigh<A>(tokens, values, rows, G * A::lanes, row, state, {weights.digits, weights.parts}, ahead);
 }
 
 } // namespace

@@ -11,7 +11,7 @@ namespace {
 template <class Work> void each_row(int64_t rows, int64_t bytes, int threads, Work&& work) {
   constexpr int64_t worth = 1 << 16;
   const int64_t count = most(1, least(least(threads, rows), rows * bytes / worth));
-  team(static_cast<int>(count), [&](int i) {
+  team(threads, static_cast<int>(count), [&](int i) {
     for (int64_t row = rows * i / count; row < rows * (i + 1) / count; ++row) work(row);
   });
 }

@@ -315,14 +315,22 @@ def gap_of_lse(got: Tensor, want: Tensor) -> float:
     return gap.max().item() if gap.numel() else 0.0
 
 
-def check(call: Call, operator: str, isa: str, cache: str, queries: str = "fp32", least: float = 0.0) -> None:
-    """Run and compare; a query that sees no key must give exact zeros."""
+def check(
+    call: Call,
+    operator: str,
+    isa: str,
+    cache: str,
+    queries: str = "fp32",
+    least: float = 0.0,
+    slack: float = 1.0,
+) -> None:
+    """Run and compare, to ``slack`` times the tolerance; a query that sees no key must give exact zeros."""
     out, lse = call.run(operator, isa)
     want, want_lse = call.want(operator)
     assert out.shape == want.shape
     assert lse.shape == want_lse.shape
     assert (out.dtype, lse.dtype) == (FORMATS[queries], torch.float32)
-    most, most_lse = tolerance(call, operator, isa, cache, queries)
+    most, most_lse = (slack * each for each in tolerance(call, operator, isa, cache, queries))
     error, error_lse = distance(out, want, least), gap_of_lse(lse, want_lse)
     assert error <= most, f"output off by {error:.2e}, allowed {most:.2e}"
     assert error_lse <= most_lse, f"lse off by {error_lse:.2e}, allowed {most_lse:.2e}"

@@ -198,6 +198,24 @@ def test_prefill_follows_the_plan(monkeypatch, requires_grad):
     assert calls == [("torch" if requires_grad else "kernels", path) for path in PATHS]
 
 
+def test_the_plan_of_a_cache_with_room_is_that_of_what_it_holds(monkeypatch):
+    case, planned = Case(b=2, s=3, t=500), []
+    real = attention.make_plan
+    monkeypatch.setattr(attention, "make_plan", lambda **sizes: planned.append(sizes["t"]) or real(**sizes))
+    attention.decode(**case.inputs(), scale=case.scale, lengths=[7, 4])
+    assert set(planned) == {7}
+
+
+def test_scaled_queries_are_rounded_no_more_than_queries():
+    """In bf16 a scale that is no power of two would round them once more."""
+    case = Case(s=2, t=9)
+    inputs = {name: x.bfloat16() for name, x in case.inputs().items()}
+    exact = {name: x.double() for name, x in inputs.items()}
+    want, _ = reference.expanded(**exact, scale=0.3)
+    out, _ = portable.expanded(**inputs, scale=0.3)
+    assert (out.double() - want).norm() / want.norm() < 3e-3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -397,9 +415,11 @@ def test_every_size_runs_without_gradients(name, path, causal):
 @pytest.mark.skipif(not native.instruction_sets(), reason="built without kernels")
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("written", ["once", "for every query", "with the causal limit"])
+@pytest.mark.parametrize("at_once", [1, 40, 2**24])
 @torch.no_grad()
-def test_masks_of_keys_go_to_the_kernels(monkeypatch, causal, written):
+def test_masks_of_keys_go_to_the_kernels(monkeypatch, causal, written, at_once):
     """However they are written."""
+    monkeypatch.setattr(attention, "_COMPARED", at_once)
     case = Case(b=2, s=5, t=9)
     inputs = case.inputs()
     mask = torch.rand(2, 1, 1, 9, generator=torch.Generator().manual_seed(0)) > 0.4

@@ -15,6 +15,9 @@ from mla.ops import arguments, native, portable
 
 Path = Literal["absorbed", "expanded"]
 
+# Numbers of a mask that are compared at once.
+_COMPARED = 2**24
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -207,7 +210,7 @@ def decode(
         mask is None or (mask.dtype == torch.bool and mask.shape[1:3] == (1, 1))
     ):
         if plan is None:
-            plan = plan_for(q_nope, c_kv, k_rope, w_uv, t=t, causal=causal)
+            plan = plan_for(q_nope, c_kv, k_rope, w_uv, t=max(sizes, default=t), causal=causal)
         key_mask = None if mask is None else mask[:, 0, 0]
         tensors = (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, sinks, latent_scale)
         return _native(*tensors, ends, scale, key_mask, causal, plan, page_table)
@@ -315,13 +318,26 @@ def _simple_mask(mask: Tensor | None, causal: bool, s: int, t: int) -> tuple[Ten
     # Transformers writes padding and the causal limit into one mask, whose last query sees every key that is
     # not padding. Comparing costs one byte per score, next to nothing beside the score.
     mask = mask.expand(-1, -1, -1, t)
-    keys = mask[:, :, -1:]
-    seen = torch.ones(s, t, dtype=torch.bool, device=mask.device).tril(t - s)
-    if torch.equal(mask, keys & seen):
-        return keys[:, 0, 0], True
-    if torch.equal(mask, keys.expand_as(mask)):  # a mask of keys, written out for every query
-        return keys[:, 0, 0], causal
+    if _says(mask, causal=True):
+        return mask[:, 0, -1], True
+    if _says(mask, causal=False):  # a mask of keys, written out for every query
+        return mask[:, 0, -1], causal
     return None
+
+
+def _says(mask: Tensor, *, causal: bool) -> bool:
+    """Whether a mask [b, 1, s, t] says no more than its last row, and a causal limit."""
+    b, _, s, t = mask.shape
+    keys, size = mask[:, :, -1:], max(1, _COMPARED // max(1, b * t))
+    for first in range(0, s, size):
+        part = mask[:, :, first : first + size]
+        wanted = keys.expand_as(part)
+        if causal:
+            seen = torch.ones(part.shape[2:], dtype=torch.bool, device=mask.device)
+            wanted = wanted & seen.tril(t - s + first)
+        if not torch.equal(part, wanted):
+            return False
+    return True
 
 
 def _native(

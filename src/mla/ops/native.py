@@ -301,7 +301,18 @@ def _projected(
     out = q_nope.new_empty((b, s, h, v))
     lse = q_nope.new_empty((b, s, h), dtype=torch.float32)
 
-    def attend(q_nope: Tensor, q_rope: Tensor, lengths: Tensor, out: Tensor, lse: Tensor) -> None:
+    def attend(
+        q_nope: Tensor,
+        q_rope: Tensor,
+        c_kv: Tensor,
+        k_rope: Tensor,
+        lengths: Tensor,
+        latent_scale: Tensor | None,
+        page_table: Tensor | None,
+        key_mask: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
         cache, sizes = arguments.cache_and_sizes(
             c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks, lse
         )
@@ -316,19 +327,33 @@ def _projected(
 
     if not b * s * h:
         return out, lse
-    most = max(1, _AT_ONCE // max(1, b * h * (r + p) * 4)) if kernel == "absorbed" else s
-    if s <= most:
-        attend(q_nope, q_rope, lengths, out, lse)
+    sequences, tokens = b, s  # that are served at once
+    if kernel == "absorbed":
+        queries = max(1, _AT_ONCE // max(1, h * (r + p) * 4))
+        sequences = min(b, queries)
+        tokens = min(s, max(1, queries // sequences))
+    if (sequences, tokens) == (b, s):
+        attend(q_nope, q_rope, c_kv, k_rope, lengths, latent_scale, page_table, key_mask, out, lse)
         return out, lse
-    # The last queries first: they have the lengths as they were given, which are checked on the way.
-    size = -(-s // -(-s // most))  # parts of about one size
-    for end in range(s, 0, -size):
-        part = slice(max(end - size, 0), end)
-        seen = (lengths - (s - end)).clamp_min(0) if causal and end < s else lengths
-        lse_part = lse[:, part].contiguous()
-        attend(q_nope[:, part], q_rope[:, part], seen, out[:, part], lse_part)
-        lse[:, part] = lse_part
+    size = -(-s // -(-s // tokens))  # parts of about one size
+    for first in range(0, b, sequences):
+        some = slice(first, first + sequences)
+        held: list[Tensor] = [c_kv, k_rope] if page_table is not None else [c_kv[some], k_rope[some]]
+        factors = latent_scale if page_table is not None else _part(latent_scale, some)
+        table, mask = _part(page_table, some), _part(key_mask, some)
+        # The last queries first: they have the lengths as they were given, which are checked on the way.
+        for end in range(s, 0, -size):
+            of = slice(max(end - size, 0), end)
+            seen = (lengths[some] - (s - end)).clamp_min(0) if causal and end < s else lengths[some]
+            part = lse[some, of].contiguous()
+            mine = q_nope[some, of], q_rope[some, of]
+            attend(*mine, held[0], held[1], seen, factors, table, mask, out[some, of], part)
+            lse[some, of] = part
     return out, lse
+
+
+def _part(x: Tensor | None, some: slice) -> Tensor | None:
+    return None if x is None else x[some]
 
 
 def compute_linear(x: Tensor, weight: Tensor, isa: str | None = None) -> Tensor:

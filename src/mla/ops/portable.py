@@ -52,8 +52,9 @@ def absorbed(
     # One batched product per head; [h, b·s, n] x [h, n, r].
     flat = q_nope.permute(2, 0, 1, 3).reshape(h, b * s, n)
     q_latent = torch.matmul(flat, w_uk.to(flat.dtype)).view(h, b, s, r)
-    q_latent = (q_latent * scale).permute(1, 0, 2, 3).to(dtype)  # [b, h, s, r]
-    q_rope = (q_rope * scale).transpose(1, 2).to(dtype)  # [b, h, s, p]
+    # Wider first: a scaled number is rounded no more than the number was.
+    q_latent = q_latent.permute(1, 0, 2, 3).to(dtype) * scale  # [b, h, s, r]
+    q_rope = q_rope.transpose(1, 2).to(dtype) * scale  # [b, h, s, p]
 
     queries = _tiles(s, query_tile) or [(0, 0)]
     states = [_OnlineSoftmax(dropout, precision) for _ in queries]
@@ -109,8 +110,8 @@ def expanded(
     b, s, h, _ = q_nope.shape
     t = c_kv.shape[1]
     dtype, precision = _compute_dtypes(q_nope)
-    q_nope_scaled = (q_nope * scale).transpose(1, 2).to(dtype)  # [b, h, s, n]
-    q_rope_scaled = (q_rope * scale).transpose(1, 2).to(dtype)  # [b, h, s, p]
+    q_nope_scaled = q_nope.transpose(1, 2).to(dtype) * scale  # [b, h, s, n]
+    q_rope_scaled = q_rope.transpose(1, 2).to(dtype) * scale  # [b, h, s, p]
     w_uk, w_uv = w_uk.to(dtype), w_uv.to(dtype)
 
     queries = _tiles(s, query_tile) or [(0, 0)]
