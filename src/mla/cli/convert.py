@@ -48,12 +48,12 @@ def convert(
         float | None,
         typer.Option(
             help="Choose the smallest cache whose KL to the original, on held-out text and before any "
-            "healing, stays below this, in nats per token; up to six conversions."
+            "healing, is at most this, in nats per token; up to six conversions to search, one more to write."
         ),
     ] = None,
     max_ppl_increase: Annotated[
         float | None,
-        typer.Option(help="Choose the smallest cache that raises perplexity by less than this share: 0.05."),
+        typer.Option(help="Choose the smallest cache that raises perplexity by at most this share: 0.05."),
     ] = None,
     windows: Annotated[
         int | None,

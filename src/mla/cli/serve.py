@@ -20,7 +20,10 @@ def serve(
     model: console.MLAModel,
     engine: Annotated[
         str,
-        typer.Option(help="transformers or vllm. auto takes vLLM where it is installed, else Transformers."),
+        typer.Option(
+            help="transformers or vllm. auto takes vLLM where it is installed and can do what is asked, "
+            "else Transformers."
+        ),
     ] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on; the default is for this machine only.")] = (
         "127.0.0.1"

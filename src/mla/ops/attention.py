@@ -60,7 +60,7 @@ def make_plan(
 
     Absorbed, the queries and outputs pass through the up-projections, and every score and every weighted sum
     has the width of the latent; expanded, the t keys pass through them, and scores have the width of a head.
-    At 512/64/128/128 and t keys expanded is cheaper above 170.7·t / (t + 170.7) queries.
+    At 512/64/128/128, t keys and not causal, expanded is cheaper above 170.7·t / (t + 170.7) queries.
 
     Args:
         s, t, h, n, r, p, v: the sizes of one sequence, in the module's alphabet.
