@@ -17,9 +17,7 @@ from mla.integrations.serving.generation import (
     Engine,
     Generation,
     Stream,
-    _beginning_of_stop,
     _step,
-    cut_at,
     read_all,
 )
 from mla.integrations.serving.loading import _fitting
@@ -295,13 +293,6 @@ def byte_tokens(engine, text: bytes) -> list[int]:
     others = [byte for byte in range(256) if byte not in prints]
     letters = {byte: chr(byte) for byte in prints} | {byte: chr(256 + i) for i, byte in enumerate(others)}
     return engine.tokenizer.convert_tokens_to_ids([letters[byte] for byte in text])
-
-
-def test_stop_strings():
-    assert cut_at("one two", ["two", "ne"]) == "o"
-    assert cut_at("one two", ["three"]) is None
-    assert _beginning_of_stop("text a", ["ab", "t abc"]) == 3
-    assert _beginning_of_stop("text", []) == 0
 
 
 def test_prompts():
