@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList, TextIteratorStreamer
+from transformers import StoppingCriteriaList, StopStringCriteria, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from mla.cli import console
 from mla.errors import MLAError
 from mla.integrations.loading import (
     DtypeName,
     load_mla_model,
     load_tokenizer,
     padding_token,
+    write_in_order,
 )
 from mla.integrations.prefixes import Prefixes, read_prompt
 from mla.integrations.transformers import absorb
@@ -86,6 +88,12 @@ class Session:
         self.model = absorb(model)
         self.tokenizer = load_tokenizer(source)
         self.prefixes = Prefixes(self.model, self.config, self.cache_format)
+        own = self.model.generation_config
+        # generate() would have to be given the tokenizer for them, and gives it on to attention.
+        self._stops = [StopStringCriteria(self.tokenizer, own.stop_strings)] if own.stop_strings else []
+        own.stop_strings = None
+        if left_out := write_in_order(self.model):
+            console.say(f"left out of the model's generation config: {', '.join(left_out)}")
 
     def encode(self, messages: list[dict[str, str]], *, raw: bool = False) -> Tensor:
         """Token ids [1, s] of a conversation by the model's chat template, or of its last text as it is."""
@@ -162,7 +170,7 @@ class Session:
                 pad_token_id=padding_token(self.tokenizer),
                 streamer=clock,
                 stopping_criteria=StoppingCriteriaList(
-                    [lambda ids, _, **__: torch.full((len(ids),), stopped(), device=ids.device)]
+                    [lambda ids, _, **__: torch.full((len(ids),), stopped(), device=ids.device), *self._stops]
                 ),
                 **draw,
             )

@@ -57,7 +57,7 @@ class ChatEndpoint:
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Response:
         """The answer; raises ApiError."""
-        request = read_chat(body, self.engine.name)
+        request = self.engine.complete(read_chat(body, self.engine.name))
         tools = self._tools(body)
         messages = read_messages(body.get("messages"))
         tokens = await asyncio.to_thread(self._encode, body, messages, tools)
@@ -107,7 +107,7 @@ class CompletionEndpoint:
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Response:
         """The answer; raises ApiError."""
         engine = self.engine
-        request = read_completion(body, engine.name)
+        request = engine.complete(read_completion(body, engine.name))
         prompts = read_prompts(body.get("prompt"), engine.vocabulary)
         tokens = await asyncio.to_thread(self._encode, prompts)
         most = [engine.check_length(len(ids), request) for ids in tokens]

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from transformers.cli.serving.utils import InferenceThread, ToolCall
 
 from mla.cache import LatentCache
 from mla.errors import MLAError
-from mla.integrations.loading import padding_token
+from mla.integrations.loading import padding_token, write_in_order
 from mla.integrations.prefixes import Prefixes, read_prompt
 from mla.integrations.serving.requests import ApiError, Request, check_tokens
 from mla.integrations.serving.text import Decoding, Reader, beginning_of_stop, cut_at
@@ -40,6 +40,8 @@ class Engine:
         model: an absorbed model; tokenizer: its tokenizer; name: what clients call it.
         prefixes: makes the caches.
         limit: tokens that prompt and answer may have together.
+
+    Of the model's own generation config what cannot be served is taken out of it, into ``left_out`` by name.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str, prefixes: Prefixes, limit: int) -> None:
@@ -51,8 +53,14 @@ class Engine:
         self.thread = InferenceThread()
         # The first call may set truncation and padding, which no thread must do while another one encodes.
         tokenizer("")
-        ends = model.generation_config.eos_token_id
-        self.end_tokens = set(ends if isinstance(ends, list) else [ends]) - {None}
+        own = model.generation_config
+        self.left_out = write_in_order(model)
+        self.end_tokens = set(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id])
+        self.end_tokens -= {None}
+        # Ours to find: generate() wants a tokenizer for them, and leaves them in the text.
+        stops = own.stop_strings or []
+        self._stops = (stops,) if isinstance(stops, str) else tuple(stops)
+        own.stop_strings = None
 
     def check_length(self, prompt: int, request: Request) -> int:
         """How many tokens the answer to a prompt of ``prompt`` tokens may have.
@@ -71,6 +79,10 @@ class Engine:
             )
         return answer
 
+    def complete(self, request: Request) -> Request:
+        """The request with the stop strings that the model has of its own."""
+        return replace(request, stop=request.stop + self._stops)
+
     @property
     def vocabulary(self) -> int:
         """How many token ids there are."""
@@ -81,7 +93,6 @@ class Engine:
         """The model's own generation config with what the request asks for."""
         config = copy.deepcopy(self.model.generation_config)
         config.max_length, config.max_new_tokens = None, max_new_tokens
-        config.num_beams = config.num_return_sequences = 1  # what is written is sent: there is no going back
         if config.pad_token_id is None:
             config.pad_token_id = padding_token(self.tokenizer)
         if request.temperature is not None and request.temperature < _COLDEST:
@@ -385,8 +396,10 @@ def _step(
 
     def step(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         nonlocal room
-        stopped = stream.put(int(ids[0, -1]))
-        if ids.shape[1] > room and not stopped:
+        token = int(ids[0, -1])
+        stopped = stream.put(token)
+        # After an end token generate() goes no step further, for which there would have to be room.
+        if ids.shape[1] > room and not stopped and token not in engine.end_tokens:
             room = min(room + _ANSWER_ROOM, prompt + most)
             engine.prefixes.grow(cache, room)
         return torch.full((1,), stopped, device=ids.device)
