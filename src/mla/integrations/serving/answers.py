@@ -20,8 +20,6 @@ from transformers import PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.utils import (
-    BaseHandler,
-    Modality,
     ReasoningText,
     ToolCall,
     build_response_parser,
@@ -32,6 +30,7 @@ from mla.integrations.serving.generation import Engine, Generation, Scored, read
 from mla.integrations.serving.requests import (
     ApiError,
     Request,
+    for_template,
     read_chat,
     read_completion,
     read_messages,
@@ -87,7 +86,7 @@ class ChatEndpoint:
             )
         try:
             tokens: list[int] = tokenizer.apply_chat_template(
-                BaseHandler.get_processor_inputs_from_messages(messages, Modality.LLM),
+                [for_template(message) for message in messages],
                 add_generation_prompt=True,
                 tools=tools,
                 return_dict=True,
