@@ -175,7 +175,7 @@ class Session:
                 **draw,
             )
         written = output[0, s:].tolist()
-        self.prefixes.keep(output[0].tolist(), cache)
+        self.prefixes.keep(output[0].tolist(), cache, len(written))
         seconds = clock.times
         return Answer(
             text=self.tokenizer.decode(written, skip_special_tokens=True),

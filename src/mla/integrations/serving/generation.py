@@ -18,8 +18,8 @@ from transformers.cli.serving.utils import InferenceThread, ToolCall
 
 from mla.cache import LatentCache
 from mla.errors import MLAError
-from mla.integrations.loading import padding_token, write_in_order
-from mla.integrations.prefixes import Prefixes, read_prompt
+from mla.integrations.loading import padding_token, require_memory, write_in_order
+from mla.integrations.prefixes import Prefixes, read_prompt, step_size
 from mla.integrations.serving.requests import ApiError, Request, check_tokens
 from mla.integrations.serving.text import Decoding, Reader, beginning_of_stop, cut_at
 
@@ -343,21 +343,30 @@ def _run(engine: Engine, tokens: list[int], request: Request, config: Any, strea
         _write(engine, tokens, request, config, stream, cache)
     # Gone or not: the stream ends generation between two steps only, when the cache holds whole tokens.
     if scores is None:
-        engine.prefixes.keep(tokens + stream.written, cache)
+        engine.prefixes.keep(tokens + stream.written, cache, len(stream.written))
 
 
 @torch.no_grad()
 def _score_prompt(engine: Engine, tokens: list[int], top: int, stream: Stream, cache: LatentCache) -> None:
     """Read a prompt but for its last token, which is left to ``generate``, and keep its scores."""
     stream.prompt_scores.append(Scored(tokens[0], None))
-    for first in range(0, len(tokens) - 1, _SCORED_STEP):
+    first = 0
+    while first < len(tokens) - 1:
         stream.check()
-        last = min(first + _SCORED_STEP, len(tokens) - 1)
+        size = step_size(engine.model.config, first, len(tokens), _SCORED_STEP)
+        last = min(first + size, len(tokens) - 1)
+        if size > _SCORED_STEP:  # as far as it has to be, which may be to the end
+            require_memory(8 * size * engine.vocabulary, f"the scores of {size} tokens at once")
+            last = min(first + size, len(tokens))
         ids = torch.tensor([tokens[first:last]], device=engine.model.device)
         output = engine.model(
             input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last - first
         )
-        stream.prompt_scores += score(output.logits[0], tokens[first + 1 : last + 1], top)
+        followers = tokens[first + 1 : last + 1]
+        stream.prompt_scores += score(output.logits[0, : len(followers)], followers, top)
+        first = last
+    if cache.get_seq_length() == len(tokens):
+        cache.crop(-1)
 
 
 def _write(
