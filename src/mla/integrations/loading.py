@@ -31,26 +31,6 @@ DTYPE_FORMATS = {dtype: name for name, dtype in FORMAT_DTYPES.items()}
 # towers of other media.
 _ASIDE = re.compile(r"(^|\.)(mtp|vision_tower|vision_model|visual|audio_tower|\w*projector)\b")
 
-# What a generation config may ask for that is not one token after another into a cache that is given, and the
-# values with which it does not ask.
-_OTHER_WAYS: dict[str, tuple[object, ...]] = {
-    "num_beams": (None, 1),
-    "num_beam_groups": (None, 1),
-    "num_return_sequences": (None, 1),
-    "constraints": (None,),
-    "force_words_ids": (None,),
-    "penalty_alpha": (None, 0),
-    "dola_layers": (None,),
-    "use_mtp": (None, False),
-    "prompt_lookup_num_tokens": (None,),
-    "assistant_early_exit": (None,),
-    "cache_implementation": (None,),
-    "use_cache": (None, True),
-    "prefill_chunk_size": (None,),
-    "token_healing": (None, False),
-    "return_dict_in_generate": (None, False),
-}
-
 
 def load_model(source: str, *, dtype: DtypeName = "auto", device: str = "cpu") -> Any:
     """The causal language model of ``source``, in eval mode, by stock classes and without remote code.
@@ -133,27 +113,6 @@ def load_mla_model(
     model = load_model(source, dtype=dtype, device=device)
     computed = model.get_input_embeddings().weight.dtype
     return model, config, choose_cache_format(cache_format, stored, computed)
-
-
-def padding_token(tokenizer: Any) -> int | None:
-    """The token id to pad with: the tokenizer's own, which may be 0, or the one that ends a text."""
-    own: int | None = tokenizer.pad_token_id
-    return tokenizer.eos_token_id if own is None else own
-
-
-def write_in_order(model: Any) -> list[str]:
-    """Make ``generate`` write one token after another into the cache it is given, whatever the model's own
-    generation config asks for; returns the names of what it asked for instead.
-
-    Assisted decoding would come with several tokens at once, beams with several texts, and a cache of another
-    kind is refused where one is given. ``generate`` takes what is None in the config of a call from that of
-    the model: it has to go there.
-    """
-    config = model.generation_config
-    asked = [name for name, neutral in _OTHER_WAYS.items() if getattr(config, name, None) not in neutral]
-    for name in asked:
-        setattr(config, name, None)
-    return asked
 
 
 def settle_auto(source: str, config: Any) -> tuple[DtypeName, str]:

@@ -18,10 +18,11 @@ from transformers.cli.serving.utils import InferenceThread, ToolCall
 
 from mla.cache import LatentCache
 from mla.errors import MLAError
-from mla.integrations.loading import padding_token, require_memory, write_in_order
+from mla.integrations.loading import require_memory
 from mla.integrations.prefixes import Prefixes, read_prompt, step_size
 from mla.integrations.serving.requests import ApiError, Request, check_tokens
 from mla.integrations.serving.text import Decoding, Reader, beginning_of_stop, cut_at
+from mla.integrations.writing import write_in_order, writing_config
 
 _log = logging.getLogger(__name__)
 
@@ -29,8 +30,6 @@ _log = logging.getLogger(__name__)
 _SCORED_STEP = 128
 #: Tokens of the answer for which room is made at a time: most answers end long before their limit.
 _ANSWER_ROOM = 256
-#: Below this temperature the most likely token is the only one; the logits over it would be infinite.
-_COLDEST = 1e-5
 
 
 class Engine:
@@ -91,19 +90,9 @@ class Engine:
 
     def generation_config(self, request: Request, max_new_tokens: int) -> Any:
         """The model's own generation config with what the request asks for."""
-        config = copy.deepcopy(self.model.generation_config)
-        config.max_length, config.max_new_tokens = None, max_new_tokens
-        if config.pad_token_id is None:
-            config.pad_token_id = padding_token(self.tokenizer)
-        if request.temperature is not None and request.temperature < _COLDEST:
-            config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
-        elif request.temperature is not None:
-            config.do_sample, config.temperature = True, request.temperature
-        # The most likely token, which greedy models take, is in every nucleus; that of 0 is it alone.
-        if config.do_sample and request.top_p is not None:
-            config.top_p = max(request.top_p, 1e-9)
-        if config.do_sample and config.top_k is None:
-            config.top_k = 0  # Transformers' default of 50 is not OpenAI's
+        config = writing_config(
+            self.model, self.tokenizer, max_new_tokens, temperature=request.temperature, top_p=request.top_p
+        )
         if request.logit_bias:
             check_tokens("logit_bias", request.logit_bias, self.vocabulary)
             config.sequence_bias = {(token,): value for token, value in request.logit_bias.items()}
