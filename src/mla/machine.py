@@ -1,10 +1,12 @@
 """What this machine has for us: its memory and cores, or what a container or a batch system leaves of them.
+And by what names it calls itself.
 
 psutil and os know the machine only. Limits are read from Linux's control groups, of either version. Level 0.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import os
 from collections.abc import Iterator
@@ -40,6 +42,14 @@ def allowed_cores() -> int:
 def usable_cores() -> int:
     """Cores that this process may keep busy: those above, or a container's quota where that is smaller."""
     return max(1, min([allowed_cores(), *(math.ceil(quota) for quota in _core_quotas())]))
+
+
+def is_local(host: str) -> bool:
+    """Whether an address or a name is one that on every machine means that machine itself."""
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which may come to point anywhere
+        return False
 
 
 def _memory_limits() -> Iterator[tuple[int, int]]:

@@ -51,6 +51,15 @@ def test_device_that_is_not_there(mla, mla_folder):
     )
 
 
+def test_arguments_that_are_no_text(mla, mla_folder, monkeypatch):
+    """Python reads bytes on the command line that are not UTF-8 as halves of surrogate pairs."""
+    says(mla("generate", mla_folder, "a \udcff"), "PROMPT: expected UTF-8 text, got other bytes at letter 3")
+    says(mla("chat", mla_folder, "--system", "\udcff"), "--system: expected UTF-8 text")
+    monkeypatch.setattr("sys.stdin", io.StringIO("a \udcff\n"))
+    run = mla("chat", mla_folder)
+    assert (run.status, "the prompt: expected UTF-8 text" in run.err) == (2, True)
+
+
 def test_other_file(mla, tmp_path):
     file = tmp_path / "model.bin"
     file.write_bytes(b"x")
@@ -156,6 +165,11 @@ def test_not_enough_memory_for_the_weights(mla, mla_folder, monkeypatch):
     [
         (("--max-new-tokens", 0), "--max-new-tokens: expected at least 1"),
         (("--temperature", -1), "--temperature: expected 0 or more"),
+        (("--temperature", "nan"), "--temperature: expected 0 or more"),
+        (("--temperature", "inf"), "--temperature: expected 0 or more"),
+        (("--top-p", "nan"), "--top-p: expected a number above 0"),
+        (("--seed", 2**64), "--seed: expected an integer from -2^63 to 2^64 - 1"),
+        (("--seed", -(2**63) - 1), "--seed: expected an integer from -2^63 to 2^64 - 1"),
         (("--top-p", 0), "--top-p: expected a number above 0"),
         (("--max-model-len", 10**6), "--max-model-len: expected 1 to 512"),
         (("--dtype", "int3"), "--dtype: expected one of auto, float32, bfloat16, float16, got int3"),

@@ -379,6 +379,19 @@ def test_mistakes_on_the_command_line(mla, mla_folder, llama_folder):
         says(mla("serve", mla_folder, "--port", port), f"cannot listen on 127.0.0.1 port {port}", "in use")
 
 
+@pytest.mark.parametrize(
+    ("options", "guarded"),
+    [((), True), (("--host", "0.0.0.0"), False), (("--api-key", "k"), False)],
+)
+def test_who_listens_to_this_machine_keeps_other_names_out(mla, mla_folder, monkeypatch, options, guarded):
+    from mla.cli import serve
+
+    seen = []
+    monkeypatch.setattr(serve, "_run", lambda app, *_: seen.append(app._by_local_names))
+    assert mla("serve", mla_folder, "--engine", "transformers", "--port", 0, *options).status == 0
+    assert seen == [guarded]
+
+
 def test_of_two_servers_on_a_port_the_second_is_refused_before_it_loads():
     from mla.cli import serve
 

@@ -98,6 +98,8 @@ def test_a_quota_is_not_filled_with_threads(mla, mla_folder, monkeypatch, became
         (("-tp=2", "--data-parallel-size=3"), 6),
         (("-dp", 2, "-dp", 4), 4),
         (("--tensor-parallel-size", "two"), 1),  # vLLM's to refuse
+        (("--tensor_parallel_size", 2, "--pipeline_parallel-size=3"), 6),
+        (("-pp", 2), 2),
         ((), 1),
     ],
 )
@@ -106,7 +108,7 @@ def test_memory_is_that_of_all_ranks(mla, mla_folder, monkeypatch, became, optio
     command, _ = became[0]
     assert int(command[command.index("--kv-cache-memory-bytes") + 1]) == 6 * 10**8 // ranks
     weights = (mla_folder / "model.safetensors").stat().st_size
-    replicas = ranks // 2 if ranks == 6 else ranks if "-dp" in options else 1
+    replicas = {("-tp=2", "--data-parallel-size=3"): 3, ("-dp", 2, "-dp", 4): 4}.get(options, 1)
     monkeypatch.setattr("mla.cli.vllm.free_memory", lambda: replicas * weights + 10**6)
     mla("serve", mla_folder, "--", *options)
     command, _ = became[1]
@@ -117,7 +119,7 @@ def test_memory_is_that_of_all_ranks(mla, mla_folder, monkeypatch, became, optio
 def test_a_format_in_vllms_own_words_is_the_format(mla, mla_folder, became):
     """The variable that says what the dtype comes to would contradict it."""
     own = ("--kv-cache-dtype", "int8_per_token_head")
-    for options in (own, ("=".join(own),)):
+    for options in (own, ("=".join(own),), ("--kv_cache_dtype", own[1])):
         mla("serve", mla_folder, "--", *options)
         assert "MLA_CACHE_FORMAT" not in became[-1][1]
     run = mla("serve", mla_folder, "--cache-format", "bf16", "--", *own)

@@ -63,14 +63,23 @@ class PrefixFolder:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise MLAError(f"{folder}: expected a folder to keep latents in, got one without write access")
 
-    def longest(self, tokens: Sequence[int]) -> tuple[Path | None, int]:
-        """The file that has the longest beginning in common with ``tokens``, and how long that is."""
+    def longest(
+        self, tokens: Sequence[int], is_worth: Callable[[int, int], bool] = lambda held, common: True
+    ) -> tuple[Path | None, int]:
+        """The file that has the longest beginning in common with ``tokens``, and how long that is; of several
+        the shortest, since all of a file is read.
+
+        Args:
+            tokens: of a prompt. is_worth: whether a file of (tokens held, tokens in common) is one to take.
+        """
         wanted = torch.tensor(tokens, dtype=torch.int32, device="cpu")
         best: tuple[Path | None, int] = (None, 0)
+        size = 0
         for file, held in self._known().items():
             common = common_length(held, wanted)
-            if common > best[1]:
-                best = (file, common)
+            is_better = common > best[1] or (common == best[1] and len(held) < size)
+            if common and is_better and is_worth(len(held), common):
+                best, size = (file, common), len(held)
         return best
 
     def wants(self, tokens: Sequence[int]) -> bool:

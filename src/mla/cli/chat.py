@@ -32,7 +32,9 @@ def chat(
 
     typed = sys.stdin.isatty()  # a script has to see what goes wrong
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    start = [] if system is None else [{"role": "system", "content": system}]
+    start = []
+    if system is not None:
+        start.append({"role": "system", "content": console.expect_text("--system", system)})
     with console.quiet_libraries():
         session = Session(
             model,
@@ -41,6 +43,10 @@ def chat(
             max_model_len=max_model_len,
             cache_format=cache_format,
         )
+        if not session.has_template:
+            if system is not None:
+                raise MLAError(f"--system: expected a model with a chat template, got none with {model}")
+            console.say(f"{model} has no chat template: what you type and what it writes is one text")
         messages = list(start)
         while True:
             try:

@@ -66,6 +66,15 @@ def read_text(path: str) -> str:
         raise MLAError(f"standard input is not readable as text: {error}") from error
 
 
+def expect_text(name: str, text: str) -> str:
+    """The text as given; raises MLAError for bytes on the command line that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise MLAError(f"{name}: expected UTF-8 text, got other bytes at letter {error.start + 1}") from error
+    return text
+
+
 def print_json(value: Any) -> None:
     """One JSON object on standard output."""
     data = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

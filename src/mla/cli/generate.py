@@ -31,7 +31,7 @@ def generate(
     as_json: console.Json = False,
 ) -> None:
     """Write one answer to PROMPT with an MLA model, absorbed, on its latent cache."""
-    text = console.read_text("-") if prompt == "-" else prompt
+    text = console.read_text("-") if prompt == "-" else console.expect_text("PROMPT", prompt)
     if save_cache is not None and not save_cache.absolute().parent.is_dir():
         raise MLAError(f"--save-cache: expected a file in a folder that exists, got {save_cache}")
     from mla.cli.session import Sampling, Session

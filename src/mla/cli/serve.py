@@ -11,6 +11,7 @@ import typer
 
 from mla.cli import console, vllm
 from mla.errors import MLAError
+from mla.machine import is_local
 from mla.reading import expect_bytes
 
 _ENGINES = ("auto", "transformers", "vllm")
@@ -87,7 +88,8 @@ def serve(
                 folder_size=folder_size,
             )
         listener = stack.enter_context(_listen(host, port))
-        app = _load(model, name, dtype, cache_format, max_model_len, budget, api_key, cache_dir, folder_size)
+        limits = (max_model_len, budget)
+        app = _load(model, name, dtype, cache_format, *limits, api_key, cache_dir, folder_size, host)
         _run(app, listener, name, host, api_key)
 
 
@@ -101,6 +103,7 @@ def _load(
     api_key: str | None,
     cache_dir: Path | None,
     folder_size: int,
+    host: str,
 ) -> Any:
     """The application, its model loaded; says what fits."""
     missing = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
@@ -121,7 +124,7 @@ def _load(
         note=console.say,
     )
     console.say(served.words())
-    return build_app(served.engine, api_key)
+    return build_app(served.engine, api_key, host=host)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -150,5 +153,5 @@ def _run(app: Any, listener: socket.socket, model: str, host: str, api_key: str 
 
 
 def _warn_of_strangers(host: str, api_key: str | None) -> None:
-    if not api_key and host not in ("127.0.0.1", "::1", "localhost"):
+    if not api_key and not is_local(host):
         console.say(f"anybody who reaches {host} can use this server: --api-key asks for a key")

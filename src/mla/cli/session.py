@@ -1,5 +1,6 @@
 """A model opened for writing text: absorbed, with its latent cache, limits checked before anything runs."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,18 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList, TextIteratorStreamer
+from transformers import StoppingCriteriaList, StopStringCriteria, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from mla.cli import console
 from mla.errors import MLAError
 from mla.integrations.loading import (
     DtypeName,
     load_mla_model,
     load_tokenizer,
-    padding_token,
 )
 from mla.integrations.prefixes import Prefixes, read_prompt
 from mla.integrations.transformers import absorb
+from mla.integrations.writing import write_in_order, writing_config
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,12 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise MLAError(f"--max-new-tokens: expected at least 1, got {self.max_new_tokens}")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:  # not so of NaN
             raise MLAError(f"--temperature: expected 0 or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise MLAError(f"--top-p: expected a number above 0 and up to 1, got {self.top_p}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise MLAError(f"--seed: expected an integer from -2^63 to 2^64 - 1, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,36 @@ class Session:
         self.model = absorb(model)
         self.tokenizer = load_tokenizer(source)
         self.prefixes = Prefixes(self.model, self.config, self.cache_format)
+        own = self.model.generation_config
+        # generate() would have to be given the tokenizer for them, and gives it on to attention.
+        self._stops = [StopStringCriteria(self.tokenizer, own.stop_strings)] if own.stop_strings else []
+        own.stop_strings = None
+        if left_out := write_in_order(self.model):
+            console.say(f"left out of the model's generation config: {', '.join(left_out)}")
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the model knows of roles; without a chat template a conversation is one text."""
+        return self.tokenizer.chat_template is not None
 
     def encode(self, messages: list[dict[str, str]], *, raw: bool = False) -> Tensor:
-        """Token ids [1, s] of a conversation by the model's chat template, or of its last text as it is."""
-        if raw or self.tokenizer.chat_template is None:
-            ids = self.tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"]
+        """Token ids [1, s] of a conversation by the model's chat template, or of its texts as they are.
+
+        Args:
+            messages: role and content each. raw: leave the template aside.
+
+        Raises:
+            MLAError: nothing is left of them, or they are no text.
+        """
+        if raw or not self.has_template:
+            # What was written goes on where a text ended; what is typed begins a line.
+            text = messages[0]["content"]
+            for message in messages[1:]:
+                text += message["content"] if message["role"] == "assistant" else f"\n{message['content']}"
+            ids = self.tokenizer(console.expect_text("the prompt", text), return_tensors="pt")["input_ids"]
         else:
+            for message in messages:
+                console.expect_text("the prompt", message["content"])
             ids = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )["input_ids"]
@@ -144,30 +172,26 @@ class Session:
             self.prefixes.keep(tokens, cache)
             raise
         torch.manual_seed(sampling.seed)
-        draw: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if sampling.temperature > 0:
-            # 0: Transformers would keep the 50 likeliest where neither the user nor the model says so.
-            draw = {
-                "do_sample": True,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": self.model.generation_config.top_k or 0,
-            }
+        config = writing_config(
+            self.model,
+            self.tokenizer,
+            wanted - s,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+        )
         with torch.no_grad():  # interrupted, the cache may hold half a step: it is not kept
             output = self.model.generate(
                 ids.to(self.model.device),
                 attention_mask=torch.ones_like(ids).to(self.model.device),
                 past_key_values=cache,
-                max_new_tokens=wanted - s,
-                pad_token_id=padding_token(self.tokenizer),
+                generation_config=config,
                 streamer=clock,
                 stopping_criteria=StoppingCriteriaList(
-                    [lambda ids, _, **__: torch.full((len(ids),), stopped(), device=ids.device)]
+                    [lambda ids, _, **__: torch.full((len(ids),), stopped(), device=ids.device), *self._stops]
                 ),
-                **draw,
             )
         written = output[0, s:].tolist()
-        self.prefixes.keep(output[0].tolist(), cache)
+        self.prefixes.keep(output[0].tolist(), cache, len(written))
         seconds = clock.times
         return Answer(
             text=self.tokenizer.decode(written, skip_special_tokens=True),
@@ -177,7 +201,8 @@ class Session:
             prefill_speed=(s - reused) / max(seconds[1] - seconds[0], 1e-9) if len(seconds) > 1 else 0.0,
             decode_speed=(len(seconds) - 2) / (seconds[-1] - seconds[1]) if len(seconds) > 2 else 0.0,
             cache_bytes=cache.nbytes,
-            cache_bytes_per_token=cache.nbytes / wanted,
+            # Not of the tensors: a cache that was cut back, or comes from a file, has room for other lengths.
+            cache_bytes_per_token=self.config.cache_bytes_per_token(self.cache_format),
         )
 
 

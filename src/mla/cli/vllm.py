@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from mla.reading import local_path
 _FEW_CORES = 4
 _FORMATS = ("auto", "fp32", "bf16", "int8")
 _CACHE_DTYPE = ("--kv-cache-dtype",)
-_RANKS = (("--tensor-parallel-size", "-tp"), ("--data-parallel-size", "-dp"))
+_REPLICAS = ("--data-parallel-size", "-dp")
+_PARTS = (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp"))
 
 
 def config_if_it_serves(
@@ -78,8 +80,8 @@ def become(
 
     environment = dict(os.environ)
     on_cpu = _is_for_cpus()
-    replicas = _number(further, *_RANKS[1])
-    ranks = _number(further, *_RANKS[0]) * replicas
+    replicas = _number(further, *_REPLICAS)
+    ranks = math.prod(_number(further, *names) for names in _PARTS) * replicas
     own_format = _value(further, *_CACHE_DTYPE)
     if cache_format != "auto" and own_format is not None:
         both = f"--cache-format {cache_format} and --kv-cache-dtype {own_format}"
@@ -109,7 +111,7 @@ def become(
             weights, free = replicas * weight_bytes(model, config, settled), free_memory()
             require_memory(weights + 1, f"the weights of {model}")
             budget = (free - weights) // 2
-        # Every rank holds all latents, in a cache of its own.
+        # Every rank has a cache of its own: for all latents, or with pipelines for those of its layers.
         options += ["--kv-cache-memory-bytes", str(budget // ranks)]
     if on_cpu and usable_cores() <= _FEW_CORES:
         # vLLM would keep one for its scheduler, half of two: now the scheduler's process computes, on all.
@@ -152,7 +154,8 @@ def _value(options: Sequence[str], *names: str) -> str | None:
     found = None
     for place, option in enumerate(options):
         name, equals, value = option.partition("=")
-        if name in names:
+        # vLLM's parser takes underscores in the names of long options for dashes.
+        if (name.replace("_", "-") if name.startswith("--") else name) in names:
             found = value if equals else next(iter(options[place + 1 :]), None)
     return found
 

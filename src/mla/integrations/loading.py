@@ -115,12 +115,6 @@ def load_mla_model(
     return model, config, choose_cache_format(cache_format, stored, computed)
 
 
-def padding_token(tokenizer: Any) -> int | None:
-    """The token id to pad with: the tokenizer's own, which may be 0, or the one that ends a text."""
-    own: int | None = tokenizer.pad_token_id
-    return tokenizer.eos_token_id if own is None else own
-
-
 def settle_auto(source: str, config: Any) -> tuple[DtypeName, str]:
     """What "auto" is for ``source`` on this CPU, by :func:`load_model` and :func:`choose_cache_format`.
 

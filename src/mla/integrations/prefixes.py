@@ -19,8 +19,9 @@ from mla.integrations.loading import require_memory
 
 #: Tokens of a prompt that run at once: what a step needs beside the cache does not grow with the prompt.
 _STEP = 1024
-#: So many tokens more must a file have in common with a prompt than memory has, to be read for it.
-_WORTH_READING = 32
+#: So many tokens more must a file have in common with a prompt than memory has, to be read for it, and this
+#: share of its own: all of it is read. A token is read some hundred times as fast as it is computed.
+_WORTH_READING, _WORTH_READING_SHARE = 32, 32
 #: So many tokens may a kept conversation lose by being cut back for another; beyond that it is copied.
 _WORTH_KEEPING = 32
 
@@ -66,6 +67,10 @@ class _Conversation:
 class Prefixes:
     """Makes the caches of a model, out of what earlier ones hold where a prompt begins as they do.
 
+    With LongRoPE latents are others where a prompt is longer than the length that the model was first trained
+    for: there a prompt up to that length goes on from what was kept up to it only, and a longer one from what
+    is longer, and like it for longer. An answer that crosses it is kept up to it.
+
     Not for several threads at once.
 
     Args:
@@ -94,6 +99,7 @@ class Prefixes:
         self._model = model
         self._folder = folder
         self._note = note
+        self._switch = switching_length(model.config)
         self._kept: list[_Conversation] = []  # the one used last is the last
         if folder is not None:
             require_storable(model)
@@ -117,8 +123,15 @@ class Prefixes:
         run to give the logits of the next. Arguments and errors as for :meth:`new`."""
         known = tokens[:-1]
         if self._folder is not None:
-            file, stored = self._folder.longest(known)
-            if file is not None and stored >= self._longest_kept(known)[1] + _WORTH_READING:
+            have = self._longest_kept(known)[1]
+
+            def is_worth(held: int, shared: int) -> bool:
+                gained = shared - have
+                is_cheap = gained >= max(_WORTH_READING, held // _WORTH_READING_SHARE)
+                return is_cheap and self._goes_on(held, shared, len(tokens))
+
+            file, stored = self._folder.longest(known, is_worth)
+            if file is not None:
                 cache = self.new(capacity)
                 try:
                     self._folder.load(file, cache, stored, self._model.device)
@@ -146,12 +159,16 @@ class Prefixes:
         self._make_room(capacity, held=cache.nbytes)
         cache.reserve(capacity)
 
-    def keep(self, tokens: list[int], cache: LatentCache) -> None:
-        """Remember a cache and the tokens it was given; the newest of them may not have been read yet."""
+    def keep(self, tokens: list[int], cache: LatentCache, answered: int = 0) -> None:
+        """Remember a cache and the tokens it was given, the last ``answered`` of them not by a prompt; the
+        newest may not have been read yet."""
         held = tokens[: cache.get_seq_length()]
         # Sliding windows say that they can be cut, but not once they are full.
         if not held or not cache.is_croppable or any(cache.is_sliding):
             return
+        if self._switch is not None and len(tokens) - answered <= self._switch < len(held):
+            cache.crop(self._switch - len(held))
+            held = held[: self._switch]
         if self.budget is None:
             self._kept.clear()
         new = _Conversation(_token_ids(held), cache)
@@ -190,13 +207,21 @@ class Prefixes:
         text = self._model.config.get_text_config(decoder=True)
         return LatentCache(text, capacity=capacity, format=self.cache_format)
 
+    def _goes_on(self, held: int, common: int, prompt: int) -> bool:
+        """Whether a prompt of so many tokens may go on from ``common`` of those ``held``: see the class."""
+        if self._switch is None:
+            return True
+        return common > self._switch if prompt > self._switch else held <= self._switch
+
     def _longest_kept(self, tokens: list[int]) -> tuple[_Conversation | None, int]:
-        """The one with the longest beginning in common, the newest of several, and how long that is."""
+        """The one with the longest beginning in common with a prompt but for its last token, the newest of
+        several, and how long that is."""
         best: tuple[_Conversation | None, int] = (None, 0)
         wanted = _token_ids(tokens)
         for kept in self._kept:
             common = common_length(kept.tokens, wanted)
-            if common and common >= best[1]:
+            fits = self._goes_on(len(kept.tokens), common, len(tokens) + 1)
+            if common and common >= best[1] and fits:
                 best = (kept, common)
         return best
 
@@ -234,11 +259,37 @@ def read_prompt(
         check: called as (tokens read, tokens in all) before every step, and with the prompt's length for both
             when none is left; what it raises ends the reading.
     """
-    for first in range(cache.get_seq_length(), len(tokens) - _STEP, _STEP):
+    first = cache.get_seq_length()
+    while (last := first + step_size(model.config, first, len(tokens), _STEP)) < len(tokens):
         check(first, len(tokens))
-        ids = torch.tensor([tokens[first : first + _STEP]], device=model.device)
+        ids = torch.tensor([tokens[first:last]], device=model.device)
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        first = last
     check(len(tokens), len(tokens))
+
+
+def step_size(config: Any, first: int, prompt: int, most: int) -> int:
+    """How many tokens to read at once of a prompt of which ``first`` are read: ``most``, or with LongRoPE as
+    many more as take the step beyond the length at which the frequencies of all of them change.
+
+    Args:
+        config: of Transformers.
+    """
+    switch = switching_length(config)
+    return most if switch is None or prompt <= switch else max(most, switch + 1 - first)
+
+
+def switching_length(config: Any) -> int | None:
+    """The length beyond which a model's RoPE takes other frequencies for all of a call (LongRoPE); None for
+    models without such a length, or that never come to it. Argument as for :func:`step_size`."""
+    text = config.get_text_config(decoder=True)
+    given = getattr(text, "rope_parameters", None) or {}
+    # A model may have several, by the kind of layer.
+    for rope in (given, *(value for value in given.values() if isinstance(value, dict))):
+        if rope.get("rope_type") == "longrope" and rope.get("short_factor") != rope.get("long_factor"):
+            original = rope.get("original_max_position_embeddings") or text.max_position_embeddings
+            return int(original) if original < text.max_position_embeddings else None
+    return None
 
 
 def require_storable(model: Any) -> None:

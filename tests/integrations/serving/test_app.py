@@ -1,5 +1,6 @@
 """The application behind a real port: what the openai package makes of errors, wherever they come from."""
 
+import asyncio
 import contextlib
 import socket
 import threading
@@ -192,6 +193,54 @@ def test_a_body_that_is_too_long_is_refused_in_openais_words(client, monkeypatch
         assert told.value.status_code == 413
         assert told.value.body["type"] == "invalid_request_error"
         assert ask(client).choices
+
+
+async def status(app, path="/v1/completions", method="POST", **headers):
+    """The status of a request with these headers, and the answer."""
+    received, sent = [{"type": "http.request", "body": b'{"prompt": "Hi", "max_tokens": 2}'}], []
+
+    async def receive():
+        return received.pop() if received else await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+
+    given = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "headers": given}
+    await app({**scope, "query_string": b"", "http_version": "1.1", "scheme": "http"}, receive, send)
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent).decode()
+
+
+JSON = {"content_type": "application/json"}
+
+
+@pytest.mark.anyio
+async def test_pages_of_other_names_are_not_answered(engine):
+    """Their names may point here by now: to the browser it is the page's own server that answers."""
+    local = build_app(engine, host="127.0.0.1")
+    for host in ("127.0.0.1", "127.0.0.2:8000", "localhost:80", "LOCALHOST", "[::1]", "[::1]:8000"):
+        assert (await status(local, **JSON, host=host))[0] == 200, host
+    assert (await status(local, **JSON))[0] == 200  # HTTP/1.0 has none, browsers have
+    for host in ("evil.example", "evil.example:80", "127.0.0.1.evil", "localhost.evil", "[::2]:80", ":80"):
+        for path, method in (("/v1/completions", "POST"), ("/v1/models", "GET"), ("/health", "GET")):
+            code, answer = await status(local, path, method, **JSON, host=host)
+            assert (code, "expected 127.0.0.1, [::1] or localhost" in answer) == (403, True), host
+    # With a key nobody needs to be kept out by name, and other addresses have names of their own.
+    key = {"authorization": "Bearer k", "host": "model.example"}
+    assert (await status(build_app(engine, "k", host="127.0.0.1"), **JSON, **key))[0] == 200
+    assert (await status(build_app(engine, host="0.0.0.0"), **JSON, host="model.example"))[0] == 200
+
+
+@pytest.mark.anyio
+async def test_bodies_that_pages_may_send_unasked_are_refused(engine):
+    app = build_app(engine)
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        assert (await status(app, path))[0] == 415
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "text/plain; application/json"):
+            code, answer = await status(app, path, content_type=kind)
+            assert (code, f"Content-Type: expected application/json, got {kind}" in answer) == (415, True)
+    for kind in ("application/json", "Application/JSON; charset=utf-8"):
+        assert (await status(app, content_type=kind))[0] == 200
 
 
 @pytest.mark.parametrize("path", ["/health", "/nothing", "/v1/models"])

@@ -3,24 +3,21 @@
 import asyncio
 import gc
 import json
-import threading
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
-from transformers.cli.serving import chat_completion
 
 from mla.cache.folder import PrefixFolder
 from mla.errors import MLAError
 from mla.integrations.prefixes import Prefixes, fingerprint
-from mla.integrations.serving.answers import ChatEndpoint, CompletionEndpoint
+from mla.integrations.serving.answers import ChatEndpoint
 from mla.integrations.serving.generation import Engine
 from mla.integrations.serving.requests import ApiError, read_chat, read_completion, read_messages
 from tests.cli.conftest import make_tokenizer
-from tests.integrations.serving.test_generation import complete, make_engine, written
+from tests.integrations.serving.test_generation import complete, make_engine
 
 HELLO = [{"role": "user", "content": "Hi"}]
 
@@ -268,18 +265,6 @@ def sentences() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>")
 
 
-def test_completions_keep_the_space_that_their_first_word_carries():
-    tokenizer = sentences()
-    prompt, answer = tokenizer("Once upon")["input_ids"], tokenizer("a time")["input_ids"]
-    assert tokenizer.decode(answer) == "a time"
-
-    engine = SimpleNamespace(tokenizer=tokenizer, end_tokens=set())
-    request = read_completion({"prompt": "Once upon"}, "tiny")
-    assert written(engine, request, prompt, answer) == " a time"
-    request = read_chat({"messages": HELLO}, "tiny")
-    assert written(engine, request, prompt, answer) == "a time"
-
-
 def test_echoed_tokens_make_up_the_text_they_score(engine, monkeypatch):
     monkeypatch.setattr(engine, "tokenizer", sentences())
     bias = {str(token): 100 for token in range(3, 9)}
@@ -314,27 +299,6 @@ def test_offsets_are_places_in_the_text_where_a_tokenizer_adds_special_tokens(en
     assert scores["tokens"][-5:] == plain["logprobs"]["tokens"]
 
 
-def test_the_loop_does_no_work_that_grows_with_texts(engine, monkeypatch):
-    threads = {}
-
-    def watch(owner, name):
-        original = getattr(owner, name)
-
-        def watched(*args):
-            threads[owner, name] = threading.get_ident()
-            return original(*args)
-
-        monkeypatch.setattr(owner, name, watched)
-
-    watch(ChatEndpoint, "_encode")
-    watch(CompletionEndpoint, "_encode")
-    watch(CompletionEndpoint, "_logprobs")
-    chat(engine, HELLO)
-    complete(engine, "Hello", logprobs=1)
-    assert len(threads) == 3
-    assert threading.get_ident() not in threads.values()
-
-
 def test_threads_find_a_tokenizer_that_they_need_not_change(engine):
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(4)
@@ -342,22 +306,3 @@ def test_threads_find_a_tokenizer_that_they_need_not_change(engine):
     Engine(engine.model, tokenizer, "tiny", engine.prefixes, limit=512)
     assert tokenizer.backend_tokenizer.truncation is None
     assert tokenizer.backend_tokenizer.padding is None
-
-
-def test_a_tool_call_that_is_none_stays_text(engine, monkeypatch):
-    class Parser:
-        initial_events = ()
-
-        def feed(self, text):
-            raise ValueError("no JSON")
-
-    tokens = engine.tokenizer("{bad")["input_ids"]
-    request = read_chat({"messages": HELLO}, "tiny")
-    assert written(engine, request, [0], tokens, Parser()) == "{bad"
-    want = chat(engine, HELLO)["choices"]
-
-    def fails(*_, **__):
-        raise ValueError("no JSON")
-
-    monkeypatch.setattr(chat_completion, "parse_assistant_message", fails)
-    assert chat(engine, HELLO)["choices"] == want

@@ -17,9 +17,7 @@ from mla.integrations.serving.generation import (
     Engine,
     Generation,
     Stream,
-    _beginning_of_stop,
     _step,
-    cut_at,
     read_all,
 )
 from mla.integrations.serving.loading import _fitting
@@ -29,10 +27,13 @@ from tests.cli.conftest import make_tokenizer
 from tests.families import FAMILIES, build
 
 
-def make_engine(family="deepseek_v3", budget=10**7, **options) -> Engine:
+def make_engine(family="deepseek_v3", budget=10**7, **generation) -> Engine:
+    """An engine of a tiny model, in whose generation config stands what is given."""
     model = absorb(build(family, vocab_size=256))
+    for name, value in generation.items():
+        setattr(model.generation_config, name, value)
     config = MLAConfig.from_transformers(model.config)
-    prefixes = Prefixes(model, config, "fp32", budget=budget, **options)
+    prefixes = Prefixes(model, config, "fp32", budget=budget)
     return Engine(model, make_tokenizer(), "tiny", prefixes, limit=512)
 
 
@@ -131,14 +132,17 @@ def test_an_answer_ends_with_the_token_that_completes_a_stop_string():
     assert answer["choices"][0]["logprobs"]["tokens"] == list(text[:6])
 
 
-@pytest.mark.parametrize("complete", [False, True])
-def test_a_complete_answer_asks_for_no_more_room(complete):
+@pytest.mark.parametrize(("stopped", "last"), [(False, 5), (True, 5), (False, 7)])
+def test_a_complete_answer_asks_for_no_more_room(stopped, last):
     asked = []
-    engine = SimpleNamespace(prefixes=SimpleNamespace(grow=lambda cache, capacity: asked.append(capacity)))
-    step = _step(engine, None, SimpleNamespace(put=lambda token: complete), prompt=1, most=299)
+    prefixes = SimpleNamespace(grow=lambda cache, capacity: asked.append(capacity))
+    engine = SimpleNamespace(prefixes=prefixes, end_tokens={7})
+    step = _step(engine, None, SimpleNamespace(put=lambda token: stopped), prompt=1, most=299)
     for length in (2, 257, 258):
-        assert bool(step(torch.zeros(1, length), None)) == complete
-    assert asked == ([] if complete else [300])
+        ids = torch.full((1, length), 5)
+        ids[0, -1] = last if length == 258 else 5
+        assert bool(step(ids, None)) == stopped
+    assert asked == ([] if stopped or last == 7 else [300])
 
 
 def test_logits_go_with_the_answer_they_were_for():
@@ -158,11 +162,34 @@ def test_logits_go_with_the_answer_they_were_for():
     assert stream.logits is None
 
 
-def test_a_model_whose_own_config_asks_for_beams_is_sampled_from():
-    engine = make_engine()
-    want = complete(engine, "Hello", max_tokens=6)["choices"]
-    engine.model.generation_config.num_beams = 3
-    assert complete(engine, "Hello", max_tokens=6)["choices"] == want
+def test_a_model_whose_own_config_asks_for_other_ways_writes_in_order():
+    """Several texts, or several tokens at once, go with no answer that is sent as it is written."""
+    text = "Hello Hello Hello"  # of which prompt lookup finds a part again
+    want = complete(plain := make_engine(), text, max_tokens=12)
+    for field, value in (
+        ("num_beams", 3),
+        ("prompt_lookup_num_tokens", 4),
+        ("assistant_early_exit", 1),
+        ("use_mtp", True),
+        ("cache_implementation", "static"),
+        ("use_cache", False),
+        ("token_healing", True),
+    ):
+        engine = make_engine(**{field: value})
+        assert engine.left_out == [field]
+        for cached in (0, len(text) - 1):
+            got = complete(engine, text, max_tokens=12)
+            assert got["choices"] == want["choices"], field
+            assert got["usage"]["prompt_tokens_details"]["cached_tokens"] == cached
+    assert plain.left_out == []
+
+
+def test_stop_strings_of_the_models_own_end_an_answer():
+    text = complete(make_engine(), "Hello", max_tokens=12)["choices"][0]["text"]
+    for own, stop, left in ((text[5:7], [], 5), ([text[5:7]], [text[3:5]], 3)):
+        engine = make_engine(stop_strings=own)
+        choice = complete(engine, "Hello", max_tokens=12, stop=stop)["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == (text[:left], "stop")
 
 
 def test_the_first_token_may_be_the_padding():
@@ -295,13 +322,6 @@ def byte_tokens(engine, text: bytes) -> list[int]:
     others = [byte for byte in range(256) if byte not in prints]
     letters = {byte: chr(byte) for byte in prints} | {byte: chr(256 + i) for i, byte in enumerate(others)}
     return engine.tokenizer.convert_tokens_to_ids([letters[byte] for byte in text])
-
-
-def test_stop_strings():
-    assert cut_at("one two", ["two", "ne"]) == "o"
-    assert cut_at("one two", ["three"]) is None
-    assert _beginning_of_stop("text a", ["ab", "t abc"]) == 3
-    assert _beginning_of_stop("text", []) == 0
 
 
 def test_prompts():

@@ -7,6 +7,7 @@ import asyncio
 import inspect
 import json
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,23 +19,33 @@ from openai.types.completion_usage import PromptTokensDetails
 from transformers import PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
-from transformers.cli.serving.utils import BaseHandler, Modality, get_response_template
+from transformers.cli.serving.utils import (
+    ReasoningText,
+    ToolCall,
+    build_response_parser,
+    get_response_template,
+)
 
-from mla.integrations.serving.generation import UNREADABLE, Engine, Generation, Scored, cut_at, read_all
+from mla.integrations.serving.generation import Engine, Generation, Scored, read_all, read_items
 from mla.integrations.serving.requests import (
     ApiError,
     Request,
+    for_template,
     read_chat,
     read_completion,
     read_messages,
     read_prompts,
 )
+from mla.integrations.serving.text import cut_at
 
 # Parameters of the call around a chat template: they could replace the template, or what is made of it.
 _ENCODING = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
     "documents",
     "kwargs",
 }
+# Given in place of model and tokenizer to Transformers' handlers, which would build a parser of their own on
+# the loop, and decode the whole prompt for it.
+_UNREAD = SimpleNamespace(response_template=None, config=SimpleNamespace(model_type=""))
 
 
 class ChatEndpoint:
@@ -45,7 +56,7 @@ class ChatEndpoint:
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Response:
         """The answer; raises ApiError."""
-        request = read_chat(body, self.engine.name)
+        request = self.engine.complete(read_chat(body, self.engine.name))
         tools = self._tools(body)
         messages = read_messages(body.get("messages"))
         tokens = await asyncio.to_thread(self._encode, body, messages, tools)
@@ -75,7 +86,7 @@ class ChatEndpoint:
             )
         try:
             tokens: list[int] = tokenizer.apply_chat_template(
-                BaseHandler.get_processor_inputs_from_messages(messages, Modality.LLM),
+                [for_template(message) for message in messages],
                 add_generation_prompt=True,
                 tools=tools,
                 return_dict=True,
@@ -95,7 +106,7 @@ class CompletionEndpoint:
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Response:
         """The answer; raises ApiError."""
         engine = self.engine
-        request = read_completion(body, engine.name)
+        request = engine.complete(read_completion(body, engine.name))
         prompts = read_prompts(body.get("prompt"), engine.vocabulary)
         tokens = await asyncio.to_thread(self._encode, prompts)
         most = [engine.check_length(len(ids), request) for ids in tokens]
@@ -208,37 +219,28 @@ class _Answer:
         self.request = request
         self.generation = Generation(engine, request)
 
-    async def give(self, request_id: str, tokens: list[int], most: int, **more: Any) -> Response:
-        """Generate and answer, as a stream or whole; raises ApiError.
+    async def give(self, request_id: str, tokens: list[int], most: int) -> Response:
+        """Generate and answer as a stream; raises ApiError.
 
         A stream is answered with its first token: until then what fails has a status of its own.
         """
-        engine = self.engine
         handler: Any = self
-        answer = handler._streaming if self.request.stream else handler._non_streaming
-        # Transformers 5.19 finds tool calls without being told of the tools.
-        more = {name: value for name, value in more.items() if name in inspect.signature(answer).parameters}
-        config = engine.generation_config(self.request, most)
-        response = answer(
+        config = self.engine.generation_config(self.request, most)
+        response: Response = handler._streaming(
             request_id,
-            engine.model,
-            engine.tokenizer,
-            engine.name,
+            _UNREAD,
+            _UNREAD,
+            self.engine.name,
             _inputs(tokens),
             config,
             gen_manager=self.generation,
-            **more,
         )
-        if not self.request.stream:
-            whole: Response = await response
-            return whole
         stream = self.generation.stream
         assert stream is not None
         await stream.begun.wait()
         if stream.failure is not None:
             raise stream.failure
-        streamed: Response = response
-        return streamed
+        return response
 
     def _usage(self, plain: CompletionUsage) -> CompletionUsage:
         """Usage with the tokens that were cached, which Transformers' handlers do not know."""
@@ -260,27 +262,50 @@ class _Answer:
 
 
 class _ChatAnswer(_Answer, ChatCompletionHandler):  # type: ignore[misc]
-    async def give(self, request_id: str, tokens: list[int], most: int, **more: Any) -> Response:
-        """As for every answer. What looks like a tool call, but is none or was cut off, stays text."""
-        try:
-            return await super().give(request_id, tokens, most, **more)
-        except UNREADABLE:
-            stream = self.generation.stream
-            if stream is None or not stream.is_complete:
-                raise
-        text = self.engine.tokenizer.decode(stream.written, skip_special_tokens=True)
-        reason, usage = stream.finish_reason, stream.usage(len(tokens))
-        return JSONResponse(
-            self._build_completion(request_id, text, self.engine.name, finish_reason=reason, usage=usage)
-        )
+    async def give(self, request_id: str, tokens: list[int], most: int, tools: Any = None) -> Response:
+        """Generate and answer, as a stream or whole; raises ApiError."""
+        self.generation.parser = await asyncio.to_thread(self._parser, tokens, tools)
+        if self.request.stream:
+            return await super().give(request_id, tokens, most)
+        return await self._whole(request_id, tokens, most)
 
-    def _build_completion(self, request_id: str, content: str, *args: Any, usage: Any, **kwargs: Any) -> Any:
-        # A model's response template reads the tokens, which go on to the end of a stop string.
-        found = cut_at(content, self.request.stop)
-        text = content if found is None else found
-        if self.request.one_call and kwargs.get("tool_calls"):
-            kwargs["tool_calls"] = kwargs["tool_calls"][:1]
-        return super()._build_completion(request_id, text, *args, usage=self._usage(usage), **kwargs)
+    def _parser(self, tokens: list[int], tools: Any) -> Any:
+        # Transformers 5.19 finds tool calls without being told of the tools.
+        told = {"tools": tools} if "tools" in inspect.signature(build_response_parser).parameters else {}
+        return build_response_parser(self.engine.tokenizer, self.engine.model, tokens, **told)
+
+    async def _whole(self, request_id: str, tokens: list[int], most: int) -> Response:
+        """What a stream says, in one piece."""
+        config = self.engine.generation_config(self.request, most)
+        queue, stream = self.generation.generate_streaming(None, None, _inputs(tokens), config, request_id)
+        items = await read_items(queue, stream)
+        text = "".join(item for item in items if type(item) is str)
+        if stream.message is not None:
+            # A template says what of the space around a text belongs to it. The parser has read on to the end
+            # of a stop string.
+            text = stream.message.get("content") or ""
+            found = cut_at(text, self.request.stop)
+            text = text if found is None else found
+        thought = "".join(item for item in items if isinstance(item, ReasoningText)).strip()
+        calls = [
+            {
+                "id": f"{request_id}_tool_call_{index}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for index, call in enumerate(item for item in items if isinstance(item, ToolCall))
+        ]
+        return JSONResponse(
+            self._build_completion(
+                request_id,
+                text,
+                self.engine.name,
+                finish_reason="tool_calls" if calls else stream.finish_reason,
+                usage=stream.usage(len(tokens)),
+                tool_calls=calls or None,
+                reasoning_content=thought or None,
+            )
+        )
 
 
 class _CompletionAnswer(_Answer, CompletionHandler):  # type: ignore[misc]

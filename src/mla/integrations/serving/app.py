@@ -19,8 +19,10 @@ from mla.errors import MLAError
 from mla.integrations.serving.answers import ChatEndpoint, CompletionEndpoint
 from mla.integrations.serving.generation import Engine
 from mla.integrations.serving.requests import ApiError, check_model
+from mla.machine import is_local
 
-_ROUTES = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"}
+_POSTED = {"/v1/chat/completions", "/v1/completions"}
+_ROUTES = _POSTED | {"/v1/models", "/health"}
 #: Bytes of a request, refused beyond. A prompt of a million tokens, as ids or as text, has a third of them.
 _MOST_BODY = 32 * 2**20
 _NEEDED = {"model_manager", "chat_handler", "completion_handler", "generation_state"}
@@ -50,12 +52,14 @@ class _OneModel:
         """The model goes with the process."""
 
 
-def build_app(engine: Engine, api_key: str | None = None) -> ASGIApp:
+def build_app(engine: Engine, api_key: str | None = None, *, host: str | None = None) -> ASGIApp:
     """The server's application.
 
     Args:
         engine: answers the requests.
         api_key: what clients must send with every request below /v1; None asks for nothing.
+        host: the address it listens on. One of this machine only is without a key answered to its own names
+            only, since a page in a browser here may be anybody's. None answers to every name.
 
     Raises:
         MLAError: the installed Transformers builds its server in a way that is not known here.
@@ -85,7 +89,7 @@ def build_app(engine: Engine, api_key: str | None = None) -> ASGIApp:
     # What recurses here is what a client nests; the model runs on a thread that has handlers of its own.
     app.add_exception_handler(RecursionError, _refuse)
     app.add_exception_handler(Exception, _fail)
-    return _Gate(app, api_key)
+    return _Gate(app, api_key, host)
 
 
 async def _refuse(request: Request, error: Exception) -> JSONResponse:
@@ -107,29 +111,44 @@ async def _fail(request: Request, error: Exception) -> JSONResponse:
 
 
 class _Gate:
-    """Asks for the key, and ends the work on a request when its client has gone.
+    """Asks for the key, keeps other sites' pages out, and ends work on a request when its client has gone.
 
     Transformers' server notices that only while it streams; an answer that is to come whole would be written
     to its end for nobody.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, api_key: str | None, host: str | None) -> None:
         self._app = app
         self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+        # A browser sends the name that a page has. It may have come to point here once the page was loaded:
+        # then what the page asks looks to the browser as if it went to the page's own server.
+        self._by_local_names = host is not None and is_local(host) and api_key is None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif scope["path"].startswith("/v1") and not self._knows(scope):
-            error = ApiError("Incorrect API key provided", status=401, code="invalid_api_key")
-            refusal = JSONResponse(error.body, status_code=401, headers={"WWW-Authenticate": "Bearer"})
-            await refusal(scope, receive, send)
+        elif (error := self._refusal(scope)) is not None:
+            headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+            await JSONResponse(error.body, error.status, headers)(scope, receive, send)
         else:
             await self._while_connected(scope, receive, send)
 
-    def _knows(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return self._expected is None or hmac.compare_digest(given, self._expected)
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        headers = dict(scope["headers"])
+        if scope["path"].startswith("/v1") and not self._knows(headers.get(b"authorization", b"")):
+            return ApiError("Incorrect API key provided", status=401, code="invalid_api_key")
+        host = headers.get(b"host", b"").decode("latin-1")
+        if self._by_local_names and host and not is_local(_without_port(host)):
+            wanted = "Host: expected 127.0.0.1, [::1] or localhost, since this server is for its own machine"
+            return ApiError(f"{wanted}, got {host[:80]}; with --api-key it answers to every name", status=403)
+        # A page of any site may send other types without asking first. FastAPI takes none at all for JSON.
+        kind = headers.get(b"content-type", b"").decode("latin-1")
+        if scope["method"] == "POST" and scope["path"] in _POSTED and not _is_json(kind):
+            return ApiError(f"Content-Type: expected application/json, got {kind[:80] or 'none'}", status=415)
+        return None
+
+    def _knows(self, key: bytes) -> bool:
+        return self._expected is None or hmac.compare_digest(key, self._expected)
 
     async def _while_connected(self, scope: Scope, receive: Receive, send: Send) -> None:
         read, gone = asyncio.Event(), asyncio.Event()
@@ -171,3 +190,14 @@ class _Gate:
         finally:
             watcher.cancel()
             answer.cancel()
+
+
+def _without_port(host: str) -> str:
+    """The name or the address in a Host header."""
+    name, colon, port = host.rpartition(":")
+    name = name if colon and port.isdecimal() else host
+    return name[1:-1] if name.startswith("[") and name.endswith("]") else name
+
+
+def _is_json(content_type: str) -> bool:
+    return content_type.partition(";")[0].strip().lower() == "application/json"

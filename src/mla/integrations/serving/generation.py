@@ -7,26 +7,22 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from openai.types import CompletionUsage
 from openai.types.completion_usage import PromptTokensDetails
 from torch import Tensor
-from transformers.cli.serving.utils import (
-    BaseGenerateManager,
-    InferenceThread,
-    ToolCall,
-    build_response_parser,
-    response_events_to_chunks,
-)
+from transformers.cli.serving.utils import InferenceThread, ToolCall
 
 from mla.cache import LatentCache
 from mla.errors import MLAError
-from mla.integrations.loading import padding_token
-from mla.integrations.prefixes import Prefixes, read_prompt
+from mla.integrations.loading import require_memory
+from mla.integrations.prefixes import Prefixes, read_prompt, step_size
 from mla.integrations.serving.requests import ApiError, Request, check_tokens
+from mla.integrations.serving.text import Decoding, Reader, beginning_of_stop, cut_at
+from mla.integrations.writing import write_in_order, writing_config
 
 _log = logging.getLogger(__name__)
 
@@ -34,10 +30,6 @@ _log = logging.getLogger(__name__)
 _SCORED_STEP = 128
 #: Tokens of the answer for which room is made at a time: most answers end long before their limit.
 _ANSWER_ROOM = 256
-#: Below this temperature the most likely token is the only one; the logits over it would be infinite.
-_COLDEST = 1e-5
-#: Tokens of a prompt that say how the text goes on after it.
-_CONTEXT = 8
 
 
 class Engine:
@@ -47,6 +39,8 @@ class Engine:
         model: an absorbed model; tokenizer: its tokenizer; name: what clients call it.
         prefixes: makes the caches.
         limit: tokens that prompt and answer may have together.
+
+    Of the model's own generation config what cannot be served is taken out of it, into ``left_out`` by name.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str, prefixes: Prefixes, limit: int) -> None:
@@ -58,8 +52,14 @@ class Engine:
         self.thread = InferenceThread()
         # The first call may set truncation and padding, which no thread must do while another one encodes.
         tokenizer("")
-        ends = model.generation_config.eos_token_id
-        self.end_tokens = set(ends if isinstance(ends, list) else [ends]) - {None}
+        own = model.generation_config
+        self.left_out = write_in_order(model)
+        self.end_tokens = set(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id])
+        self.end_tokens -= {None}
+        # Ours to find: generate() wants a tokenizer for them, and leaves them in the text.
+        stops = own.stop_strings or []
+        self._stops = (stops,) if isinstance(stops, str) else tuple(stops)
+        own.stop_strings = None
 
     def check_length(self, prompt: int, request: Request) -> int:
         """How many tokens the answer to a prompt of ``prompt`` tokens may have.
@@ -78,6 +78,10 @@ class Engine:
             )
         return answer
 
+    def complete(self, request: Request) -> Request:
+        """The request with the stop strings that the model has of its own."""
+        return replace(request, stop=request.stop + self._stops)
+
     @property
     def vocabulary(self) -> int:
         """How many token ids there are."""
@@ -86,20 +90,9 @@ class Engine:
 
     def generation_config(self, request: Request, max_new_tokens: int) -> Any:
         """The model's own generation config with what the request asks for."""
-        config = copy.deepcopy(self.model.generation_config)
-        config.max_length, config.max_new_tokens = None, max_new_tokens
-        config.num_beams = config.num_return_sequences = 1  # what is written is sent: there is no going back
-        if config.pad_token_id is None:
-            config.pad_token_id = padding_token(self.tokenizer)
-        if request.temperature is not None and request.temperature < _COLDEST:
-            config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
-        elif request.temperature is not None:
-            config.do_sample, config.temperature = True, request.temperature
-        # The most likely token, which greedy models take, is in every nucleus; that of 0 is it alone.
-        if config.do_sample and request.top_p is not None:
-            config.top_p = max(request.top_p, 1e-9)
-        if config.do_sample and config.top_k is None:
-            config.top_k = 0  # Transformers' default of 50 is not OpenAI's
+        config = writing_config(
+            self.model, self.tokenizer, max_new_tokens, temperature=request.temperature, top_p=request.top_p
+        )
         if request.logit_bias:
             check_tokens("logit_bias", request.logit_bias, self.vocabulary)
             config.sequence_bias = {(token,): value for token, value in request.logit_bias.items()}
@@ -113,10 +106,6 @@ class Scored:
     token: int
     logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
-
-
-#: What the parsers of tool calls raise.
-UNREADABLE = (ValueError, RuntimeError, KeyError, TypeError)
 
 
 class _Gone(Exception):  # noqa: N818 - not an error
@@ -146,18 +135,18 @@ class Stream:
         self._engine = engine
         self._request = request
         self._config = config
-        self._parser = parser
         self.logits: Tensor | None = None
         self._gone = threading.Event()
         self._stopped = False
         self.is_complete = False
-        # Of the prompt, where the answer goes on with its text.
-        self._context = list(prompt[-_CONTEXT:]) if request.continues else []
-        self._shown = len(self._context)  # tokens whose text has been taken
-        self._start = 0  # where decoding starts, so that spaces between tokens come out right
+        self._decoding = Decoding(engine.tokenizer.decode, prompt if request.continues else [])
         self._held = ""  # text that may be the beginning of a stop string
-        for item in [] if parser is None else response_events_to_chunks(parser.initial_events):
-            self._send(item)
+        self._reader: Reader | None = None
+        if parser is not None:
+            added = engine.tokenizer.added_tokens_decoder.values()
+            self._reader = Reader(parser, [token.content for token in added if token.special])
+            for item in self._reader.initial:
+                self._send(item)
 
     @property
     def total_tokens(self) -> int:
@@ -197,20 +186,17 @@ class Stream:
         if not self.begun.is_set():
             self._loop.call_soon_threadsafe(self.begun.set)
         self.written.append(token)
+        self._decoding.add(token)
         if self.logits is not None:
             self.scores += score(self.logits, [token], self._request.logprobs or 0)
-        self._show(self._new_text())
+        self._show()
         return self._stopped
 
     def end(self) -> None:
         """The answer is complete."""
-        self._show(self._new_text(last=True))
-        if self._parser is not None:
-            try:
-                _, events = self._parser.finalize()
-            except UNREADABLE:  # it ended within a tool call: there is none, then
-                events = []
-            self._take(response_events_to_chunks(events))
+        self._show(last=True)
+        if self._reader is not None:
+            self._take(self._reader.finish())
         self._send_held()
         if self._stopped or (self.written and self.written[-1] in self._engine.end_tokens):
             # Transformers' handlers tell "length" from "stop" by this number alone, wrongly where an answer
@@ -223,6 +209,11 @@ class Stream:
     def finish_reason(self) -> Literal["stop", "length"]:
         """Why a complete answer ended, in OpenAI's words."""
         return "stop" if self._config.max_new_tokens is None else "length"
+
+    @property
+    def message(self) -> dict[str, Any] | None:
+        """A complete answer as the parser reads it; None without one, or where something is not readable."""
+        return None if self._reader is None else self._reader.message
 
     def finish(self, job: Future[None]) -> None:
         """The job that wrote this is over: what went wrong is the client's to know."""
@@ -238,29 +229,12 @@ class Stream:
             self._send(None)
             self._loop.call_soon_threadsafe(self.begun.set)
 
-    def _new_text(self, last: bool = False) -> str:
-        """Text that the newest tokens add. A token may be a part of a letter: then it waits for the rest."""
-        decode = self._engine.tokenizer.decode
-        skip = self._parser is None  # the parser looks for special tokens
-        tokens = self._context + self.written
-        before = decode(tokens[self._start : self._shown], skip_special_tokens=skip)
-        now = decode(tokens[self._start :], skip_special_tokens=skip)
-        if len(now) <= len(before) or (now.endswith("\ufffd") and not last):
-            return ""
-        self._start, self._shown = self._shown, len(tokens)
-        text: str = now[len(before) :]
-        return text
-
-    def _show(self, text: str) -> None:
-        if not text:
-            return
-        if self._parser is not None:
-            try:
-                self._take(response_events_to_chunks(self._parser.feed(text)))
-                return
-            except UNREADABLE:
-                self._parser = None  # a tool call that is none: from here on it is text
-        self._take([text])
+    def _show(self, last: bool = False) -> None:
+        # The parser looks for special tokens.
+        parsed = self._reader is not None and not self._reader.failed
+        text = self._decoding.take(skip_special=not parsed, last=last)
+        if text:
+            self._take([text] if self._reader is None else self._reader.feed(text))
 
     def _take(self, items: Sequence[Any]) -> None:
         for item in items:
@@ -277,7 +251,7 @@ class Stream:
                 self._held, self._stopped = found, True
                 self._send_held()
                 return
-            keep = _beginning_of_stop(self._held, self._request.stop)
+            keep = beginning_of_stop(self._held, self._request.stop)
             ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
             if ready:
                 self._send(ready)
@@ -291,12 +265,16 @@ class Stream:
         self._loop.call_soon_threadsafe(self.queue.put_nowait, item)
 
 
-class Generation(BaseGenerateManager):  # type: ignore[misc]
-    """The generation of one request, in the form in which Transformers' handlers ask for it."""
+class Generation:
+    """The generation of one request, in the form in which Transformers' handlers ask for it.
 
-    def __init__(self, engine: Engine, request: Request) -> None:
+    ``parser`` is Transformers' parser of responses, fresh; None takes all of the answer for text.
+    """
+
+    def __init__(self, engine: Engine, request: Request, parser: Any = None) -> None:
         self.engine = engine
         self.request = request
+        self.parser = parser
         self.stream: Stream | None = None
 
     def generate_streaming(
@@ -310,7 +288,7 @@ class Generation(BaseGenerateManager):  # type: ignore[misc]
     ) -> tuple[asyncio.Queue[Any], Stream]:
         """Queue the request; text comes out of the queue returned."""
         tokens: list[int] = inputs["input_ids"][0].tolist()
-        self.stream = stream = Stream(self.engine, self.request, tokens, gen_config, response_parser)
+        self.stream = stream = Stream(self.engine, self.request, tokens, gen_config, self.parser)
         # The task that answers the request ends when the answer is sent, or the client has gone.
         task = asyncio.current_task()
         assert task is not None
@@ -321,30 +299,20 @@ class Generation(BaseGenerateManager):  # type: ignore[misc]
         job.add_done_callback(stream.finish)
         return stream.queue, stream
 
-    async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: dict[str, Any], gen_config: Any, request_id: str
-    ) -> tuple[str, int, list[int]]:
-        """(text, tokens in the prompt, tokens of the answer); raises ApiError."""
-        # Stop strings end what is said, not what is thought or called: the parser tells them apart. What
-        # completions go on with is text alone.
-        parser = None
-        if not self.request.continues:
-            parser = build_response_parser(processor, model, inputs["input_ids"])
-        queue, stream = self.generate_streaming(model, processor, inputs, gen_config, request_id, parser)
-        return await read_all(queue, stream), inputs["input_ids"].shape[1], stream.written
 
-    def stop(self) -> None:
-        """Nothing is left to stop: the thread is the engine's."""
+async def read_items(queue: asyncio.Queue[Any], stream: Stream) -> list[Any]:
+    """All of an answer, text, reasoning and calls in order; raises ApiError where generation failed."""
+    items = []
+    while (item := await queue.get()) is not None:
+        items.append(item)
+    if stream.failure is not None:
+        raise stream.failure
+    return items
 
 
 async def read_all(queue: asyncio.Queue[Any], stream: Stream) -> str:
     """The whole text of an answer, without reasoning and calls; raises ApiError where generation failed."""
-    text = ""
-    while (item := await queue.get()) is not None:
-        text += item if type(item) is str else ""
-    if stream.failure is not None:
-        raise stream.failure
-    return text
+    return "".join(item for item in await read_items(queue, stream) if type(item) is str)
 
 
 def _run(engine: Engine, tokens: list[int], request: Request, config: Any, stream: Stream) -> None:
@@ -364,21 +332,30 @@ def _run(engine: Engine, tokens: list[int], request: Request, config: Any, strea
         _write(engine, tokens, request, config, stream, cache)
     # Gone or not: the stream ends generation between two steps only, when the cache holds whole tokens.
     if scores is None:
-        engine.prefixes.keep(tokens + stream.written, cache)
+        engine.prefixes.keep(tokens + stream.written, cache, len(stream.written))
 
 
 @torch.no_grad()
 def _score_prompt(engine: Engine, tokens: list[int], top: int, stream: Stream, cache: LatentCache) -> None:
     """Read a prompt but for its last token, which is left to ``generate``, and keep its scores."""
     stream.prompt_scores.append(Scored(tokens[0], None))
-    for first in range(0, len(tokens) - 1, _SCORED_STEP):
+    first = 0
+    while first < len(tokens) - 1:
         stream.check()
-        last = min(first + _SCORED_STEP, len(tokens) - 1)
+        size = step_size(engine.model.config, first, len(tokens), _SCORED_STEP)
+        last = min(first + size, len(tokens) - 1)
+        if size > _SCORED_STEP:  # as far as it has to be, which may be to the end
+            require_memory(8 * size * engine.vocabulary, f"the scores of {size} tokens at once")
+            last = min(first + size, len(tokens))
         ids = torch.tensor([tokens[first:last]], device=engine.model.device)
         output = engine.model(
             input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last - first
         )
-        stream.prompt_scores += score(output.logits[0], tokens[first + 1 : last + 1], top)
+        followers = tokens[first + 1 : last + 1]
+        stream.prompt_scores += score(output.logits[0, : len(followers)], followers, top)
+        first = last
+    if cache.get_seq_length() == len(tokens):
+        cache.crop(-1)
 
 
 def _write(
@@ -417,8 +394,10 @@ def _step(
 
     def step(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         nonlocal room
-        stopped = stream.put(int(ids[0, -1]))
-        if ids.shape[1] > room and not stopped:
+        token = int(ids[0, -1])
+        stopped = stream.put(token)
+        # After an end token generate() goes no step further, for which there would have to be room.
+        if ids.shape[1] > room and not stopped and token not in engine.end_tokens:
             room = min(room + _ANSWER_ROOM, prompt + most)
             engine.prefixes.grow(cache, room)
         return torch.full((1,), stopped, device=ids.device)
@@ -454,20 +433,3 @@ def score(logits: Tensor, tokens: Sequence[int], top: int) -> list[Scored]:
         Scored(token, logprob, tuple(zip(*rivals, strict=True)))
         for token, logprob, rivals in zip(tokens, own, likely, strict=True)
     ]
-
-
-def cut_at(text: str, stops: Sequence[str]) -> str | None:
-    """The text before the first stop string in it; None without one."""
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return text[: min(places)] if places else None
-
-
-def _beginning_of_stop(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of the text with which a stop string begins."""
-    longest = 0
-    for stop in stops:
-        for length in range(min(len(stop) - 1, len(text)), longest, -1):
-            if text.endswith(stop[:length]):
-                longest = length
-                break
-    return longest

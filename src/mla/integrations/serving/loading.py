@@ -62,7 +62,8 @@ def load_engine(
         budget: bytes for all caches; None takes half of what is free once the weights are loaded: the rest
             is for the steps of long prompts, and for others.
         cache_dir, cache_dir_size: where to keep prefixes, and how many bytes of them.
-        note: told about stored prefixes that are not used, and why.
+        note: told about stored prefixes that are not used, and why, and about what of the model's generation
+            config cannot be served.
 
     Raises:
         MLAError: as for ``load_model``; or not a single token fits; or the model's prefixes cannot be kept.
@@ -85,6 +86,8 @@ def load_engine(
         )
     prefixes = Prefixes(model, config, chosen, budget=budget, folder=folder, note=note)
     engine = Engine(model, load_tokenizer(source), name, prefixes, limit)
+    if engine.left_out:
+        note(f"left out of the model's generation config: {', '.join(engine.left_out)}")
     return Served(engine, budget, per_token)
 
 

@@ -1,5 +1,6 @@
 """What an OpenAI client may ask for: read, checked, and refused with a reason where it is not served."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,6 +45,8 @@ _CHAT_NEUTRAL: dict[str, tuple[object, ...]] = {"logprobs": (False,), "top_logpr
 _COMPLETION_TOKENS = 16
 _MOST_LOGPROBS = 20
 _MOST_BIAS = 100
+#: Letters of a refusal, and of a value or a name in it.
+_MOST_MESSAGE, _MOST_SHOWN = 1000, 80
 
 
 class ApiError(Exception):
@@ -52,7 +55,9 @@ class ApiError(Exception):
     def __init__(
         self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None
     ) -> None:
-        message, param = _printable(message), None if param is None else _printable(param)
+        # A client that sends millions of letters does not need to read them again.
+        message = _printable(message[:_MOST_MESSAGE])
+        param = None if param is None else _printable(param[:_MOST_SHOWN])
         super().__init__(message)
         self.status = status
         kind = "invalid_request_error" if status < 500 else "server_error"
@@ -138,7 +143,7 @@ def check_model(asked: object, model: str) -> None:
     """Refuse every model but ``model``; raises ApiError."""
     if asked != model:
         raise ApiError(
-            f"The model `{asked}` does not exist; this server has `{model}`",
+            f"The model `{_shown(asked)}` does not exist; this server has `{model}`",
             status=404,
             param="model",
             code="model_not_found",
@@ -154,15 +159,16 @@ def _check_fields(
     for name, value in given.items():
         accepted = {**_NEUTRAL, **neutral}.get(name)
         if accepted is not None and value not in accepted:
-            shown = " or ".join(repr(choice) for choice in accepted)
-            raise ApiError(f"{name}: this server supports {shown} only, got {value!r}", param=name)
+            served = " or ".join(repr(choice) for choice in accepted)
+            got = repr(_shown(value) if isinstance(value, str) else value)[:_MOST_SHOWN]
+            raise ApiError(f"{name}: this server supports {served} only, got {got}", param=name)
         if accepted is None and name not in known:
-            raise ApiError(f"{name} is not supported by this server", param=name)
+            raise ApiError(f"{_shown(name)} is not supported by this server", param=name)
     return given
 
 
 def read_messages(messages: object) -> list[dict[str, Any]]:
-    """The messages of a chat, without tool calls that are none; raises ApiError."""
+    """The messages of a chat, without fields that are null or tool calls that are none; raises ApiError."""
     if not isinstance(messages, list) or not messages:
         raise _wrong("messages", "a list of at least one message", messages)
     read = []
@@ -171,7 +177,12 @@ def read_messages(messages: object) -> list[dict[str, Any]]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise _wrong(name, "an object with role and content", message)
         # Clients send their own answers back with "tool_calls": null.
-        message = {key: value for key, value in message.items() if key != "tool_calls" or value}
+        message = {key: value for key, value in message.items() if value is not None}
+        if not message.get("tool_calls", True):
+            del message["tool_calls"]
+        # OpenAI's newer word. Templates that do not know it would leave the message out without a word.
+        if message["role"] == "developer":
+            message["role"] = "system"
         read.append(message)
         content = message.get("content")
         if content is None and "tool_calls" in message:
@@ -180,6 +191,28 @@ def read_messages(messages: object) -> list[dict[str, Any]]:
         if not all(_is_text(part) for part in parts):
             raise ApiError(f"{name}: expected text, got something else; this server reads text", param=name)
     return read
+
+
+def for_template(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message of :func:`read_messages` as chat templates take it: content as text, arguments as objects.
+
+    All else stays: what was said and thought beside calls, the name of a tool. Transformers' own server drops
+    it. Raises what malformed calls make of it: KeyError, TypeError, ValueError, AttributeError.
+    """
+    content = message.get("content", "")
+    if not isinstance(content, str):
+        content = " ".join(part["text"] for part in content)
+    read = {**message, "content": content}
+    if "tool_calls" in message:
+        read["tool_calls"] = [_call(call) for call in message["tool_calls"]]
+    return read
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function") or call
+    arguments = function["arguments"]
+    read = {**function, "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments}
+    return {**call, "function": read} if call.get("function") else read
 
 
 def _is_text(part: object) -> bool:
@@ -208,7 +241,11 @@ def _printable(text: str) -> str:
 
 
 def _wrong(name: str, expected: str, got: object) -> ApiError:
-    return ApiError(f"{name}: expected {expected}, got {str(got)[:80]!r}", param=name)
+    return ApiError(f"{name}: expected {expected}, got {_shown(got)!r}", param=name)
+
+
+def _shown(value: object) -> str:
+    return str(value)[:_MOST_SHOWN]
 
 
 def _flag(given: Mapping[str, Any], name: str) -> bool:
