@@ -101,14 +101,19 @@ def slow_clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock on which a step takes 20 seconds and a check of three windows 30."""
     clock = SimpleNamespace(now=0.0)
     clock.monotonic = lambda: clock.now
-    measured = healing._kl
 
-    def slow(*arguments: Any, gradient: bool = False) -> Any:
-        clock.now += 20.0 if gradient else 10.0
-        return measured(*arguments, gradient=gradient)
+    def slow(name: str, seconds: float) -> None:
+        real = getattr(healing, name)
 
+        def later(*arguments: Any) -> Any:
+            clock.now += seconds
+            return real(*arguments)
+
+        monkeypatch.setattr(healing, name, later)
+
+    slow("_slope", 20.0)
+    slow("_kl", 10.0)
     monkeypatch.setattr(healing, "time", clock)
-    monkeypatch.setattr(healing, "_kl", slow)
     return clock
 
 

@@ -173,6 +173,8 @@ class _Run:
         largest = _RATE * math.sqrt(min(1.0, max(0.0, self.curve[0][1])))  # rounding has either sign
         dtype = faster_dtype(self.student.device)
         with _trainable(parameters):
+            frozen = _Frozen(self.student, dtype)
+            own, theirs = _heads(self.student, self.teacher, dtype)
             optimiser = Muon(parameters, self.views)
             if self.optimiser_state is not None:
                 optimiser.load_state_dict(self.optimiser_state)
@@ -183,10 +185,9 @@ class _Run:
                 rate = largest * schedule(max(now / self.total, 1e-3), warm_up=_WARM_UP)
                 places = self._next(per_step)
                 ids, reference = self.windows[places].to(self.student.device), self._wanted(places)
-                with mixed(dtype, ids.device):
+                with frozen, mixed(dtype, ids.device):
                     hidden = self.student.model(input_ids=ids, use_cache=False).last_hidden_state
-                    _, gradient = _kl(self.student, self.teacher, hidden.detach(), reference, gradient=True)
-                hidden.backward(gradient)
+                hidden.backward(_slope(own, theirs, hidden.detach(), reference))
                 optimiser.step(rate)
                 self.step += 1
                 self.tokens += ids.numel()
@@ -232,11 +233,11 @@ class _Run:
 
     def _measure(self) -> float:
         begun = time.monotonic()
-        with torch.no_grad():
-            kl = [
-                _kl(self.student, self.teacher, _hidden(self.student, ids[None]), reference[None])[0]
-                for ids, reference in zip(self.held_out, self.reference, strict=True)
-            ]
+        own, theirs = _heads(self.student, self.teacher, torch.float32)
+        kl = [
+            _kl(own, theirs, _hidden(self.student, ids[None]), reference[None])
+            for ids, reference in zip(self.held_out, self.reference, strict=True)
+        ]
         self.check_takes = time.monotonic() - begun
         return sum(kl) / len(kl)
 
@@ -351,17 +352,57 @@ def _hidden(model: Any, ids: Tensor) -> Tensor:
     return torch.cat([model.model(input_ids=x[None], use_cache=False).last_hidden_state for x in ids]).float()
 
 
-@torch.no_grad()
-def _kl(
-    student: Any, teacher: Any, hidden: Tensor, reference: Tensor, *, gradient: bool = False
-) -> tuple[float, Tensor]:
-    """Mean KL(teacher ‖ student) over all tokens, and its gradient by ``hidden`` where asked for.
+class _Frozen:
+    """The weights that stay as they are, in ``dtype`` while inside: ``with frozen:`` any number of times.
 
-    By hand and in rows: logits of a thousand tokens over a vocabulary are larger than the activations.
+    Autocast keeps what it has cast only of weights that learn, and would cast these at every step. The
+    modules get parameters of their own for it: those that they had are never written, and are theirs again
+    outside. At the peak of a step the copies take no memory more, all that autocast has cast would lie there
+    for the gradient.
     """
-    own, theirs = student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
+
+    def __init__(self, student: DeepseekV3ForCausalLM, dtype: torch.dtype) -> None:
+        self.held = [
+            (module, name, full, nn.Parameter(full.detach().to(dtype), requires_grad=False))
+            for module in student.model.modules()
+            if isinstance(module, nn.Linear) and dtype != torch.float32
+            for name, full in module.named_parameters(recurse=False)
+            if not full.requires_grad
+        ]
+
+    def __enter__(self) -> None:
+        for module, name, _full, cast in self.held:
+            setattr(module, name, cast)
+
+    def __exit__(self, *_: object) -> None:
+        for module, name, full, _cast in self.held:
+            setattr(module, name, full)
+
+
+def _heads(student: Any, teacher: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The language model heads [v, d] of both, in ``dtype`` where it is not float32, else as they are.
+
+    The student's is the teacher's: cast they are one tensor.
+    """
+    own, theirs = (model.get_output_embeddings().weight.detach() for model in (student, teacher))
+    if dtype == torch.float32:
+        return own, theirs
+    own, theirs = own.to(dtype), theirs.to(dtype)
+    return own, own if torch.equal(own, theirs) else theirs
+
+
+# Logits of a thousand tokens over a vocabulary are larger than the activations: both take them in rows.
+
+
+@torch.no_grad()
+def _kl(own: Tensor, theirs: Tensor, hidden: Tensor, reference: Tensor) -> float:
+    """Mean KL(teacher ‖ student) over all tokens.
+
+    Args:
+        own, theirs: heads [v, d] of student and teacher.
+        hidden, reference: fp32 [w, t, d], what they read.
+    """
     rows, wanted = hidden.flatten(0, -2), reference.flatten(0, -2)
-    slope = torch.zeros_like(rows) if gradient else rows.new_zeros(0)
     total = 0.0
     for start in range(0, len(rows), _ROWS):
         part = slice(start, start + _ROWS)
@@ -369,9 +410,20 @@ def _kl(
         truth = (wanted[part].to(theirs.dtype) @ theirs.T).float().log_softmax(-1)
         chance = truth.exp()
         total += float(truth.sub_(guess).mul_(chance).sum())
-        if gradient:
-            slope[part] = guess.exp_().sub_(chance) @ own
-    return total / len(rows), (slope / len(rows)).view_as(hidden) if gradient else slope
+    return total / len(rows)
+
+
+@torch.no_grad()
+def _slope(own: Tensor, theirs: Tensor, hidden: Tensor, reference: Tensor) -> Tensor:
+    """The gradient of :func:`_kl` by ``hidden``, fp32 [w, t, d], from products in the dtypes of the heads."""
+    rows, wanted = hidden.flatten(0, -2), reference.flatten(0, -2)
+    slope = torch.empty_like(rows)
+    for start in range(0, len(rows), _ROWS):
+        part = slice(start, start + _ROWS)
+        guess = (rows[part].to(own.dtype) @ own.T).softmax(-1, dtype=torch.float32)
+        truth = (wanted[part].to(theirs.dtype) @ theirs.T).softmax(-1, dtype=torch.float32)
+        slope[part] = guess.sub_(truth).to(own.dtype) @ own
+    return slope.div_(len(rows)).view_as(hidden)
 
 
 def _order(count: int, seed: int) -> Callable[[int], Tensor]:
