@@ -124,3 +124,52 @@ def test_what_does_not_learn_is_the_same_after_an_exception(monkeypatch: pytest.
         assert parameter.dtype == torch.float32
         if "self_attn" not in name:  # those rounded while the latent norm was out
             assert torch.equal(parameter, kept[name]), name
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Of every pass of the teacher over a window to learn from: what its products gave."""
+    found: list[torch.dtype] = []
+    real = healing._hidden
+
+    def told(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        if isinstance(model, DeepseekV3ForCausalLM) or len(ids) > 1:  # it measures
+            return real(model, ids)
+        product = model.model.layers[0].mlp.up_proj
+        with product.register_forward_hook(lambda *call: found.append(call[2].dtype)):
+            return real(model, ids)
+
+    monkeypatch.setattr(healing, "_hidden", told)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_teacher_reads_what_is_learnt_from_in_the_faster_dtype(
+    dtype: torch.dtype, passes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mla.convert.healing.faster_dtype", lambda _: dtype)
+    model = teacher()
+    heal(_student(model), model, tokens(4, 24), tokens(3, 24, seed=9), minutes=0.05)
+    assert passes == [dtype] * 4
+
+
+def test_windows_that_are_alike_are_read_once(passes: list[torch.dtype]) -> None:
+    """A shorter text's are repeated."""
+    model = teacher()
+    some, other = tokens(2, 24), tokens(5, 24, seed=5)
+    found = heal(_student(model), model, torch.cat([some, other, some]), tokens(3, 24, seed=9), minutes=0.1)
+    assert found.tokens > 9 * 24
+    assert len(passes) == 7
+
+
+def test_as_many_outputs_are_kept_as_there_is_room_for(
+    passes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(healing, "_TOKENS_PER_STEP", 24)
+    monkeypatch.setattr(healing, "_KEPT", 3 * 24 * 48 * 4 + 1)
+    monkeypatch.setattr("mla.convert.healing.faster_dtype", lambda _: torch.float32)
+    model = teacher()
+    found = heal(_student(model), model, tokens(4, 24), tokens(3, 24, seed=9), minutes=0.05)
+    rounds = found.tokens // (4 * 24)
+    assert rounds > 2
+    assert 3 + rounds <= len(passes) <= 3 + rounds + 1

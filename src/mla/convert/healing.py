@@ -42,7 +42,7 @@ _SAVE_EVERY = 90.0  # seconds
 _CHECKS = 8  # measurements on the held-out windows while healing, at most
 _CHECKING = 0.05  # share of the time that they may take, but for the last
 _FORMAT = 2  # of the state on disk
-_KEPT = 2 * 2**30  # bytes of the teacher's outputs that are kept for the next time a window is read
+_KEPT = 2 * 2**30  # bytes of the teacher's outputs, at most, that are kept for the next time a window is read
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ class _Run:
         self.views = [view for _ in student.model.layers for view in matrices.values()]
         self.held_out = held_out
         self.reference = _hidden(teacher, held_out)
-        self.keeps = windows.numel() * self.reference.shape[-1] * self.reference.element_size() <= _KEPT
+        # Of windows that are alike, a shorter text's that are repeated, the teacher's outputs are the same.
+        self.alike = torch.unique(windows, dim=0, return_inverse=True)[1].tolist()
         self.theirs: dict[int, Tensor] = {}
         # What is trained, not all of the student: the constant biases beside it are sums, whose last digits a
         # process with other threads may find otherwise.
@@ -184,7 +185,7 @@ class _Run:
             while (now := self.seconds()) + longest + self.check_takes < self.total:
                 rate = largest * schedule(max(now / self.total, 1e-3), warm_up=_WARM_UP)
                 places = self._next(per_step)
-                ids, reference = self.windows[places].to(self.student.device), self._wanted(places)
+                ids, reference = self.windows[places].to(self.student.device), self._wanted(places, dtype)
                 with frozen, mixed(dtype, ids.device):
                     hidden = self.student.model(input_ids=ids, use_cache=False).last_hidden_state
                 hidden.backward(_slope(own, theirs, hidden.detach(), reference))
@@ -204,15 +205,20 @@ class _Run:
             self.ended = self.seconds()
             self._save(optimiser)
 
-    def _wanted(self, places: Tensor) -> Tensor:
-        """The teacher's outputs for these windows, computed once if all of them together are small."""
+    def _wanted(self, places: Tensor, dtype: torch.dtype) -> Tensor:
+        """The teacher's outputs for these windows in ``dtype``, which a step's products take them in.
+
+        Those of as many windows as there is room for are computed once: each is read once in a round, so it
+        does not matter which.
+        """
         found = []
         for place in places.tolist():
-            hidden = self.theirs.get(place)
+            hidden = self.theirs.get(self.alike[place])
             if hidden is None:
-                hidden = _hidden(self.teacher, self.windows[place][None])[0]
-            if self.keeps:
-                self.theirs[place] = hidden
+                with mixed(dtype, self.student.device):
+                    hidden = _hidden(self.teacher, self.windows[place][None])[0].to(dtype)
+                if (len(self.theirs) + 1) * hidden.nbytes <= _KEPT:
+                    self.theirs[self.alike[place]] = hidden
             found.append(hidden)
         return torch.stack(found)
 
@@ -415,7 +421,10 @@ def _kl(own: Tensor, theirs: Tensor, hidden: Tensor, reference: Tensor) -> float
 
 @torch.no_grad()
 def _slope(own: Tensor, theirs: Tensor, hidden: Tensor, reference: Tensor) -> Tensor:
-    """The gradient of :func:`_kl` by ``hidden``, fp32 [w, t, d], from products in the dtypes of the heads."""
+    """The gradient of :func:`_kl` by ``hidden``, fp32 [w, t, d], from products in the dtypes of the heads.
+
+    ``reference`` may be of any dtype.
+    """
     rows, wanted = hidden.flatten(0, -2), reference.flatten(0, -2)
     slope = torch.empty_like(rows)
     for start in range(0, len(rows), _ROWS):
