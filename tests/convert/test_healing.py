@@ -117,13 +117,14 @@ def slow_clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return clock
 
 
-@pytest.mark.parametrize(("seconds", "checks"), [(240, 1), (3240, 5), (3250, 5), (3260, 5), (3600, 6)])
+@pytest.mark.parametrize(("seconds", "checks"), [(240, 1), (3240, 4), (3250, 4), (3260, 4), (7200, 4)])
 def test_checks_fit_into_the_time(seconds: float, checks: int, slow_clock: SimpleNamespace) -> None:
-    """A short healing has only the last check, and none ends late."""
+    """A short healing has only the last check, none ends late, and the first third of the time has none."""
     model = teacher()
     found = heal(_student(model), model, tokens(8, 24), tokens(3, 24, seed=9), minutes=seconds / 60)
     assert len(found.curve) == 1 + checks
     assert slow_clock.now == found.seconds
+    assert found.curve[1][0] > seconds / 3
     assert seconds - 20 - 30 <= found.seconds <= seconds
     assert found.tokens > 0
 
