@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,24 +121,26 @@ def convert(
         hidden = teacher.get_input_embeddings()(calibration.to(teacher.device)).float()
         own = hidden.clone()
         for layer in range(layers):
-            block = teacher.model.layers[layer]
-            weights = attention_weights(teacher, layer)
-            theirs, mine = (
-                weights.inputs(input_norm(block.input_layernorm, stream)) for stream in (hidden, own)
-            )
-            output = torch.stack([teacher_block(weights, x) for x in theirs])
+            block, weights = teacher.model.layers[layer], attention_weights(teacher, layer)
+            read = partial(block_inputs, weights, block)
             factors = None if state is None else _stored(state, layer, teacher.device)
+            output: Iterable[Tensor] = (teacher_block(weights, read(x)) for x in hidden)
             if factors is None:
-                found = factor_layer(weights, collect(weights, theirs[measured]), budget)
+                # What is largest is not held at one time: the statistics, then what the refit reads.
+                theirs = (read(hidden[index]) for index in measured)
+                statistics = collect(weights, stacked(theirs, len(measured)))
+                found = factor_layer(weights, statistics, budget)
+                del statistics
+                output = stacked(output, len(hidden))
+                mine = stacked((read(x) for x in own), len(own))
                 factors = refit(found, mine, output, theta=budget.theta)
+                del mine
                 if state is not None:
                     store(_place(state, layer), vars(factors))
-            own_output = torch.stack([student_block(factors, x, budget.theta) for x in mine])
             write_layer(student, layer, factors, constant=weights.constant, stream=scale)
-            hidden += output + weights.constant
-            hidden += feed_forward(block, hidden)
-            own += own_output + weights.constant
-            own += feed_forward(block, own)
+            hand_on(block, weights, hidden, output)
+            del output
+            hand_on(block, weights, own, (student_block(factors, read(x), budget.theta) for x in own))
             if on_progress is not None:
                 on_progress("converting", layer + 1, layers)
     return student
@@ -225,17 +228,18 @@ def terms_of(weights: AttentionWeights, statistics: LayerStatistics, split: Rope
     key_metric = turn @ statistics.query_moment @ turn.mT / d
     value_metric = torch.einsum("hDd,hDe->hde", weights.o.double(), weights.o.double())
 
-    def steadied(cov: Tensor) -> Tensor:
+    # All heads' covariances are the largest thing that a conversion holds: they are written where they stay.
+    steadied = statistics.key_cov.new_empty(2 * H, *statistics.plain_cov.shape)
+    for cov, room in ((statistics.key_cov, steadied[:H]), (statistics.value_cov, steadied[H:])):
         own = _trace(cov)
         share = _PLAIN_SHARE * own / _trace(statistics.plain_cov).clamp(min=1e-300)
         # A head that writes nothing leaves no statistics, and whatever its terms are does not count.
         share = torch.where(own > 0, share, 1.0)
-        return cov + share[:, None, None] * statistics.plain_cov
-
+        torch.mul(share[:, None, None], statistics.plain_cov, out=room).add_(cov)
     return Terms(
         targets=torch.cat([keys[group], values[group]]),
         metric=torch.cat([key_metric, value_metric]),
-        cov=torch.cat([steadied(statistics.key_cov), steadied(statistics.value_cov)]),
+        cov=steadied,
     )
 
 
@@ -256,11 +260,32 @@ def input_norm(norm: Any, hidden: Tensor) -> Tensor:
     return normed
 
 
-def feed_forward(block: Any, hidden: Tensor) -> Tensor:
-    """The layer's MLP in the teacher's own dtype, one window at a time."""
-    dtype = block.mlp.gate_proj.weight.dtype
-    norm = block.post_attention_layernorm
-    return torch.stack([block.mlp(input_norm(norm, window).to(dtype)).float() for window in hidden])
+def block_inputs(weights: AttentionWeights, block: Any, hidden: Tensor) -> Tensor:
+    """What the projections of a layer's attention read, fp32 [t, D or D + 1], of its stream [t, D]."""
+    return weights.inputs(input_norm(block.input_layernorm, hidden))
+
+
+def hand_on(block: Any, weights: AttentionWeights, hidden: Tensor, output: Iterable[Tensor]) -> None:
+    """The stream [b, t, D] after a layer, in place: ``output`` is what its attention writes in every window,
+    [t, D], and may be made from that window of the stream. The MLP is in the teacher's own dtype.
+    """
+    norm, dtype = block.post_attention_layernorm, block.mlp.gate_proj.weight.dtype
+    for window, made in zip(hidden, output, strict=True):
+        window += made + weights.constant
+        window += block.mlp(input_norm(norm, window).to(dtype)).float()
+
+
+def stacked(windows: Iterable[Tensor], count: int) -> Tensor:
+    """torch.stack of ``count`` tensors of one shape and dtype that are made one at a time: a list of them
+    would take as much memory again.
+    """
+    found = None
+    for index, window in enumerate(windows):
+        if found is None:
+            found = window.new_empty(count, *window.shape)
+        found[index] = window
+    assert found is not None
+    return found
 
 
 def _place(state: Path, layer: int) -> Path:

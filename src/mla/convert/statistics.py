@@ -216,8 +216,8 @@ def collect(weights: AttentionWeights, inputs: Tensor) -> LayerStatistics:
     tiny = torch.finfo(f64).tiny
     return LayerStatistics(
         basis=basis,
-        key_cov=key_cov / tokens,
-        value_cov=value_cov / tokens,
+        key_cov=key_cov.div_(tokens),  # the largest of all: in place
+        value_cov=value_cov.div_(tokens),
         plain_cov=plain_cov / tokens,
         query_moment=query_moment / weight.clamp(min=tiny)[:, None, None],
         pair_moment=pair_moment / tokens,
