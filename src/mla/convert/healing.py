@@ -26,7 +26,7 @@ from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
 from mla.convert.arithmetic import faster_dtype, mixed
 from mla.convert.checkpoint import LATENT_GAIN, LATENT_SCALE
-from mla.convert.descent import Muon, Views, schedule
+from mla.convert.descent import Muon, Views, column_apart, schedule
 from mla.convert.fused import fused
 from mla.convert.parts import mark
 from mla.errors import MLAError
@@ -43,7 +43,7 @@ _SAVE_EVERY = 90.0  # seconds
 # the time before the first: recorded curves fall to the end, weights of an early check never were best.
 _CHECKS, _UNCHECKED = 4, 1 / 3
 _CHECKING = 0.05  # share of the time that they may take, but for the last
-_FORMAT = 2  # of the state on disk
+_FORMAT = 3  # of the state on disk
 _KEPT = 2 * 2**30  # bytes of the teacher's outputs, at most, that are kept for the next time a window is read
 
 
@@ -309,10 +309,14 @@ def _matrices(config: Any) -> dict[str, Views]:
     """The weights that are trained, and the matrices of every head in them."""
     heads, rank = config.num_attention_heads, config.kv_lora_rank
     nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+
+    def queries(w: Tensor) -> list[Tensor]:
+        stack = w.view(heads, nope + rope, -1)
+        parts = [stack[:, :nope], stack[:, nope:]]
+        return [each for part in parts for each in column_apart(part)] if config.attention_bias else parts
+
     return {
-        "q_proj" if config.q_lora_rank is None else "q_b_proj": lambda w: w.view(
-            heads, nope + rope, -1
-        ).split([nope, rope], 1),
+        "q_proj" if config.q_lora_rank is None else "q_b_proj": queries,
         "kv_a_proj_with_mqa": lambda w: w.split([rank, rope]),
         "kv_b_proj": lambda w: w.view(heads, nope + value, -1).split([nope, value], 1),
         "o_proj": lambda w: [w.view(-1, heads, value).transpose(0, 1)],

@@ -230,12 +230,15 @@ def terms_of(weights: AttentionWeights, statistics: LayerStatistics, split: Rope
 
     # All heads' covariances are the largest thing that a conversion holds: they are written where they stay.
     steadied = statistics.key_cov.new_empty(2 * H, *statistics.plain_cov.shape)
-    for cov, room in ((statistics.key_cov, steadied[:H]), (statistics.value_cov, steadied[H:])):
+    for cov, plain, room in (
+        (statistics.key_cov, statistics.key_plain_cov, steadied[:H]),
+        (statistics.value_cov, statistics.plain_cov, steadied[H:]),
+    ):
         own = _trace(cov)
-        share = _PLAIN_SHARE * own / _trace(statistics.plain_cov).clamp(min=1e-300)
+        share = _PLAIN_SHARE * own / _trace(plain).clamp(min=1e-300)
         # A head that writes nothing leaves no statistics, and whatever its terms are does not count.
         share = torch.where(own > 0, share, 1.0)
-        torch.mul(share[:, None, None], statistics.plain_cov, out=room).add_(cov)
+        torch.mul(share[:, None, None], plain, out=room).add_(cov)
     return Terms(
         targets=torch.cat([keys[group], values[group]]),
         metric=torch.cat([key_metric, value_metric]),

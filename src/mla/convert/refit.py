@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mla.convert.checkpoint import LayerFactors
-from mla.convert.descent import Muon, schedule
+from mla.convert.descent import Muon, column_apart, schedule
 from mla.convert.fused import fused_attention
 from mla.convert.rope_split import ladder
 
@@ -29,6 +29,8 @@ _ROUNDS = 3
 _TOKENS_PER_STEP = 512
 _RATE = 1e-2
 _WARM_UP = 0.05  # share of the steps
+# The factors that read the block's input: with biases they have one more column.
+_READING = {"latent", "key_rope", "query_nope", "query_rope"}
 
 
 def refit(factors: LayerFactors, own: Tensor, output: Tensor, *, theta: float) -> LayerFactors:
@@ -104,6 +106,11 @@ def _projected(factors: LayerFactors, x: Tensor, theta: float) -> tuple[Tensor, 
     )
 
 
+def _as_it_is(stack: Tensor) -> list[Tensor]:
+    """A factor is one matrix, or a stack of one for each head."""
+    return [stack]
+
+
 @torch.enable_grad()
 def _descend(
     factors: LayerFactors, own: Tensor, output: Tensor, fitted: list[int], theta: float, rate: float
@@ -114,8 +121,9 @@ def _descend(
     energy = sum(float(output[index].square().sum()) for index in fitted)
     moving = {name: value.float().requires_grad_() for name, value in vars(factors).items()}
     student = LayerFactors(**moving)
-    # A factor is one matrix, or a stack of one for each head.
-    optimiser = Muon(list(moving.values()), [lambda stack: [stack]] * len(moving))
+    biased = own.shape[-1] > output.shape[-1]
+    views = [column_apart if biased and name in _READING else _as_it_is for name in moving]
+    optimiser = Muon(list(moving.values()), views)
     chance = torch.Generator().manual_seed(0)  # on the CPU: the same order on every device
     rounds = [torch.randperm(len(fitted), generator=chance, device="cpu") for _ in range(_ROUNDS)]
     places = torch.tensor(fitted, device="cpu")[torch.cat(rounds)]
