@@ -50,6 +50,10 @@ _MEASURED = 12_288
 # Tokens per window of calibration text. What is fitted on shorter ones drifts away from the teacher in long
 # contexts.
 _WINDOW = 1024
+# The streams are stored after every so many layers: a run that goes on reads the text from there. They may be
+# GBs, which a disk writes in the time of a fraction of such a layer.
+_STREAMS_EVERY = 4
+_STREAMS = "layer-inputs.safetensors"  # beside the layers' files, of which it is worth nothing without all
 # Tokens of calibration text from a share of the original cache upwards.
 _TOKENS = ((1 / 3, 24_576), (1 / 4, 65_536), (0.0, 131_072))
 
@@ -81,8 +85,9 @@ def convert(
         rope: rotary width p (even); with ``rank``, or with ``cache`` (r is what remains).
         split_query: store the query projection as two, of full rank D, which llama.cpp's loader asks for:
             exact, D² more numbers per layer. Not for models with biases, which llama.cpp's DeepSeek lacks.
-        state: folder for the factors of finished layers: a call with the same arguments and the same folder
-            takes them as they are and continues. The caller keeps folders of different runs apart.
+        state: folder for the factors of finished layers, and what both models hand on after some of them: a
+            call with the same arguments and the same folder takes them as they are and continues, with the
+            same result. The caller keeps folders of different runs apart.
         on_progress: called as (stage, layers done, layers in all) after every layer.
 
     Returns:
@@ -115,15 +120,17 @@ def convert(
                 factors, weights = _stored(state, layer, teacher.device), attention_weights(teacher, layer)
                 assert factors is not None
                 write_layer(student, layer, factors, constant=weights.constant, stream=scale)
+            (state / _STREAMS).unlink(missing_ok=True)
             return student
-        # The teacher's residual stream, and the student's in the teacher's scale: it carries what earlier
-        # layers have lost.
-        hidden = teacher.get_input_embeddings()(calibration.to(teacher.device)).float()
-        own = hidden.clone()
+        first, hidden, own = _streams(teacher, calibration, state)
         for layer in range(layers):
             block, weights = teacher.model.layers[layer], attention_weights(teacher, layer)
             read = partial(block_inputs, weights, block)
             factors = None if state is None else _stored(state, layer, teacher.device)
+            if layer < first:
+                assert factors is not None
+                write_layer(student, layer, factors, constant=weights.constant, stream=scale)
+                continue
             output: Iterable[Tensor] = (teacher_block(weights, read(x)) for x in hidden)
             if factors is None:
                 # What is largest is not held at one time: the statistics, then what the refit reads.
@@ -141,8 +148,12 @@ def convert(
             hand_on(block, weights, hidden, output)
             del output
             hand_on(block, weights, own, (student_block(factors, read(x), budget.theta) for x in own))
+            if state is not None and (layer + 1) % _STREAMS_EVERY == 0 and layer + 1 < layers:
+                store(state / _STREAMS, {"layers": torch.tensor(layer + 1), "hidden": hidden, "own": own})
             if on_progress is not None:
                 on_progress("converting", layer + 1, layers)
+    if state is not None:  # every layer is there now
+        (state / _STREAMS).unlink(missing_ok=True)
     return student
 
 
@@ -289,6 +300,21 @@ def stacked(windows: Iterable[Tensor], count: int) -> Tensor:
         found[index] = window
     assert found is not None
     return found
+
+
+def _streams(teacher: PreTrainedModel, calibration: Tensor, state: Path | None) -> tuple[int, Tensor, Tensor]:
+    """A layer, and what it reads on the calibration text: the teacher's residual stream, and the student's in
+    the teacher's scale, which carries what earlier layers have lost; both fp32 [b, t, D].
+
+    The last layer whose inputs are stored, or the first of all.
+    """
+    if state is not None and (state / _STREAMS).exists():
+        kept = load(state / _STREAMS, teacher.device)
+        layer = int(kept["layers"])
+        if all(_place(state, earlier).exists() for earlier in range(layer)):
+            return layer, kept["hidden"], kept["own"]
+    hidden = teacher.get_input_embeddings()(calibration.to(teacher.device)).float()
+    return 0, hidden, hidden.clone()
 
 
 def _place(state: Path, layer: int) -> Path:
