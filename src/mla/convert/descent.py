@@ -66,6 +66,13 @@ class Muon:
                 unit.copy_(stored)
 
 
+def column_apart(stack: Tensor) -> list[Tensor]:
+    """Views of matrices [..., a, b] whose last column holds biases: those may be many times as large as the
+    rest, which would then take steps that are many times too large.
+    """
+    return [stack[..., :-1], stack[..., -1:]]
+
+
 def orthogonalise(x: Tensor) -> Tensor:
     """Every matrix of x [..., a, b] with its singular values near 1, and zero where x is zero."""
     if x.shape[-2] > x.shape[-1]:

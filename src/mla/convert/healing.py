@@ -26,7 +26,7 @@ from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
 from mla.convert.arithmetic import faster_dtype, mixed
 from mla.convert.checkpoint import LATENT_GAIN, LATENT_SCALE
-from mla.convert.descent import Muon, Views, schedule
+from mla.convert.descent import Muon, Views, column_apart, schedule
 from mla.convert.fused import fused
 from mla.convert.parts import mark
 from mla.errors import MLAError
@@ -39,10 +39,12 @@ _WARM_UP = 0.02  # share of the time
 _TOKENS_PER_STEP = 512
 _ROWS = 256  # logits of so many tokens exist at a time
 _SAVE_EVERY = 90.0  # seconds
-_CHECKS = 8  # measurements on the held-out windows while healing, at most
+# Measurements on the held-out windows while healing, at most, the last of them at its end, and the share of
+# the time before the first: recorded curves fall to the end, weights of an early check never were best.
+_CHECKS, _UNCHECKED = 4, 1 / 3
 _CHECKING = 0.05  # share of the time that they may take, but for the last
-_FORMAT = 2  # of the state on disk
-_KEPT = 2 * 2**30  # bytes of the teacher's outputs that are kept for the next time a window is read
+_FORMAT = 3  # of the state on disk
+_KEPT = 2 * 2**30  # bytes of the teacher's outputs, at most, that are kept for the next time a window is read
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ class _Run:
         self.views = [view for _ in student.model.layers for view in matrices.values()]
         self.held_out = held_out
         self.reference = _hidden(teacher, held_out)
-        self.keeps = windows.numel() * self.reference.shape[-1] * self.reference.element_size() <= _KEPT
+        # Of windows that are alike, a shorter text's that are repeated, the teacher's outputs are the same.
+        self.alike = torch.unique(windows, dim=0, return_inverse=True)[1].tolist()
         self.theirs: dict[int, Tensor] = {}
         # What is trained, not all of the student: the constant biases beside it are sums, whose last digits a
         # process with other threads may find otherwise.
@@ -173,6 +176,8 @@ class _Run:
         largest = _RATE * math.sqrt(min(1.0, max(0.0, self.curve[0][1])))  # rounding has either sign
         dtype = faster_dtype(self.student.device)
         with _trainable(parameters):
+            frozen = _Frozen(self.student, dtype)
+            own, theirs = _heads(self.student, self.teacher, dtype)
             optimiser = Muon(parameters, self.views)
             if self.optimiser_state is not None:
                 optimiser.load_state_dict(self.optimiser_state)
@@ -182,19 +187,19 @@ class _Run:
             while (now := self.seconds()) + longest + self.check_takes < self.total:
                 rate = largest * schedule(max(now / self.total, 1e-3), warm_up=_WARM_UP)
                 places = self._next(per_step)
-                ids, reference = self.windows[places].to(self.student.device), self._wanted(places)
-                with mixed(dtype, ids.device):
+                ids, reference = self.windows[places].to(self.student.device), self._wanted(places, dtype)
+                with frozen, mixed(dtype, ids.device):
                     hidden = self.student.model(input_ids=ids, use_cache=False).last_hidden_state
-                    _, gradient = _kl(self.student, self.teacher, hidden.detach(), reference, gradient=True)
-                hidden.backward(gradient)
+                hidden.backward(_slope(own, theirs, hidden.detach(), reference))
                 optimiser.step(rate)
                 self.step += 1
                 self.tokens += ids.numel()
                 longest = max(longest, self.seconds() - now)
                 self._tell()
                 now = self.seconds()
-                every = max(self.total / _CHECKS, self.check_takes / _CHECKING)
-                if now - self.curve[-1][0] > every and now + longest + 2 * self.check_takes < self.total:
+                every = max(self.total * (1 - _UNCHECKED) / (_CHECKS - 1), self.check_takes / _CHECKING)
+                due = max(self.total * _UNCHECKED, self.curve[-1][0] + every)
+                if now > due and now + longest + 2 * self.check_takes < self.total:
                     self._check()
                 if self.seconds() - self.saved_at >= _SAVE_EVERY:
                     self._save(optimiser)
@@ -203,15 +208,20 @@ class _Run:
             self.ended = self.seconds()
             self._save(optimiser)
 
-    def _wanted(self, places: Tensor) -> Tensor:
-        """The teacher's outputs for these windows, computed once if all of them together are small."""
+    def _wanted(self, places: Tensor, dtype: torch.dtype) -> Tensor:
+        """The teacher's outputs for these windows in ``dtype``, which a step's products take them in.
+
+        Those of as many windows as there is room for are computed once: each is read once in a round, so it
+        does not matter which.
+        """
         found = []
         for place in places.tolist():
-            hidden = self.theirs.get(place)
+            hidden = self.theirs.get(self.alike[place])
             if hidden is None:
-                hidden = _hidden(self.teacher, self.windows[place][None])[0]
-            if self.keeps:
-                self.theirs[place] = hidden
+                with mixed(dtype, self.student.device):
+                    hidden = _hidden(self.teacher, self.windows[place][None])[0].to(dtype)
+                if (len(self.theirs) + 1) * hidden.nbytes <= _KEPT:
+                    self.theirs[self.alike[place]] = hidden
             found.append(hidden)
         return torch.stack(found)
 
@@ -232,11 +242,11 @@ class _Run:
 
     def _measure(self) -> float:
         begun = time.monotonic()
-        with torch.no_grad():
-            kl = [
-                _kl(self.student, self.teacher, _hidden(self.student, ids[None]), reference[None])[0]
-                for ids, reference in zip(self.held_out, self.reference, strict=True)
-            ]
+        own, theirs = _heads(self.student, self.teacher, torch.float32)
+        kl = [
+            _kl(own, theirs, _hidden(self.student, ids[None]), reference[None])
+            for ids, reference in zip(self.held_out, self.reference, strict=True)
+        ]
         self.check_takes = time.monotonic() - begun
         return sum(kl) / len(kl)
 
@@ -299,10 +309,14 @@ def _matrices(config: Any) -> dict[str, Views]:
     """The weights that are trained, and the matrices of every head in them."""
     heads, rank = config.num_attention_heads, config.kv_lora_rank
     nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+
+    def queries(w: Tensor) -> list[Tensor]:
+        stack = w.view(heads, nope + rope, -1)
+        parts = [stack[:, :nope], stack[:, nope:]]
+        return [each for part in parts for each in column_apart(part)] if config.attention_bias else parts
+
     return {
-        "q_proj" if config.q_lora_rank is None else "q_b_proj": lambda w: w.view(
-            heads, nope + rope, -1
-        ).split([nope, rope], 1),
+        "q_proj" if config.q_lora_rank is None else "q_b_proj": queries,
         "kv_a_proj_with_mqa": lambda w: w.split([rank, rope]),
         "kv_b_proj": lambda w: w.view(heads, nope + value, -1).split([nope, value], 1),
         "o_proj": lambda w: [w.view(-1, heads, value).transpose(0, 1)],
@@ -351,17 +365,57 @@ def _hidden(model: Any, ids: Tensor) -> Tensor:
     return torch.cat([model.model(input_ids=x[None], use_cache=False).last_hidden_state for x in ids]).float()
 
 
-@torch.no_grad()
-def _kl(
-    student: Any, teacher: Any, hidden: Tensor, reference: Tensor, *, gradient: bool = False
-) -> tuple[float, Tensor]:
-    """Mean KL(teacher ‖ student) over all tokens, and its gradient by ``hidden`` where asked for.
+class _Frozen:
+    """The weights that stay as they are, in ``dtype`` while inside: ``with frozen:`` any number of times.
 
-    By hand and in rows: logits of a thousand tokens over a vocabulary are larger than the activations.
+    Autocast keeps what it has cast only of weights that learn, and would cast these at every step. The
+    modules get parameters of their own for it: those that they had are never written, and are theirs again
+    outside. At the peak of a step the copies take no memory more, all that autocast has cast would lie there
+    for the gradient.
     """
-    own, theirs = student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
+
+    def __init__(self, student: DeepseekV3ForCausalLM, dtype: torch.dtype) -> None:
+        self.held = [
+            (module, name, full, nn.Parameter(full.detach().to(dtype), requires_grad=False))
+            for module in student.model.modules()
+            if isinstance(module, nn.Linear) and dtype != torch.float32
+            for name, full in module.named_parameters(recurse=False)
+            if not full.requires_grad
+        ]
+
+    def __enter__(self) -> None:
+        for module, name, _full, cast in self.held:
+            setattr(module, name, cast)
+
+    def __exit__(self, *_: object) -> None:
+        for module, name, full, _cast in self.held:
+            setattr(module, name, full)
+
+
+def _heads(student: Any, teacher: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The language model heads [v, d] of both, in ``dtype`` where it is not float32, else as they are.
+
+    The student's is the teacher's: cast they are one tensor.
+    """
+    own, theirs = (model.get_output_embeddings().weight.detach() for model in (student, teacher))
+    if dtype == torch.float32:
+        return own, theirs
+    own, theirs = own.to(dtype), theirs.to(dtype)
+    return own, own if torch.equal(own, theirs) else theirs
+
+
+# Logits of a thousand tokens over a vocabulary are larger than the activations: both take them in rows.
+
+
+@torch.no_grad()
+def _kl(own: Tensor, theirs: Tensor, hidden: Tensor, reference: Tensor) -> float:
+    """Mean KL(teacher ‖ student) over all tokens.
+
+    Args:
+        own, theirs: heads [v, d] of student and teacher.
+        hidden, reference: fp32 [w, t, d], what they read.
+    """
     rows, wanted = hidden.flatten(0, -2), reference.flatten(0, -2)
-    slope = torch.zeros_like(rows) if gradient else rows.new_zeros(0)
     total = 0.0
     for start in range(0, len(rows), _ROWS):
         part = slice(start, start + _ROWS)
@@ -369,9 +423,23 @@ def _kl(
         truth = (wanted[part].to(theirs.dtype) @ theirs.T).float().log_softmax(-1)
         chance = truth.exp()
         total += float(truth.sub_(guess).mul_(chance).sum())
-        if gradient:
-            slope[part] = guess.exp_().sub_(chance) @ own
-    return total / len(rows), (slope / len(rows)).view_as(hidden) if gradient else slope
+    return total / len(rows)
+
+
+@torch.no_grad()
+def _slope(own: Tensor, theirs: Tensor, hidden: Tensor, reference: Tensor) -> Tensor:
+    """The gradient of :func:`_kl` by ``hidden``, fp32 [w, t, d], from products in the dtypes of the heads.
+
+    ``reference`` may be of any dtype.
+    """
+    rows, wanted = hidden.flatten(0, -2), reference.flatten(0, -2)
+    slope = torch.empty_like(rows)
+    for start in range(0, len(rows), _ROWS):
+        part = slice(start, start + _ROWS)
+        guess = (rows[part].to(own.dtype) @ own.T).softmax(-1, dtype=torch.float32)
+        truth = (wanted[part].to(theirs.dtype) @ theirs.T).softmax(-1, dtype=torch.float32)
+        slope[part] = guess.sub_(truth).to(own.dtype) @ own
+    return slope.div_(len(rows)).view_as(hidden)
 
 
 def _order(count: int, seed: int) -> Callable[[int], Tensor]:

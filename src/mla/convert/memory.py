@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 from mla.budget import Budget
 from mla.convert.checkpoint import cached_numbers, head_dim, student_config
 
-# Calibration text is in memory as so many streams of hidden states: what either model hands on, what either
-# block reads, and what the teacher's writes.
-_STREAMS = 5
+# Calibration text is in memory as so many streams of hidden states: what either model hands on, while a layer
+# is refitted with what the student's block reads and the teacher's writes.
+_STREAMS, _REFITTED = 2, 4
 # Of a number that healing trains: gradient, momentum and best copy in fp32, and a copy while it is saved.
 _TRAINED = 16
 
@@ -23,9 +23,9 @@ def least_memory(
 ) -> int:
     """Bytes that a conversion holds at once, products under way and activations apart.
 
-    Both models in fp32, and with them the larger of two: while converting the statistics of one layer in fp64
-    with the terms that are made of them, and the calibration text's hidden states; while healing what every
-    trained number needs.
+    Both models in fp32, and with them the largest of three: the statistics of one layer in fp64, the terms
+    that are made of them and the calibration text's hidden states; while a layer is refitted more of those;
+    while healing what every trained number needs.
 
     Args:
         config: of a model that :func:`mla.convert.check_convertible` accepts.
@@ -38,10 +38,10 @@ def least_memory(
     hidden = config.hidden_size
     width = min(hidden, cached_numbers(config))  # of the basis of keys and values
     statistics = 2 * 2 * config.num_attention_heads * width**2 * 8
-    streams = _STREAMS * windows * window * hidden * 4
+    stream = windows * window * hidden * 4
     trained = sum(_numbers(layer.self_attn) for layer in student.model.layers) if heal else 0
     weights = 4 * (_numbers(teacher) + _numbers(student))
-    return int(weights + max(statistics + streams, _TRAINED * trained))
+    return int(weights + max(statistics + _STREAMS * stream, _REFITTED * stream, _TRAINED * trained))
 
 
 def models_without_weights(config: Any, budget: Budget, split_query: bool) -> tuple[Any, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ _MEASURED = 12_288
 # Tokens per window of calibration text. What is fitted on shorter ones drifts away from the teacher in long
 # contexts.
 _WINDOW = 1024
+# The streams are stored after every so many layers: a run that goes on reads the text from there. They may be
+# GBs, which a disk writes in the time of a fraction of such a layer.
+_STREAMS_EVERY = 4
+_STREAMS = "layer-inputs.safetensors"  # beside the layers' files, of which it is worth nothing without all
 # Tokens of calibration text from a share of the original cache upwards.
 _TOKENS = ((1 / 3, 24_576), (1 / 4, 65_536), (0.0, 131_072))
 
@@ -80,8 +85,9 @@ def convert(
         rope: rotary width p (even); with ``rank``, or with ``cache`` (r is what remains).
         split_query: store the query projection as two, of full rank D, which llama.cpp's loader asks for:
             exact, D² more numbers per layer. Not for models with biases, which llama.cpp's DeepSeek lacks.
-        state: folder for the factors of finished layers: a call with the same arguments and the same folder
-            takes them as they are and continues. The caller keeps folders of different runs apart.
+        state: folder for the factors of finished layers, and what both models hand on after some of them: a
+            call with the same arguments and the same folder takes them as they are and continues, with the
+            same result. The caller keeps folders of different runs apart.
         on_progress: called as (stage, layers done, layers in all) after every layer.
 
     Returns:
@@ -114,32 +120,40 @@ def convert(
                 factors, weights = _stored(state, layer, teacher.device), attention_weights(teacher, layer)
                 assert factors is not None
                 write_layer(student, layer, factors, constant=weights.constant, stream=scale)
+            (state / _STREAMS).unlink(missing_ok=True)
             return student
-        # The teacher's residual stream, and the student's in the teacher's scale: it carries what earlier
-        # layers have lost.
-        hidden = teacher.get_input_embeddings()(calibration.to(teacher.device)).float()
-        own = hidden.clone()
+        first, hidden, own = _streams(teacher, calibration, state)
         for layer in range(layers):
-            block = teacher.model.layers[layer]
-            weights = attention_weights(teacher, layer)
-            theirs, mine = (
-                weights.inputs(input_norm(block.input_layernorm, stream)) for stream in (hidden, own)
-            )
-            output = torch.stack([teacher_block(weights, x) for x in theirs])
+            block, weights = teacher.model.layers[layer], attention_weights(teacher, layer)
+            read = partial(block_inputs, weights, block)
             factors = None if state is None else _stored(state, layer, teacher.device)
+            if layer < first:
+                assert factors is not None
+                write_layer(student, layer, factors, constant=weights.constant, stream=scale)
+                continue
+            output: Iterable[Tensor] = (teacher_block(weights, read(x)) for x in hidden)
             if factors is None:
-                found = factor_layer(weights, collect(weights, theirs[measured]), budget)
+                # What is largest is not held at one time: the statistics, then what the refit reads.
+                theirs = (read(hidden[index]) for index in measured)
+                statistics = collect(weights, stacked(theirs, len(measured)))
+                found = factor_layer(weights, statistics, budget)
+                del statistics
+                output = stacked(output, len(hidden))
+                mine = stacked((read(x) for x in own), len(own))
                 factors = refit(found, mine, output, theta=budget.theta)
+                del mine
                 if state is not None:
                     store(_place(state, layer), vars(factors))
-            own_output = torch.stack([student_block(factors, x, budget.theta) for x in mine])
             write_layer(student, layer, factors, constant=weights.constant, stream=scale)
-            hidden += output + weights.constant
-            hidden += feed_forward(block, hidden)
-            own += own_output + weights.constant
-            own += feed_forward(block, own)
+            hand_on(block, weights, hidden, output)
+            del output
+            hand_on(block, weights, own, (student_block(factors, read(x), budget.theta) for x in own))
+            if state is not None and (layer + 1) % _STREAMS_EVERY == 0 and layer + 1 < layers:
+                store(state / _STREAMS, {"layers": torch.tensor(layer + 1), "hidden": hidden, "own": own})
             if on_progress is not None:
                 on_progress("converting", layer + 1, layers)
+    if state is not None:  # every layer is there now
+        (state / _STREAMS).unlink(missing_ok=True)
     return student
 
 
@@ -225,17 +239,21 @@ def terms_of(weights: AttentionWeights, statistics: LayerStatistics, split: Rope
     key_metric = turn @ statistics.query_moment @ turn.mT / d
     value_metric = torch.einsum("hDd,hDe->hde", weights.o.double(), weights.o.double())
 
-    def steadied(cov: Tensor) -> Tensor:
+    # All heads' covariances are the largest thing that a conversion holds: they are written where they stay.
+    steadied = statistics.key_cov.new_empty(2 * H, *statistics.plain_cov.shape)
+    for cov, plain, room in (
+        (statistics.key_cov, statistics.key_plain_cov, steadied[:H]),
+        (statistics.value_cov, statistics.plain_cov, steadied[H:]),
+    ):
         own = _trace(cov)
-        share = _PLAIN_SHARE * own / _trace(statistics.plain_cov).clamp(min=1e-300)
+        share = _PLAIN_SHARE * own / _trace(plain).clamp(min=1e-300)
         # A head that writes nothing leaves no statistics, and whatever its terms are does not count.
         share = torch.where(own > 0, share, 1.0)
-        return cov + share[:, None, None] * statistics.plain_cov
-
+        torch.mul(share[:, None, None], plain, out=room).add_(cov)
     return Terms(
         targets=torch.cat([keys[group], values[group]]),
         metric=torch.cat([key_metric, value_metric]),
-        cov=torch.cat([steadied(statistics.key_cov), steadied(statistics.value_cov)]),
+        cov=steadied,
     )
 
 
@@ -256,11 +274,47 @@ def input_norm(norm: Any, hidden: Tensor) -> Tensor:
     return normed
 
 
-def feed_forward(block: Any, hidden: Tensor) -> Tensor:
-    """The layer's MLP in the teacher's own dtype, one window at a time."""
-    dtype = block.mlp.gate_proj.weight.dtype
-    norm = block.post_attention_layernorm
-    return torch.stack([block.mlp(input_norm(norm, window).to(dtype)).float() for window in hidden])
+def block_inputs(weights: AttentionWeights, block: Any, hidden: Tensor) -> Tensor:
+    """What the projections of a layer's attention read, fp32 [t, D or D + 1], of its stream [t, D]."""
+    return weights.inputs(input_norm(block.input_layernorm, hidden))
+
+
+def hand_on(block: Any, weights: AttentionWeights, hidden: Tensor, output: Iterable[Tensor]) -> None:
+    """The stream [b, t, D] after a layer, in place: ``output`` is what its attention writes in every window,
+    [t, D], and may be made from that window of the stream. The MLP is in the teacher's own dtype.
+    """
+    norm, dtype = block.post_attention_layernorm, block.mlp.gate_proj.weight.dtype
+    for window, made in zip(hidden, output, strict=True):
+        window += made + weights.constant
+        window += block.mlp(input_norm(norm, window).to(dtype)).float()
+
+
+def stacked(windows: Iterable[Tensor], count: int) -> Tensor:
+    """torch.stack of ``count`` tensors of one shape and dtype that are made one at a time: a list of them
+    would take as much memory again.
+    """
+    found = None
+    for index, window in enumerate(windows):
+        if found is None:
+            found = window.new_empty(count, *window.shape)
+        found[index] = window
+    assert found is not None
+    return found
+
+
+def _streams(teacher: PreTrainedModel, calibration: Tensor, state: Path | None) -> tuple[int, Tensor, Tensor]:
+    """A layer, and what it reads on the calibration text: the teacher's residual stream, and the student's in
+    the teacher's scale, which carries what earlier layers have lost; both fp32 [b, t, D].
+
+    The last layer whose inputs are stored, or the first of all.
+    """
+    if state is not None and (state / _STREAMS).exists():
+        kept = load(state / _STREAMS, teacher.device)
+        layer = int(kept["layers"])
+        if all(_place(state, earlier).exists() for earlier in range(layer)):
+            return layer, kept["hidden"], kept["own"]
+    hidden = teacher.get_input_embeddings()(calibration.to(teacher.device)).float()
+    return 0, hidden, hidden.clone()
 
 
 def _place(state: Path, layer: int) -> Path:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mla.convert.checkpoint import LayerFactors
-from mla.convert.descent import Muon, schedule
+from mla.convert.descent import Muon, column_apart, schedule
 from mla.convert.fused import fused_attention
 from mla.convert.rope_split import ladder
 
@@ -29,6 +29,8 @@ _ROUNDS = 3
 _TOKENS_PER_STEP = 512
 _RATE = 1e-2
 _WARM_UP = 0.05  # share of the steps
+# The factors that read the block's input: with biases they have one more column.
+_READING = {"latent", "key_rope", "query_nope", "query_rope"}
 
 
 def refit(factors: LayerFactors, own: Tensor, output: Tensor, *, theta: float) -> LayerFactors:
@@ -54,7 +56,7 @@ def refit(factors: LayerFactors, own: Tensor, output: Tensor, *, theta: float) -
     if before <= _ROUNDING * energy:
         return factors
     rate = _RATE * (before / max(before, energy)) ** 0.25
-    descended = _descend(factors, own[fitted], output[fitted], theta, rate)
+    descended = _descend(factors, own, output, fitted, theta, rate)
     return descended if error(descended) < before else factors
 
 
@@ -104,16 +106,27 @@ def _projected(factors: LayerFactors, x: Tensor, theta: float) -> tuple[Tensor, 
     )
 
 
+def _as_it_is(stack: Tensor) -> list[Tensor]:
+    """A factor is one matrix, or a stack of one for each head."""
+    return [stack]
+
+
 @torch.enable_grad()
-def _descend(factors: LayerFactors, own: Tensor, output: Tensor, theta: float, rate: float) -> LayerFactors:
-    """All factors at once, by orthogonalised momentum on the squared error of the block's output."""
-    energy = float(output.square().sum())
+def _descend(
+    factors: LayerFactors, own: Tensor, output: Tensor, fitted: list[int], theta: float, rate: float
+) -> LayerFactors:
+    """All factors at once, by orthogonalised momentum on the squared error of the block's output in the
+    windows ``fitted``: places, for a copy of nearly all windows takes as much memory as they do.
+    """
+    energy = sum(float(output[index].square().sum()) for index in fitted)
     moving = {name: value.float().requires_grad_() for name, value in vars(factors).items()}
     student = LayerFactors(**moving)
-    # A factor is one matrix, or a stack of one for each head.
-    optimiser = Muon(list(moving.values()), [lambda stack: [stack]] * len(moving))
+    biased = own.shape[-1] > output.shape[-1]
+    views = [column_apart if biased and name in _READING else _as_it_is for name in moving]
+    optimiser = Muon(list(moving.values()), views)
     chance = torch.Generator().manual_seed(0)  # on the CPU: the same order on every device
-    places = torch.cat([torch.randperm(len(own), generator=chance, device="cpu") for _ in range(_ROUNDS)])
+    rounds = [torch.randperm(len(fitted), generator=chance, device="cpu") for _ in range(_ROUNDS)]
+    places = torch.tensor(fitted, device="cpu")[torch.cat(rounds)]
     batches = torch.split(places, max(1, _TOKENS_PER_STEP // own.shape[1]))
     for step, batch in enumerate(batches, 1):
         for place in batch:  # one graph at a time: attention weights are large

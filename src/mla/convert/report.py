@@ -140,8 +140,8 @@ def figures(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     promise = facts.get("promise")
     if promise is not None:
         asked = Promise(promise["max_kl"], promise["max_ppl_increase"])
-        text = "text that the search did not see" if promise["new_text"] else "the windows of the search"
-        rows.append((f"promised: {asked}", f"{'kept' if promise['kept'] else 'not kept'} on {text}"))
+        kept = "kept" if promise["kept"] else "not kept"
+        rows.append((f"promised: {asked}", f"{kept} on {_promised_on(promise['seen_windows'], quality)}"))
     decoded = facts.get("decoding")
     if decoded is not None:
         count = decoded["prompts"] * decoded["tokens"]
@@ -160,6 +160,15 @@ def figures(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     if facts.get("seconds") is not None:
         rows.append(("time of the run that finished", _duration(facts["seconds"])))
     return rows
+
+
+def _promised_on(seen: int, quality: Mapping[str, Any] | None) -> str:
+    """In words, on what a promise was tried: ``seen`` of the held-out windows hold text of the search."""
+    if not seen:
+        return "text that the search did not see"
+    if quality is None or seen == quality["windows"]:
+        return "text that the search has seen"
+    return f"{quality['windows']} windows, {seen} of them with text that the search has seen"
 
 
 def _cards(facts: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -128,7 +128,11 @@ def _finish(
     kept = promise is not None and _kept(promise, facts["quality"])
     facts["promise"] = None
     if promise is not None:
-        facts["promise"] = asdict(promise) | {"kept": kept, "new_text": not work.searched}
+        facts["promise"] = asdict(promise) | {
+            "kept": kept,
+            "new_text": not work.seen,
+            "seen_windows": work.seen,
+        }
     facts["layer_errors"] = layer_errors(student, teacher, work.held_out)
     facts["seconds"] = round(time.monotonic() - work.started, 1)
     save(student, tokenizer, out, report=facts, dtype=dtype, overwrite=overwrite)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from mla.convert.checkpoint import attention_weights
 from mla.convert.factorise import spectrum
-from mla.convert.pipeline import feed_forward, input_norm, terms_of
+from mla.convert.pipeline import block_inputs, hand_on, stacked, terms_of
 from mla.convert.rope_split import ladder, split_rope
 from mla.convert.statistics import collect, teacher_block
 
@@ -57,12 +57,13 @@ def layer_spectra(
         layers = teacher.model.layers
         for layer, block in enumerate(layers):
             weights = attention_weights(teacher, layer)
-            inputs = weights.inputs(input_norm(block.input_layernorm, hidden))
+            inputs = stacked((block_inputs(weights, block, x) for x in hidden), len(hidden))
             statistics = collect(weights, inputs)
             split = split_rope(statistics, weights.inv_freq, ladder(rope, theta))
             found.append(_summary(spectrum(terms_of(weights, statistics, split))))
-            hidden += torch.stack([teacher_block(weights, x) for x in inputs]) + weights.constant
-            hidden += feed_forward(block, hidden)
+            del statistics
+            hand_on(block, weights, hidden, (teacher_block(weights, x) for x in inputs))
+            del inputs
             if on_progress is not None:
                 on_progress("spectra", layer + 1, len(layers))
     return tuple(found)

@@ -41,6 +41,10 @@ class AttentionWeights:
         return torch.nn.functional.pad(normed, (0, extra), value=1.0) if extra else normed
 
     @property
+    def biased(self) -> bool:
+        return self.q.shape[-1] > self.o.shape[1]
+
+    @property
     def heads(self) -> int:
         return self.q.shape[0]
 
@@ -70,6 +74,8 @@ class LayerStatistics:
             softmax ignores what is constant over s.
         value_cov: [h, m, m], E z̄_t z̄_tᵀ.
         plain_cov: [m, m], E z_s z_sᵀ.
+        key_plain_cov: [m, m], the same for keys. Where there are biases, and z holds a constant that is as
+            large as they are, it is centred, because the softmax ignores that constant.
         query_moment: [h, d, d], q qᵀ weighted by w, over w.
         pair_moment: complex [h, j, g, g], E Σ_s w_ts |q_hj(t)|² k_gj(s) k_fj(s)*.
         rotation: complex [h, j], weighted mean of e^{iω_j(t−s)}, weight w_ts |q_hj|² |k_gj|².
@@ -80,6 +86,7 @@ class LayerStatistics:
     key_cov: Tensor
     value_cov: Tensor
     plain_cov: Tensor
+    key_plain_cov: Tensor
     query_moment: Tensor
     pair_moment: Tensor
     rotation: Tensor
@@ -156,6 +163,7 @@ def collect(weights: AttentionWeights, inputs: Tensor) -> LayerStatistics:
     key_cov = torch.zeros(H, m, m, dtype=f64)
     value_cov = torch.zeros(H, m, m, dtype=f64)
     plain_cov = torch.zeros(m, m, dtype=f64)
+    total = torch.zeros(m, dtype=f64)
     query_moment = torch.zeros(H, d, d, dtype=f64)
     pair_moment = torch.zeros(H, d // 2, G, G, dtype=torch.complex128)
     turned = torch.zeros(H, d // 2, dtype=torch.complex128)
@@ -172,6 +180,7 @@ def collect(weights: AttentionWeights, inputs: Tensor) -> LayerStatistics:
         x = inputs[b]
         z = x @ project.T
         plain_cov += (z.T @ z).double()
+        total += z.sum(0).double()
         q = torch.einsum("hdD,tD->htd", weights.q, x)
         k = torch.einsum("gdD,tD->gtd", weights.k, x)
         v = torch.einsum("gdD,tD->gtd", weights.v, x)
@@ -212,13 +221,18 @@ def collect(weights: AttentionWeights, inputs: Tensor) -> LayerStatistics:
             pair_moment[heads] += torch.einsum("hsj,gsj,fsj->hjgf", pair_weight + 0j, k_pairs, k_pairs.conj())
 
     tokens = windows * T
+    plain_cov /= tokens
+    # Without biases the mean of z is a small part of it, and every figure is of conversions that leave it in.
+    mean = total / tokens
+    key_plain_cov = plain_cov - torch.outer(mean, mean) if weights.biased else plain_cov
     weight = lags.sum(1)
     tiny = torch.finfo(f64).tiny
     return LayerStatistics(
         basis=basis,
-        key_cov=key_cov / tokens,
-        value_cov=value_cov / tokens,
-        plain_cov=plain_cov / tokens,
+        key_cov=key_cov.div_(tokens),  # the largest of all: in place
+        value_cov=value_cov.div_(tokens),
+        plain_cov=plain_cov,
+        key_plain_cov=key_plain_cov,
         query_moment=query_moment / weight.clamp(min=tiny)[:, None, None],
         pair_moment=pair_moment / tokens,
         rotation=turned / unturned.clamp(min=tiny),

@@ -22,6 +22,8 @@ _ASKED = 4
 _SAID = 24
 # Texts that are written side by side; a decoded token costs little more for many of them than for one.
 _BATCH = 128
+# Tokens in a row by which two windows are known to hold the same text.
+_SAME = 64
 # A token that is not given but drawn.
 _FREE = -1
 
@@ -248,6 +250,26 @@ def cut_text(text: str, tokenizer: Any, length: int, *, limit: int | None = None
     count = len(ids) // fresh
     rows = torch.tensor(ids[: count * fresh], dtype=torch.int64).view(count, fresh)
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, -1), rows], dim=1)
+
+
+def seen_before(windows: Tensor, others: Tensor) -> list[bool]:
+    """Which of ``windows`` hold text that one of ``others`` holds, too, wherever either begins.
+
+    Text is the same where 64 tokens in a row are, or a whole window of fewer: more than a chat template puts
+    at the head of every conversation.
+
+    Args:
+        windows: int64 token ids [w, t]. ``others``: int64 token ids [v, t'].
+    """
+    length = min(_SAME, windows.shape[1], others.shape[1])
+
+    def runs(row: Tensor) -> set[bytes]:
+        ids = row.cpu().numpy().tobytes()
+        size = row.element_size()
+        return {ids[size * start : size * (start + length)] for start in range(len(row) - length + 1)}
+
+    known = set().union(*(runs(row) for row in others))
+    return [not known.isdisjoint(runs(row)) for row in windows]
 
 
 def check_windows(windows: int, length: int) -> None:

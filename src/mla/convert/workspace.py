@@ -32,6 +32,7 @@ from mla.convert.text import (
     check_window,
     check_windows,
     cut_text,
+    seen_before,
     tokenize_windows,
     write_windows,
 )
@@ -95,14 +96,15 @@ class Request:
 @dataclass(frozen=True)
 class Workspace:
     """A folder for finished parts, token ids [w, t] to calibrate on, to heal on and to measure on, when work
-    on them began (``time.monotonic``), and whether they are those of a search for the budget."""
+    on them began (``time.monotonic``), and how many of those that measure hold text that a search for the
+    budget has seen."""
 
     place: Path
     calibration: Tensor
     training: Tensor
     held_out: Tensor
     started: float
-    searched: bool
+    seen: int
 
 
 def check_request(request: Request) -> None:
@@ -205,9 +207,13 @@ def workspace(
         if request.heal:
             healing = _keep(place / _TRAINING, lambda: source.healing(fitting, place))
             training = source.mixed(_evened(healing), "training")
-        begun = started if search is None else search.started
+        begun, seen = started, 0
+        if search is not None:
+            # The search has chosen by what it measured on, and what it was fitted on it knows even better.
+            begun = search.started
+            seen = sum(seen_before(held_out, torch.cat([search.calibration, search.held_out])))
         ready = True
-        yield Workspace(place, calibration, training, held_out, begun, taken is not None)
+        yield Workspace(place, calibration, training, held_out, begun, seen)
     except UnwrittenError as error:
         raise MLAError(
             f"{error}. What is finished is kept in {place}: the same command goes on from there"
