@@ -349,7 +349,7 @@ def test_more_than_there_is_memory(mla, llama_folder, tmp_path, monkeypatch):
     run = mla("convert", llama_folder, tmp_path / "out", "--windows", 200, "--window", 512)
     assert run.status == 2
     said = " ".join(run.err.split())
-    assert "both models in float32 and 200 windows of 512 tokens, would need 0.06 GiB of memory" in said
+    assert "both models in float32 and 200 windows of 512 tokens, would need 0.05 GiB of memory" in said
     assert list(tmp_path.iterdir()) == []
 
 
