@@ -105,7 +105,7 @@ template <class Rest_> struct Int8 {
   static MLA_INLINE F collect(F so_far, F p) { return V::max(so_far, p); }
   // Where all of a row and tile are less than so many times the largest, those beside it are a few steps of rounding
   // each, or none. That is of no account where the largest is less than a 32nd of all that came before.
-  static constexpr float peak = 5.0f, counts = 32.0f;
+  static constexpr float peak = 4.0f, counts = 32.0f;
   // Leaves whole steps, and returns what is beyond them in steps of its own.
   static MLA_INLINE F split(F& p) {
     const F whole = __builtin_convertvector(__builtin_convertvector(p, typename V::I), F);
