@@ -78,9 +78,9 @@ def _options(
 
 def main() -> None:
     """Run the command line: a user's mistake is one line and exit status 2, an interruption 130."""
-    if usable_cores() < allowed_cores():
+    if (cores := usable_cores()) < allowed_cores():
         # Threads beyond a container's quota would be stopped with all others. torch reads this when it loads.
-        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
     for stream in (sys.stdin, sys.stdout):
         # Files and pipes hold UTF-8 whatever the locale says; what a terminal shows the locale knows.
         if isinstance(stream, io.TextIOWrapper) and not stream.isatty():

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mla.ops import native
 from mla.ops.linear import linear, takes
-from mla.ops.norm import in_torch, rms_norm
+from mla.ops.norm import in_torch
 from mla.ops.norm import takes as takes_norm
 
 
@@ -101,7 +102,7 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
     if takes_norm(x, norm.weight):
-        return rms_norm(x, norm.weight, norm.variance_epsilon)
+        return native.rms_norm(x, norm.weight, norm.variance_epsilon)
     out: Tensor = type(norm).forward(norm, x)
     return out
 

@@ -33,26 +33,19 @@ def fingerprint(model: Any, cache_format: str) -> dict[str, str]:
     adapter or training a single matrix gives another digest, and file names and layouts none. To be taken
     before the model has run: the frequencies of dynamic RoPE change then.
     """
+    config = model.config.to_dict()
+    # Neither says what the model computes.
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
     text = model.config.get_text_config(decoder=True)
     return {
-        **config_fingerprint(model.config),
+        "family": str(model.config.model_type),
+        "revision": str(getattr(model.config, "_commit_hash", None)),
+        "config": digest(canonical(config)),
         "RoPE": canonical(getattr(text, "rope_parameters", None)).decode(),
         "weights": digest_of_weights(model),
         "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
         "cache format": cache_format,
-    }
-
-
-def config_fingerprint(config: Any) -> dict[str, str]:
-    """What of a fingerprint a configuration of Transformers tells by itself."""
-    values = config.to_dict()
-    # Neither says what the model computes.
-    for name in ("_name_or_path", "transformers_version"):
-        values.pop(name, None)
-    return {
-        "family": str(config.model_type),
-        "revision": str(getattr(config, "_commit_hash", None)),
-        "config": digest(canonical(values)),
     }
 
 

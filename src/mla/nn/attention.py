@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from mla.cache import LatentCache
 from mla.config import MLAConfig
 from mla.nn.layers import Linear, RMSNorm, check_weight_says_all
+from mla.ops import arguments
 from mla.ops import attention as ops
 from mla.ops.latent import Latents
 from mla.ops.rope import apply_rope, rope_table
@@ -194,14 +195,15 @@ class MultiheadLatentAttention(nn.Module):
         if source is None:
             assert cache is not None  # _source has seen to that
             held = cache.layers[self.layer_idx].latents
-            if ops.needs_grad(q, weight, mask):  # autograd saves what it reads; a reset writes over the rows
+            # Autograd saves what it reads; a reset writes over the rows.
+            if arguments.needs_grad(q, weight, mask):
                 held = Latents(*(x.clone() for x in held.numbers(q.dtype)))
         else:
             same = key_positions is query_positions
             key_rotation = rotation if same else self._rotation(key_positions, q.device)
             held = Latents(*self._latents(source, key_rotation))
             if cache is not None:
-                needs_grad = ops.needs_grad(q, held.c_kv, held.k_rope, weight, mask)
+                needs_grad = arguments.needs_grad(q, held.c_kv, held.k_rope, weight, mask)
                 held = self._store(cache, held, cached, needs_grad)
         out = self._attend(q, rotation, held, mask, causal, plan)
         projected: Tensor = self.o_proj(out.flatten(2))

@@ -214,6 +214,12 @@ def weight(x: Tensor) -> tuple[int, ...]:
     return x.data_ptr(), _TYPES[x.dtype], h * size, row * size
 
 
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd follows any of them, backward or (it may be) forward."""
+    followed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return followed or forward_mode()
+
+
 def has_values(x: Tensor) -> bool:
     """Whether Python may look into a tensor: a trace holds for others, too, and vmap makes it many in one."""
     if x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]

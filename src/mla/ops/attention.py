@@ -270,12 +270,6 @@ def plan_for(
     )
 
 
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd follows any of them, backward or (it may be) forward."""
-    followed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return followed or arguments.forward_mode()
-
-
 def _kernels_take(
     q_nope: Tensor,
     q_rope: Tensor,
@@ -301,7 +295,7 @@ def _kernels_take(
         and k_rope.dtype == arguments.rope_dtype(c_kv.dtype)
         and arguments.has_rows(c_kv)
         and arguments.has_rows(k_rope)
-        and not needs_grad(*tensors)
+        and not arguments.needs_grad(*tensors)
     )
 
 

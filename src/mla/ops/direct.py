@@ -7,7 +7,7 @@ the numbers of every tensor lie where it says.
 import torch
 from torch import Tensor
 
-from mla.ops import arguments, native
+from mla.ops import native
 
 #: Whether kernels take the place of torch's operators that are not attention. The generic kernels were not
 #: measured against torch on the processors that have no others, those of ARM.
@@ -38,10 +38,3 @@ def is_followed() -> bool:
 def is_plain(x: Tensor) -> bool:
     """Whether a tensor's numbers lie on the CPU where it says: no wrapper, no sign that is to be turned."""
     return torch._C._dispatch_keys(x).raw_repr() & ~_PLAIN == 0
-
-
-def without_derivatives(*tensors: Tensor) -> bool:
-    """Whether autograd follows none of them, backward or forward."""
-    if arguments.forward_mode():
-        return False
-    return not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors)

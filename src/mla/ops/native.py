@@ -301,30 +301,6 @@ def _projected(
     out = q_nope.new_empty((b, s, h, v))
     lse = q_nope.new_empty((b, s, h), dtype=torch.float32)
 
-    def attend(
-        q_nope: Tensor,
-        q_rope: Tensor,
-        c_kv: Tensor,
-        k_rope: Tensor,
-        lengths: Tensor,
-        latent_scale: Tensor | None,
-        page_table: Tensor | None,
-        key_mask: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-    ) -> None:
-        cache, sizes = arguments.cache_and_sizes(
-            c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks, lse
-        )
-        tensors = (
-            arguments.heads(q_nope),
-            arguments.heads(q_rope),
-            arguments.weight(w_uk),
-            arguments.weight(w_uv),
-            arguments.heads(out),
-        )
-        getattr(_kernels, kernel)(isa, cache, sizes, scale, causal, torch.get_num_threads(), *tensors, n, v)
-
     if not b * s * h:
         return out, lse
     sequences, tokens = b, s  # that are served at once
@@ -333,22 +309,28 @@ def _projected(
         sequences = min(b, queries)
         tokens = min(s, max(1, queries // sequences))
     if (sequences, tokens) == (b, s):
-        attend(q_nope, q_rope, c_kv, k_rope, lengths, latent_scale, page_table, key_mask, out, lse)
+        cache, sizes = arguments.cache_and_sizes(c_kv, k_rope, *others, lse)
+        tensors = (
+            arguments.heads(q_nope),
+            arguments.heads(q_rope),
+            arguments.weight(w_uk),
+            arguments.weight(w_uv),
+            arguments.heads(out),
+        )
+        getattr(_kernels, kernel)(isa, cache, sizes, scale, causal, torch.get_num_threads(), *tensors, n, v)
         return out, lse
     size = -(-s // -(-s // tokens))  # parts of about one size
     for first in range(0, b, sequences):
         some = slice(first, first + sequences)
-        held: list[Tensor] = [c_kv, k_rope] if page_table is not None else [c_kv[some], k_rope[some]]
-        factors = latent_scale if page_table is not None else _part(latent_scale, some)
-        table, mask = _part(page_table, some), _part(key_mask, some)
+        own = slice(None) if page_table is not None else some  # pages belong to all
+        held = c_kv[own], k_rope[own], w_uk, w_uv
+        extra = _part(latent_scale, own), _part(page_table, some), _part(key_mask, some), sinks
         # The last queries first: they have the lengths as they were given, which are checked on the way.
         for end in range(s, 0, -size):
             of = slice(max(end - size, 0), end)
             seen = (lengths[some] - (s - end)).clamp_min(0) if causal and end < s else lengths[some]
-            part = lse[some, of].contiguous()
             mine = q_nope[some, of], q_rope[some, of]
-            attend(*mine, held[0], held[1], seen, factors, table, mask, out[some, of], part)
-            lse[some, of] = part
+            out[some, of], lse[some, of] = _projected(kernel, *mine, *held, seen, *extra, scale, causal, isa)
     return out, lse
 
 

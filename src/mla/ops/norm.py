@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-from mla.ops import direct, native
-
-_DTYPES = frozenset({torch.float32, torch.bfloat16})
+from mla.ops import arguments, direct, native
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -39,11 +37,11 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     return (
         direct.USED
         and not direct.is_followed()
-        and x.dtype in _DTYPES
+        and x.dtype in arguments.QUERY_DTYPES
         and weight.dtype == x.dtype
         and direct.is_plain(x)
         and direct.is_plain(weight)
         and weight.shape == x.shape[-1:]
         and weight.is_contiguous()
-        and direct.without_derivatives(x, weight)
+        and not arguments.needs_grad(x, weight)
     )
