@@ -21,6 +21,10 @@ MLA_INLINE void interleave_pairs(const uint32_t* rows, int64_t stride, Vec<16>::
   to[1] = V::as<V::U>(_mm512_unpackhi_epi16(a, b));
 }
 
+MLA_INLINE Vec<16>::U spread_four(const uint32_t* a) {
+  return Vec<16>::as<Vec<16>::U>(_mm512_broadcast_i32x4(Vec<16>::load<__m128i>(a)));
+}
+
 // Quads of int8 for int8 latents, beside rotary keys in another arithmetic. The instruction takes one side unsigned:
 // queries are stored as q + 128, and 128 times the sum of its numbers is taken from every key's score again. Where
 // eight bits are too few for a query, a second product adds eight more.
@@ -39,6 +43,7 @@ template <class Rest_> struct Int8 {
   using Rest = Rest_;
 
   static MLA_INLINE Unit spread(const uint32_t* a) { return V::all(*a); }
+  static MLA_INLINE Unit spread_four(const uint32_t* a) { return mla::spread_four(a); }
   static MLA_INLINE Sum dot(Sum sum, Unit b, Unit a) {
     return V::as<Sum>(_mm512_dpbusd_epi32(V::as<__m512i>(sum), V::as<__m512i>(b), V::as<__m512i>(a)));
   }

@@ -10,8 +10,8 @@ namespace {
 // dot products. A part of a row is scaled to the length 32767; then, by Cauchy and Schwarz, no partial sum of a
 // product of two parts exceeds 2^30, and each carries a rounding error of 0.29 sqrt(width) / 32767 of its length,
 // 2e-4 at a width of 512: a fifth of what bf16 itself rounds away.
-// `Machine` has lanes, multiply_add(sum, b, a), interleave(rows, stride, to) as an arithmetic has, and blend(low,
-// high): the lower halves of `low` and the upper ones of `high`, whose lower ones are zero.
+// `Machine` has lanes, multiply_add(sum, b, a), spread_four and interleave(rows, stride, to) as an arithmetic has, and
+// blend(low, high): the lower halves of `low` and the upper ones of `high`, whose lower ones are zero.
 template <class Machine> struct Int16 {
   static constexpr int lanes = Machine::lanes, per_unit = 2, together = 4;
   static constexpr bool shifted = false;
@@ -24,6 +24,7 @@ template <class Machine> struct Int16 {
   using Sum = typename V::I;
 
   static MLA_INLINE Unit spread(const uint32_t* a) { return V::all(*a); }
+  static MLA_INLINE Unit spread_four(const uint32_t* a) { return Machine::spread_four(a); }
   static MLA_INLINE Sum dot(Sum sum, Unit b, Unit a) { return Machine::multiply_add(sum, b, a); }
   static MLA_INLINE F value(Sum sum) { return __builtin_convertvector(sum, F); }
   static MLA_INLINE Unit join(F even, F odd) { return Machine::blend(V::nearest(even), V::nearest(odd) << 16); }

@@ -12,6 +12,7 @@ struct Bf16 {
   using Sum = F;
 
   static MLA_INLINE Unit spread(const uint32_t* a) { return V::all(*a); }
+  static MLA_INLINE Unit spread_four(const uint32_t* a) { return mla::spread_four(a); }
   static MLA_INLINE Sum dot(Sum sum, Unit b, Unit a) {
     return V::as<Sum>(_mm512_dpbf16_ps(V::as<__m512>(sum), V::as<__m512bh>(b), V::as<__m512bh>(a)));
   }

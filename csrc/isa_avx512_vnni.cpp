@@ -14,6 +14,7 @@ struct Vnni {
   static MLA_INLINE I multiply_add(I sum, U b, U a) {
     return V::as<I>(_mm512_dpwssd_epi32(V::as<__m512i>(sum), V::as<__m512i>(b), V::as<__m512i>(a)));
   }
+  static MLA_INLINE U spread_four(const uint32_t* a) { return mla::spread_four(a); }
   static MLA_INLINE U blend(U low, U high) { return (low & 0xffffu) | high; }
   static MLA_INLINE void interleave(const uint32_t* rows, int64_t stride, U (&to)[2]) {
     interleave_pairs(rows, stride, to);

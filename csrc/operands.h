@@ -45,6 +45,10 @@ template <class A> constexpr bool has_digits() {
 }
 template <class A> constexpr bool kDigits = has_digits<A>();
 
+// Whether products may broadcast four units at a time.
+template <class A> constexpr bool kFours = A::lanes == 16 && A::per_unit > 1;
+constexpr int kMostFours = 3; // vectors of four rows; sixteen rows leave no lanes idle as they are
+
 // Units of a row of two parts, the second from its own unit on.
 template <class A> constexpr int units_of(int a, int b) {
   if constexpr (kSplit<A>)
@@ -67,6 +71,7 @@ template <class A> struct Lanes {
   float* factors;   // [rows] what a product with a row, of integers with its first part, is to be multiplied by
   float* rests;     // [rows] of the second part
   bool* second;     // [rows] whether the second digits matter
+  int fours = 0;    // not 0: rows by so many fours, [unit / 4][rows / 4][4 rows][4 units]
   uint32_t* lines;  // room for as many rows as a vector has lanes
   int units;        // of a row
 
@@ -80,9 +85,11 @@ template <class A> struct Lanes {
   }
   const uint32_t* tile(int row) const { return packed + static_cast<int64_t>(row) * units; }
 
-  // row(i) gives the parts of row i; lanes beyond `count` are zero. `gain` multiplies every number.
-  template <class Row> void pack(int count, float gain, Row&& row) {
+  // row(i) gives the parts of row i; lanes beyond `count` are zero. `gain` multiplies every number. Where units may be
+  // taken four at a time, few rows leave no lanes idle: a vector holds four rows with four units of each.
+  template <class Row> void pack(int count, float gain, Row&& row, bool by_fours = false) {
     const int padded = static_cast<int>(up(count, A::lanes));
+    fours = kFours<A> && by_fours && count <= 4 * kMostFours ? (count + 3) / 4 : 0;
     for (int i = 0; i < padded; ++i) {
       uint32_t* to = line(i % A::lanes);
       factors[i] = rests[i] = 0.0f;
@@ -91,7 +98,7 @@ template <class A> struct Lanes {
         pack_row(i, row(i), gain, to);
       else
         std::memset(to, 0, static_cast<size_t>(units) * 4);
-      if ((i + 1) % A::lanes == 0) turn(i + 1 - A::lanes, padded);
+      if ((i + 1) % A::lanes == 0) fours ? keep_fours() : turn(i + 1 - A::lanes, padded);
     }
   }
 
@@ -116,6 +123,13 @@ private:
         factors[i] = gain; // numbers that are bf16 already stay what they are
       }
     });
+  }
+
+  // The lines, which are all rows -> fours.
+  void keep_fours() {
+    uint32_t* to = packed;
+    for (int u = 0; u < units; u += 4)
+      for (int i = 0; i < 4 * fours; ++i, to += 4) std::memcpy(to, line(i) + u, 16);
   }
 
   // The lines -> lanes of the row tile that holds row `first` of `padded`.
@@ -180,7 +194,7 @@ template <class A, class Step> struct Ready {
   const uint32_t* at;
   Step step;
   template <int G> MLA_INLINE void next(typename A::Unit (&vectors)[G]) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int g = 0; g < G; ++g) vectors[g] = A::V::template load<typename A::Unit>(at + g * A::lanes);
     at += step;
   }
@@ -197,8 +211,10 @@ template <class A, int pair> struct Interleaved {
 };
 
 // sums[x][g] = sum over k of vectors[k][g] . spread(a[x * across + k * along]), then done(x, g, sum). Rows in lanes
-// meet keys that are spread, or `values` in lanes meet probabilities: to some arithmetics the sides differ.
-template <class A, int X, int G, bool values = false, class Vectors, class Across, class Ahead, class Done>
+// meet keys that are spread, or `values` in lanes meet probabilities: to some arithmetics the sides differ. `fours`
+// spreads four units at a time, k * along being the first of them.
+template <class A, int X, int G, bool values = false, bool fours = false, class Vectors, class Across, class Ahead,
+          class Done>
 MLA_INLINE void product(Vectors vectors, int length, const uint32_t* a, Across across, int64_t along, Ahead& ahead,
                         Done&& done) {
   typename A::Sum sums[X][G] = {};
@@ -210,15 +226,19 @@ MLA_INLINE void product(Vectors vectors, int length, const uint32_t* a, Across a
     vectors.next(rows);
 #pragma GCC unroll 24
     for (int x = 0; x < X; ++x) {
-      const typename A::Unit one = A::spread(from[x]);
-#pragma GCC unroll 2
+      typename A::Unit one;
+      if constexpr (fours)
+        one = A::spread_four(from[x]);
+      else
+        one = A::spread(from[x]);
+#pragma GCC unroll 3
       for (int g = 0; g < G; ++g)
         sums[x][g] = values ? A::dot(sums[x][g], one, rows[g]) : A::dot(sums[x][g], rows[g], one);
     }
   }
 #pragma GCC unroll 24
   for (int x = 0; x < X; ++x)
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int g = 0; g < G; ++g) done(x, g, A::value(sums[x][g]));
 }
 

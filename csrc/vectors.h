@@ -88,8 +88,7 @@ template <int lanes> struct Vec {
   template <int width = lanes / 2> static MLA_INLINE F fold(F (&v)[lanes]) {
     if constexpr (width > 0) {
 #pragma GCC unroll 8
-      for (int i = 0; i < width; ++i)
-        v[i] = pick<Upper<width>>(v[i], v[i + width]) + pick<Lower<width>>(v[i], v[i + width]);
+      for (int i = 0; i < width; ++i) v[i] = both<width>(v[i], v[i + width]);
       return fold<width / 2>(v);
     }
     return v[0];
@@ -102,6 +101,22 @@ template <int lanes> struct Vec {
       for (int i = 0; i < lanes; ++i) some[i] = first + i < count ? v[first + i < count ? first + i : 0] : F{};
       store(to + first, fold(some));
     }
+  }
+
+  // The sums of each four lanes of up to three vectors, those of vector g in the lanes from 4 * g on; what is in lanes
+  // beyond is in others, too.
+  struct Columns {
+    static constexpr int of(int i) { return i % 4 * 4 + i / 4; }
+  };
+  template <int width> static MLA_INLINE F both(F v) { return v + pick<Swapped<width>>(v, v); }
+  template <int width> static MLA_INLINE F both(F a, F b) {
+    return pick<Upper<width>>(a, b) + pick<Lower<width>>(a, b);
+  }
+  template <int count> static MLA_INLINE F sums_of_four(const F (&v)[count]) {
+    static_assert(lanes == 16 && count <= 3);
+    F sum = count > 2 ? both<2>(v[0], v[count - 1]) : both<2>(v[0]);
+    sum = count > 1 ? both<1>(sum, both<2>(v[count > 1])) : both<1>(sum);
+    return pick<Columns>(sum, sum);
   }
 
   // Rows become columns.
@@ -176,6 +191,13 @@ template <int size> MLA_INLINE void copy_some(char* to, const char* from, int co
 #endif
   std::memset(to, 0, size);
   std::memcpy(to, from, static_cast<size_t>(count));
+}
+
+// step(count) for a count from 1 to `most`, which then is a constant.
+template <int most, class Step> MLA_INLINE void with_count(int count, Step&& step) {
+  if constexpr (most > 1)
+    if (count < most) return with_count<most - 1>(count, step);
+  step(std::integral_constant<int, most>());
 }
 
 MLA_INLINE constexpr int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }

@@ -117,6 +117,16 @@ def test_rows_are_read_where_they_lie_as_they_are_packed(isa, cache, page, r, p)
 
 
 @by_isa
+@by_cache
+@pytest.mark.parametrize(("r", "p"), [(40, 24), (48, 16), (40, 22)])
+@pytest.mark.parametrize("h", range(1, 18))
+def test_any_number_of_heads(isa, cache, r, p, h):
+    """Few rows are multiplied by several units at a time where these come out even."""
+    case, options = Case(b=2, s=1, t=131, h=h, n=3, r=r, p=p, v=3), Options(queries="bf16", lengths=(131, 75))
+    check(kept_call(case, cache, replace(options, tight=True, joined=True)), "decode", isa, cache, "bf16")
+
+
+@by_isa
 @by_operator
 def test_queries_whose_last_dimension_is_not_contiguous(isa, operator):
     call = make_call(Case(b=2, s=3, t=9), "bf16", Options())
