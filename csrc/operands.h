@@ -71,7 +71,8 @@ template <class A> struct Lanes {
   float* factors;   // [rows] what a product with a row, of integers with its first part, is to be multiplied by
   float* rests;     // [rows] of the second part
   bool* second;     // [rows] whether the second digits matter
-  int fours = 0;    // not 0: rows by so many fours, [unit / 4][rows / 4][4 rows][4 units]
+  int few;          // the row from which on, to the end, there are few: a row tile of fours
+  int fours;        // of those, [unit / 4][four][4 rows][4 units]
   uint32_t* lines;  // room for as many rows as a vector has lanes
   int units;        // of a row
 
@@ -84,12 +85,17 @@ template <class A> struct Lanes {
     lines = carver.take<uint32_t>(A::lanes * line_units());
   }
   const uint32_t* tile(int row) const { return packed + static_cast<int64_t>(row) * units; }
+  // The rows of the tile that begins with `row`, of `count` in all, without those that fill it up.
+  int rows_of_tile(int row, int count) const {
+    return static_cast<int>(least(2 * A::lanes, least(count, row < few ? few : count) - row));
+  }
 
   // row(i) gives the parts of row i; lanes beyond `count` are zero. `gain` multiplies every number. Where units may be
-  // taken four at a time, few rows leave no lanes idle: a vector holds four rows with four units of each.
+  // taken four at a time, the last few rows leave no lanes idle: a vector holds four of them with four units of each.
   template <class Row> void pack(int count, float gain, Row&& row, bool by_fours = false) {
-    const int padded = static_cast<int>(up(count, A::lanes));
-    fours = kFours<A> && by_fours && count <= 4 * kMostFours ? (count + 3) / 4 : 0;
+    const int padded = static_cast<int>(up(count, A::lanes)), last = count % A::lanes;
+    fours = kFours<A> && by_fours && last <= 4 * kMostFours ? (last + 3) / 4 : 0;
+    few = fours ? count - last : padded;
     for (int i = 0; i < padded; ++i) {
       uint32_t* to = line(i % A::lanes);
       factors[i] = rests[i] = 0.0f;
@@ -98,7 +104,7 @@ template <class A> struct Lanes {
         pack_row(i, row(i), gain, to);
       else
         std::memset(to, 0, static_cast<size_t>(units) * 4);
-      if ((i + 1) % A::lanes == 0) fours ? keep_fours() : turn(i + 1 - A::lanes, padded);
+      if ((i + 1) % A::lanes == 0) i < few ? turn(i + 1 - A::lanes) : keep_fours();
     }
   }
 
@@ -125,19 +131,19 @@ private:
     });
   }
 
-  // The lines, which are all rows -> fours.
+  // The lines, which are the last rows -> fours.
   void keep_fours() {
-    uint32_t* to = packed;
+    uint32_t* to = packed + static_cast<int64_t>(few) * units;
     for (int u = 0; u < units; u += 4)
       for (int i = 0; i < 4 * fours; ++i, to += 4) std::memcpy(to, line(i) + u, 16);
   }
 
-  // The lines -> lanes of the row tile that holds row `first` of `padded`.
-  void turn(int first, int padded) {
+  // The lines -> lanes of the row tile that holds row `first`.
+  void turn(int first) {
     using V = typename A::V;
     using F = typename V::F;
     const int begin = first / (2 * A::lanes) * 2 * A::lanes;
-    const int64_t width = least(2 * A::lanes, padded - begin);
+    const int64_t width = least(2 * A::lanes, few - begin);
     uint32_t* to = packed + static_cast<int64_t>(begin) * units + (first - begin);
     for (int u = 0; u < units; u += A::lanes) {
       F rows[A::lanes];

@@ -198,8 +198,8 @@ struct Limits {
 template <class A, int wide_x, int narrow_x, class Ahead>
 void attend_rows(const Lanes<A>& queries, int rows, int first, const Tile<A>& keys, const Tile<A>& values, int64_t from,
                  int64_t count, int tokens, Limits& limits, State& state, Weights<A>& weights, Ahead& ahead) {
-  for (int row = 0; row < rows; row += 2 * A::lanes) {
-    const int some = static_cast<int>(least(2 * A::lanes, rows - row));
+  for (int row = 0, some = 0; row < rows; row += some) {
+    some = queries.rows_of_tile(row, rows);
     const int lanes = static_cast<int>(up(some, A::lanes));
     const int32_t *seen = limits.seen + row, *relative = nullptr;
     if (seen[lanes - 1] <= from) continue;

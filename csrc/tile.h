@@ -70,7 +70,7 @@ void score(const Lanes<A>& queries, int row, int first, const Tile<A>& keys, int
     using Step = std::integral_constant<int, (fours ? fours : G) * A::lanes>;
     if constexpr (fours > 0) {
       F sums[fours];
-      product<B, X, fours, false, true>(Ready<B, Step>{queries.packed + unit * 4 * fours, {}}, length / 4, keys_from,
+      product<B, X, fours, false, true>(Ready<B, Step>{queries.tile(row) + unit * 4 * fours, {}}, length / 4, keys_from,
                                         keys.stride, 4, ahead, [&](int x, int g, F value) MLA_INLINE_LAMBDA {
                                           sums[g] = value;
                                           if (g == fours - 1) done(x, 0, V::sums_of_four(sums));
@@ -273,8 +273,8 @@ void attend(const Lanes<A>& queries, int row, int rows, int first, const Tile<A>
     score<A, (24 >> (fours() - 1)), G, fours()>(queries, row, first, keys, tokens, weights.scores, ahead);
   };
   if constexpr (kFours<A> && G == 1)
-    if (queries.fours > 0) with_count<kMostFours>(queries.fours, few);
-  if (queries.fours == 0) score<A, X, G, 0>(queries, row, first, keys, tokens, weights.scores, ahead);
+    if (row >= queries.few) with_count<kMostFours>(queries.fours, few);
+  if (row < queries.few) score<A, X, G, 0>(queries, row, first, keys, tokens, weights.scores, ahead);
   const bool finer = soften<A, G>(tokens, values.factors, limits, row, state, weights);
   weigh<A>(tokens, values, rows, G * A::lanes, row, state, {weights.units, weights.factors}, ahead);
   if (finer) weigh<A>(tokens, values, rows, G * A::lanes, row, state, {weights.digits, weights.parts}, ahead);
