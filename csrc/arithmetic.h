@@ -7,6 +7,7 @@
 //   lanes, per_unit      units per vector; numbers per unit
 //   Sum, dot, value      the accumulator; one step of the product, queries or probabilities first, then keys or values;
 //                        the accumulator as floats
+//   spread, spread_four  one unit in all lanes; with 16 lanes, four units in every four of them
 //   pack                 a row of numbers -> its units, each number times a factor; Int8 packs whole rows only
 //   weights              `per_unit` vectors of probabilities as one vector of units
 //   stored               whether units are what a cache of a type holds

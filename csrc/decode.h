@@ -120,14 +120,12 @@ private:
   void attend_keys(const Item& item, int64_t from, int64_t end, State& state, Scratch& scratch) {
     const int padded = static_cast<int>(up(item.rows, A::lanes));
     state.clear(padded);
-    scratch.queries.pack(
-        item.rows, attention_.scale * kLog2E,
-        [&](int i) {
-          const int row = item.first + i, s = row / attention_.h, h = row % attention_.h;
-          return Parts{{head(call_.q_latent, item.sequence, s, h), call_.q_latent.type, r_, 1.0f},
-                       {head(call_.q_rope, item.sequence, s, h), call_.q_rope.type, attention_.cache.p, 1.0f}};
-        },
-        units_ % 4 == 0 && (!kSplit<A> || units_of<A>(r_) % 4 == 0));
+    const auto parts = [&](int i) {
+      const int row = item.first + i, s = row / attention_.h, h = row % attention_.h;
+      return Parts{{head(call_.q_latent, item.sequence, s, h), call_.q_latent.type, r_, 1.0f},
+                   {head(call_.q_rope, item.sequence, s, h), call_.q_rope.type, attention_.cache.p, 1.0f}};
+    };
+    scratch.queries.pack(item.rows, attention_.scale * kLog2E, parts, takes_fours<A>(r_, attention_.cache.p));
     scratch.limits.fill(attention_, item.sequence, item.rows, padded,
                         [&](int i) { return (item.first + i) / attention_.h; });
     for (int64_t count; from < end; from += count) {

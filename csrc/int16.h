@@ -10,8 +10,9 @@ namespace {
 // dot products. A part of a row is scaled to the length 32767; then, by Cauchy and Schwarz, no partial sum of a
 // product of two parts exceeds 2^30, and each carries a rounding error of 0.29 sqrt(width) / 32767 of its length,
 // 2e-4 at a width of 512: a fifth of what bf16 itself rounds away.
-// `Machine` has lanes, multiply_add(sum, b, a), spread_four and interleave(rows, stride, to) as an arithmetic has, and
-// blend(low, high): the lower halves of `low` and the upper ones of `high`, whose lower ones are zero.
+// `Machine` has lanes, multiply_add(sum, b, a), interleave(rows, stride, to) and, with 16 lanes, spread_four as an
+// arithmetic has, and blend(low, high): the lower halves of `low` and the upper ones of `high`, whose lower ones are
+// zero.
 template <class Machine> struct Int16 {
   static constexpr int lanes = Machine::lanes, per_unit = 2, together = 4;
   static constexpr bool shifted = false;

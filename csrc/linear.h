@@ -95,15 +95,10 @@ private:
     }
     for (int i = 0; i < groups; ++i) {
       const int row = rows_ * i / groups, count = rows_ * (i + 1) / groups - row;
-      dots<type, tall, weights>(w, stride, row, count, n, ahead);
+      with_count<tall>(count, [&](auto rows) MLA_INLINE_LAMBDA {
+        this->template dots<type, rows(), weights>(w, stride, row, n, ahead);
+      });
     }
-  }
-
-  template <Type type, int rows, int weights>
-  MLA_INLINE void dots(const char* w, int64_t stride, int row, int count, int n, LinesAhead& ahead) {
-    if constexpr (rows > 1)
-      if (count < rows) return dots<type, rows - 1, weights>(w, stride, row, count, n, ahead);
-    dots<type, rows, weights>(w, stride, row, n, ahead);
   }
 
   template <Type type, int rows, int weights>

@@ -45,16 +45,21 @@ template <class A> constexpr bool has_digits() {
 }
 template <class A> constexpr bool kDigits = has_digits<A>();
 
-// Whether products may broadcast four units at a time.
-template <class A> constexpr bool kFours = A::lanes == 16 && A::per_unit > 1;
-constexpr int kMostFours = 3; // vectors of four rows; sixteen rows leave no lanes idle as they are
-
 // Units of a row of two parts, the second from its own unit on.
 template <class A> constexpr int units_of(int a, int b) {
   if constexpr (kSplit<A>)
     return units_of<A>(a) + units_of<typename A::Rest>(b);
   else
     return units_of<A>(a) + units_of<A>(b);
+}
+
+// The last few rows may lie by fours: a vector holds four rows with four units of each, and leaves no lanes idle.
+template <class A> constexpr bool kFours = A::lanes == 16 && A::per_unit > 1;
+constexpr int kMostFours = 3; // sixteen rows fill a vector as they are
+
+// Whether rows of two parts may: what is multiplied by itself must be whole fours of units.
+template <class A> constexpr bool takes_fours(int a, int b) {
+  return kFours<A> && units_of<A>(a, b) % 4 == 0 && (!kSplit<A> || units_of<A>(a) % 4 == 0);
 }
 
 // The same with the second digits, if there are any.
@@ -71,8 +76,8 @@ template <class A> struct Lanes {
   float* factors;   // [rows] what a product with a row, of integers with its first part, is to be multiplied by
   float* rests;     // [rows] of the second part
   bool* second;     // [rows] whether the second digits matter
-  int few;          // the row from which on, to the end, there are few: a row tile of fours
-  int fours;        // of those, [unit / 4][four][4 rows][4 units]
+  int whole;        // rows in lanes, whole vectors of them; those from here on, if any, are a tile that lies by fours
+  int fours;        // how many fours these are: [unit / 4][four][4 rows][4 units]
   uint32_t* lines;  // room for as many rows as a vector has lanes
   int units;        // of a row
 
@@ -87,15 +92,15 @@ template <class A> struct Lanes {
   const uint32_t* tile(int row) const { return packed + static_cast<int64_t>(row) * units; }
   // The rows of the tile that begins with `row`, of `count` in all, without those that fill it up.
   int rows_of_tile(int row, int count) const {
-    return static_cast<int>(least(2 * A::lanes, least(count, row < few ? few : count) - row));
+    return static_cast<int>(least(2 * A::lanes, least(count, row < whole ? whole : count) - row));
   }
 
-  // row(i) gives the parts of row i; lanes beyond `count` are zero. `gain` multiplies every number. Where units may be
-  // taken four at a time, the last few rows leave no lanes idle: a vector holds four of them with four units of each.
+  // row(i) gives the parts of row i; lanes beyond `count` are zero. `gain` multiplies every number. `by_fours`: whether
+  // the last few rows lie so.
   template <class Row> void pack(int count, float gain, Row&& row, bool by_fours = false) {
     const int padded = static_cast<int>(up(count, A::lanes)), last = count % A::lanes;
-    fours = kFours<A> && by_fours && last <= 4 * kMostFours ? (last + 3) / 4 : 0;
-    few = fours ? count - last : padded;
+    fours = by_fours && last <= 4 * kMostFours ? (last + 3) / 4 : 0;
+    whole = fours ? count - last : padded;
     for (int i = 0; i < padded; ++i) {
       uint32_t* to = line(i % A::lanes);
       factors[i] = rests[i] = 0.0f;
@@ -104,7 +109,7 @@ template <class A> struct Lanes {
         pack_row(i, row(i), gain, to);
       else
         std::memset(to, 0, static_cast<size_t>(units) * 4);
-      if ((i + 1) % A::lanes == 0) i < few ? turn(i + 1 - A::lanes) : keep_fours();
+      if ((i + 1) % A::lanes == 0) i < whole ? turn(i + 1 - A::lanes) : keep_fours();
     }
   }
 
@@ -133,7 +138,7 @@ private:
 
   // The lines, which are the last rows -> fours.
   void keep_fours() {
-    uint32_t* to = packed + static_cast<int64_t>(few) * units;
+    uint32_t* to = packed + static_cast<int64_t>(whole) * units;
     for (int u = 0; u < units; u += 4)
       for (int i = 0; i < 4 * fours; ++i, to += 4) std::memcpy(to, line(i) + u, 16);
   }
@@ -143,7 +148,7 @@ private:
     using V = typename A::V;
     using F = typename V::F;
     const int begin = first / (2 * A::lanes) * 2 * A::lanes;
-    const int64_t width = least(2 * A::lanes, few - begin);
+    const int64_t width = least(2 * A::lanes, whole - begin);
     uint32_t* to = packed + static_cast<int64_t>(begin) * units + (first - begin);
     for (int u = 0; u < units; u += A::lanes) {
       F rows[A::lanes];
@@ -227,11 +232,13 @@ MLA_INLINE void product(Vectors vectors, int length, const uint32_t* a, Across a
   Broadcasts<X, Across> from(a, across);
 #pragma GCC unroll 2
   for (int k = 0; k < length; ++k, from.step(along)) {
-    ahead.step();
     typename A::Unit rows[G];
     vectors.next(rows);
 #pragma GCC unroll 24
     for (int x = 0; x < X; ++x) {
+      // A step by fours does the work of four and fetches as many lines for every key as others do; not of integers,
+      // whose rows lie apart: to turn from one to the next among the products costs more than it saves.
+      if (x % (fours && !kSplit<A> ? 6 : X) == 0) ahead.step();
       typename A::Unit one;
       if constexpr (fours)
         one = A::spread_four(from[x]);

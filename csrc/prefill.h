@@ -117,10 +117,11 @@ private:
   // The queries of an item, its limits, and its head's two projections.
   void pack(int sequence, int h, int first, int rows, Scratch& scratch) {
     const int p = attention_.cache.p, r = attention_.cache.r;
-    scratch.queries.pack(rows, attention_.scale * kLog2E, [&](int i) {
+    const auto parts = [&](int i) {
       return Parts{{head(call_.q_nope, sequence, first + i, h), call_.q_nope.type, call_.n, 1.0f},
                    {head(call_.q_rope, sequence, first + i, h), call_.q_rope.type, p, 1.0f}};
-    });
+    };
+    scratch.queries.pack(rows, attention_.scale * kLog2E, parts, takes_fours<A>(call_.n, p));
     scratch.limits.fill(attention_, sequence, rows, static_cast<int>(up(rows, A::lanes)),
                         [&](int i) { return first + i; });
     const auto project = [&](const Weight& w, int channels, Lanes<A>& to) {

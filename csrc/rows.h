@@ -79,10 +79,11 @@ inline Part rotary(const Cache& cache, const Cursor& cursor) {
 inline int64_t latent_bytes(const Cache& cache) { return cache.r * bytes_of(cache.type); }
 inline int64_t rotary_bytes(const Cache& cache) { return cache.p * bytes_of(beside(cache.type)); }
 
-// Whether every rotary key follows its latent at once.
+// Whether every rotary key, if there are any, follows its latent at once.
 inline bool joined(const Cache& cache) {
-  return cache.k_rope.data == cache.c_kv.data + latent_bytes(cache) &&
-         cache.k_rope.row_stride == cache.c_kv.row_stride && cache.k_rope.page_stride == cache.c_kv.page_stride;
+  return cache.p == 0 ||
+         (cache.k_rope.data == cache.c_kv.data + latent_bytes(cache) &&
+          cache.k_rope.row_stride == cache.c_kv.row_stride && cache.k_rope.page_stride == cache.c_kv.page_stride);
 }
 
 // Whether any rows may be borrowed: not if they are no units, or if some are masked.

@@ -1,9 +1,9 @@
 // The steps of attention over one tile of keys, for one tile of query rows, in any arithmetic.
 //
-// Rows lie in lanes: a row tile is one or two vectors wide (`groups`), and holds lanes * groups rows. Packed
-// rows, scores and probabilities are all [something][row of the tile], so that every step of the softmax is
-// vertical and nothing is ever summed across a vector. In the weighted sums the numbers of a value lie in lanes:
-// a row of sums is a row of the output, and lanes without a row cost nothing there.
+// Rows lie in lanes: a row tile is one or two vectors wide (`groups`), and holds lanes * groups rows. Scores and
+// probabilities are all [something][row of the tile], and so are packed rows but for the last few (Lanes): every step
+// of the softmax is vertical. In the weighted sums the numbers of a value lie in lanes: a row of sums is a row of the
+// output, and lanes without a row cost nothing there.
 #pragma once
 
 #include "operands.h"
@@ -127,10 +127,64 @@ void score(const Lanes<A>& queries, int row, int first, const Tile<A>& keys, int
   }
 }
 
+// The scores of one row tile, whichever way its rows are packed. By fours fewer keys go at a time: as many, in threes,
+// as registers hold the sums of.
+template <class A, int X, int G, class Ahead> void
+score_tile(const Lanes<A>& queries, int row, int first, const Tile<A>& keys, int tokens, float* scores, Ahead& ahead) {
+  if constexpr (kFours<A> && G == 1)
+    if (row >= queries.whole)
+      return with_count<kMostFours>(queries.fours, [&](auto fours) MLA_INLINE_LAMBDA {
+        score<A, (X >> (fours() - 1)), 1, fours()>(queries, row, first, keys, tokens, scores, ahead);
+      });
+  score<A, X, G, 0>(queries, row, first, keys, tokens, scores, ahead);
+}
+
 // Whether a tile of keys needs more digits for its probabilities: one key outweighs the others, whose share would be
 // rounded away, and the tile counts beside those before it.
 template <class A, class F> MLA_INLINE bool needs_digits(F largest, F sum, F top, F total) {
   return A::V::any((sum < largest * A::peak) & (total < top * A::counts));
+}
+
+// The largest score of every row of a vector; those of keys from its limit on become -infinity.
+template <class A, int G> MLA_INLINE auto largest(int tokens, const int32_t* limits, float* scores) {
+  using V = typename A::V;
+  using F = typename A::F;
+  using I = typename V::I;
+  F top = V::all(-kInfinity);
+  if (!limits) {
+    for (int t = 0; t < tokens; ++t) top = V::max(top, V::template load<F>(scores + t * G * A::lanes));
+    return top;
+  }
+  const I limit = V::template load<I>(limits);
+  for (int t = 0; t < tokens; ++t) {
+    float* at = scores + t * G * A::lanes;
+    const F seen = (I{} + t) < limit ? V::template load<F>(at) : V::all(-kInfinity);
+    V::store(at, seen);
+    top = V::max(top, seen);
+  }
+  return top;
+}
+
+// Probabilities, times the factor of their row -> units, and second digits where they are needed.
+template <class A, int G, class F>
+MLA_INLINE void write_units(int tokens, const F (&inner)[G], bool finer, Weights<A>& weights) {
+  using V = typename A::V;
+  constexpr int lanes = A::lanes;
+  for (int t = 0; t < tokens; t += A::per_unit)
+    for (int g = 0; g < G; ++g) {
+      const int64_t to = (t / A::per_unit * G + g) * lanes;
+      F p[A::per_unit];
+      for (int i = 0; i < A::per_unit; ++i)
+        p[i] = V::template load<F>(weights.scores + ((t + i) * G + g) * lanes) * inner[g];
+      if constexpr (kDigits<A>) {
+        if (finer) {
+          F more[A::per_unit];
+          for (int i = 0; i < A::per_unit; ++i) more[i] = A::split(p[i]);
+          V::store(weights.digits + to, A::weights(more));
+        }
+      }
+      V::store(weights.units + to, A::weights(p));
+    }
 }
 
 // Scores -> probabilities relative to the running maximum, as units. `limits`: keys below it are seen, per row,
@@ -140,24 +194,12 @@ template <class A, int G> bool soften(int tokens, const float* value_factors, co
                                       State& state, Weights<A>& weights) {
   using V = typename A::V;
   using F = typename A::F;
-  using I = typename V::I;
   constexpr int lanes = A::lanes;
   F inner[G];
   bool finer = false;
   for (int g = 0; g < G; ++g) {
     float* scores = weights.scores + g * lanes;
-    F top = V::all(-kInfinity);
-    if (limits) {
-      const I limit = V::template load<I>(limits + g * lanes);
-      for (int t = 0; t < tokens; ++t) {
-        const F x = V::template load<F>(scores + t * G * lanes);
-        const F seen = (I{} + t) < limit ? x : V::all(-kInfinity);
-        V::store(scores + t * G * lanes, seen);
-        top = V::max(top, seen);
-      }
-    } else {
-      for (int t = 0; t < tokens; ++t) top = V::max(top, V::template load<F>(scores + t * G * lanes));
-    }
+    const F top = largest<A, G>(tokens, limits ? limits + g * lanes : nullptr, scores);
     // The maximum only keeps exp2 in range: it is let rise when it must, by 2^8 or from nothing.
     const F old = V::template load<F>(state.maximum + row + g * lanes);
     const F now = top > old + 8.0f ? top : old;
@@ -198,21 +240,7 @@ template <class A, int G> bool soften(int tokens, const float* value_factors, co
       }
     }
   }
-  for (int t = 0; t < tokens; t += A::per_unit)
-    for (int g = 0; g < G; ++g) {
-      const int64_t to = (t / A::per_unit * G + g) * lanes;
-      F p[A::per_unit];
-      for (int i = 0; i < A::per_unit; ++i)
-        p[i] = V::template load<F>(weights.scores + ((t + i) * G + g) * lanes) * inner[g];
-      if constexpr (kDigits<A>) {
-        if (finer) {
-          F more[A::per_unit];
-          for (int i = 0; i < A::per_unit; ++i) more[i] = A::split(p[i]);
-          V::store(weights.digits + to, A::weights(more));
-        }
-      }
-      V::store(weights.units + to, A::weights(p));
-    }
+  write_units<A, G>(tokens, inner, finer, weights);
   return finer;
 }
 
@@ -268,13 +296,7 @@ template <class A, class Ahead> void weigh(int tokens, const Tile<A>& values, in
 template <class A, int X, int G, class Ahead>
 void attend(const Lanes<A>& queries, int row, int rows, int first, const Tile<A>& keys, const Tile<A>& values,
             int tokens, const int32_t* limits, State& state, Weights<A>& weights, Ahead& ahead) {
-  const auto few = [&](auto fours) MLA_INLINE_LAMBDA {
-    // 24, 12 or 6 keys at a time: as many as registers hold the sums of.
-    score<A, (24 >> (fours() - 1)), G, fours()>(queries, row, first, keys, tokens, weights.scores, ahead);
-  };
-  if constexpr (kFours<A> && G == 1)
-    if (row >= queries.few) with_count<kMostFours>(queries.fours, few);
-  if (row < queries.few) score<A, X, G, 0>(queries, row, first, keys, tokens, weights.scores, ahead);
+  score_tile<A, X, G>(queries, row, first, keys, tokens, weights.scores, ahead);
   const bool finer = soften<A, G>(tokens, values.factors, limits, row, state, weights);
   weigh<A>(tokens, values, rows, G * A::lanes, row, state, {weights.units, weights.factors}, ahead);
   if (finer) weigh<A>(tokens, values, rows, G * A::lanes, row, state, {weights.digits, weights.parts}, ahead);

@@ -61,14 +61,11 @@ template <int lanes, Type type> void norm_row(const Norm& call, int64_t row) {
 }
 
 template <int lanes> void norm_rows(const Norm& call) {
-  const auto run = [&](auto type) {
-    each_row(call.rows, int64_t{call.width} * bytes_of(type()), call.threads,
-             [&](int64_t row) { norm_row<lanes, type()>(call, row); });
-  };
-  if (call.type == Type::f32)
-    run(std::integral_constant<Type, Type::f32>());
-  else
-    run(std::integral_constant<Type, Type::bf16>());
+  with(call.type, [&](auto type) {
+    if constexpr (type() != Type::i8) // no activations are
+      each_row(call.rows, int64_t{call.width} * bytes_of(type()), call.threads,
+               [&](int64_t row) { norm_row<lanes, type()>(call, row); });
+  });
 }
 
 // A row of floats as integers times a scale, which is returned: the largest becomes +-127. NaN and infinity show in
@@ -100,9 +97,11 @@ template <int lanes, Type from> float quantise(const char* row, int width, char*
 
 template <int lanes> void store_row(const char* row, Type from, int width, Type to, char* at, char* scale) {
   if (from == to) return void(std::memcpy(at, row, static_cast<size_t>(width) * bytes_of(from)));
-  const auto convert = [&](auto source) {
+  with(from, [&](auto source) {
     using R = Read<lanes, source()>;
-    if (to == Type::i8) {
+    if constexpr (source() == Type::i8) {
+      // no new token is
+    } else if (to == Type::i8) {
       const float factor = quantise<lanes, source()>(row, width, at);
       std::memcpy(scale, &factor, 4);
     } else if (to == Type::bf16) {
@@ -111,11 +110,7 @@ template <int lanes> void store_row(const char* row, Type from, int width, Type 
     } else {
       map_row<lanes, source()>(row, width, at, [](const char* p, int) MLA_INLINE_LAMBDA { return R::one(p); });
     }
-  };
-  if (from == Type::f32)
-    convert(std::integral_constant<Type, Type::f32>());
-  else
-    convert(std::integral_constant<Type, Type::bf16>());
+  });
 }
 
 template <int lanes> void append_rows(const Append& call) {

@@ -103,8 +103,8 @@ template <int lanes> struct Vec {
     }
   }
 
-  // The sums of each four lanes of up to three vectors, those of vector g in the lanes from 4 * g on; what is in lanes
-  // beyond is in others, too.
+  // The sums of each four lanes of up to three vectors, those of vector g in the lanes from 4 * g on; lanes beyond
+  // repeat some of these.
   struct Columns {
     static constexpr int of(int i) { return i % 4 * 4 + i / 4; }
   };
@@ -193,11 +193,11 @@ template <int size> MLA_INLINE void copy_some(char* to, const char* from, int co
   std::memcpy(to, from, static_cast<size_t>(count));
 }
 
-// step(count) for a count from 1 to `most`, which then is a constant.
-template <int most, class Step> MLA_INLINE void with_count(int count, Step&& step) {
-  if constexpr (most > 1)
-    if (count < most) return with_count<most - 1>(count, step);
-  step(std::integral_constant<int, most>());
+// step(count) for a count from 1 to `largest`, which then is a constant.
+template <int largest, class Step> MLA_INLINE void with_count(int count, Step&& step) {
+  if constexpr (largest > 1)
+    if (count < largest) return with_count<largest - 1>(count, step);
+  step(std::integral_constant<int, largest>());
 }
 
 MLA_INLINE constexpr int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }

@@ -15,6 +15,7 @@ from mla.errors import MLAError
 from mla.integrations.serving import app as application
 from mla.integrations.serving.app import build_app
 from tests.integrations.serving.test_generation import make_engine
+from tests.integrations.serving.test_text import TEMPLATE
 
 NAME = "/models/of mine/tiny"
 
@@ -96,20 +97,6 @@ def test_a_fault_outside_generation_is_told_too(ask, engine, monkeypatch):
 
 
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in "fg"]
-TEMPLATE = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": "assistant: ",
-    "fields": {
-        "tool_calls": {
-            "open": "<tool_call>",
-            "close": "</tool_call>",
-            "repeats": True,
-            "content": "json",
-            "transform": {"type": "function", "function": "{content}"},
-        },
-        "content": {"close": "<end>", "content": "text"},
-    },
-}
 
 
 def test_tools_are_refused_where_no_call_could_be_read(client):

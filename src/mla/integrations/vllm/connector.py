@@ -132,15 +132,15 @@ class LatentConnector(KVConnectorBase_V1):
         name = request.request_id
         if name in self._served:  # where loading has failed, it would fail again
             return 0, False
-        if name not in self._found:
+        if name in self._found:
+            file, common = self._found[name].file, self._found[name].common
+        else:
             tokens = _tokens(request)
             # The last token must run, to give the logits of the next one.
-            found = self._folder.longest(tokens[:-1]) if tokens else (None, 0)
-            self._found[name] = _Found(*found, num_computed_tokens)
-        last = self._found[name]
-        self._found[name] = found_now = _Found(last.file, last.common, num_computed_tokens)
-        count = self._whole_pages(found_now.common) - num_computed_tokens
-        return (0, False) if found_now.file is None or count <= 0 else (count, True)
+            file, common = self._folder.longest(tokens[:-1]) if tokens else (None, 0)
+        self._found[name] = _Found(file, common, num_computed_tokens)
+        count = self._whole_pages(common) - num_computed_tokens
+        return (0, False) if file is None or count <= 0 else (count, True)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """The pages of a request are known now."""
