@@ -11,6 +11,7 @@ from mla.errors import MLAError
 from mla.integrations import speed
 from mla.integrations import transformers as integration
 from mla.integrations.speed import measure_speed
+from tests.families import build
 
 
 def test_both_ways_at_every_context(mla, mla_folder):
@@ -92,3 +93,10 @@ def test_the_model_is_left_as_it_was(mla_folder, monkeypatch):
     assert read
     assert not integration.is_absorbed(model)
     assert torch.is_grad_enabled()
+
+
+def test_a_sparse_indexers_keys_are_bytes_of_either_way():
+    stock, absorbed = measure_speed(
+        build("deepseek_v32"), [40], cache_format="fp32", tokens=2, ways=("stock", "absorbed")
+    )
+    assert stock.cache_bytes_per_token == absorbed.cache_bytes_per_token

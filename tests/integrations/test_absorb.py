@@ -1,10 +1,12 @@
 """What absorb() does to a model besides its answers: refusals, reversibility, training, masks, copies."""
 
 import copy
+import gc
 import io
 import pickle
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -45,8 +47,11 @@ def test_a_bias_or_another_layer_type_is_refused_and_nothing_changed(model):
     attention.kv_b_proj = torch.nn.Linear(rank, rows, bias=False, device="meta")
     with pytest.raises(MLAError, match="load the model without offloading"):
         absorb(model)
+    attention.kv_b_proj = replaced("pruned")
+    with pytest.raises(MLAError, match="expected a layer without hooks"):
+        absorb(model)
     attention.kv_b_proj = replaced("wrapped")
-    with pytest.raises(MLAError, match="expected a plain floating-point weight, got Wrapped"):
+    with pytest.raises(MLAError, match=r"expected a plain floating-point weight of shape .*, got Wrapped"):
         absorb(model)
     with pytest.raises(ValueError, match='expected path "auto", "absorbed" or "expanded", got \'fast\''):
         absorb(model, path="fast")
@@ -307,6 +312,65 @@ def test_an_option_that_changes_the_mathematics_is_not_dropped(model):
         integration._attention(module, query, key, value, None)
 
 
+def test_what_transformers_hands_to_losses_and_packs_changes_nothing(model):
+    ids = token_ids(1, 8)
+    others = {"shift_labels": ids, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])}
+    packed = {"cu_seq_lens_q": torch.tensor([0, 4, 8]), "cu_seq_lens_k": torch.tensor([0, 4, 8])}
+    options = {"labels": ids, "use_cache": False, "ignore_index": int(ids[0, 3]), "seq_idx": None, **others}
+    want = model(ids, **options, **packed, max_length_q=4, max_length_k=4)
+    got = absorb(model)(ids, **options, **packed, max_length_q=4, max_length_k=4)
+    torch.testing.assert_close(got.loss, want.loss)
+    torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_mask_of_integers_is_named(model):
+    with pytest.raises(ValueError, match="attention_mask: expected bool or a floating dtype"):
+        absorb(model)(token_ids(2, 8), attention_mask=torch.ones(2, 1, 8, 8, dtype=torch.long).tril())
+
+
+@torch.no_grad()
+def test_models_that_share_modules(model):
+    """A base and what stands around it, absorbed both: either may be restored, and be absorbed again."""
+    ids = token_ids(1, 8)
+    want = model(ids, use_cache=False).logits
+    absorb(absorb(model.model) and model)
+    restore(model)
+    assert not is_absorbed(model.model)
+    assert integration.absorbed_path(model.model) is None
+    torch.testing.assert_close(model(ids, use_cache=False).logits, want)
+    absorb(model.model)
+    torch.testing.assert_close(model(ids, use_cache=False).logits, want, atol=1e-4, rtol=1e-4)
+    restore(restore(model).model)
+    assert all("expand_kv" not in vars(module) for module in latent_attentions(model).values())
+
+
+@torch.no_grad()
+def test_attention_that_is_compiled_by_itself(model):
+    ids = token_ids(1, 8)
+    want = model(ids, use_cache=False).logits
+    for layer in model.model.layers:
+        layer.self_attn = torch.compile(layer.self_attn, backend="eager")
+    absorb(model)
+    torch.testing.assert_close(model(ids, use_cache=False).logits, want, atol=1e-4, rtol=1e-4)
+    restore(model)
+    torch.testing.assert_close(model(ids, use_cache=False).logits, want)
+
+
+def test_an_absorbed_model_is_freed_when_nobody_has_it():
+    """At once, as a stock one: weights do not wait for Python to look for circles."""
+    model = absorb(build("deepseek_v3"))
+    with torch.no_grad():
+        model.generate(token_ids(1, 8), max_new_tokens=2)
+    weight = weakref.ref(model.lm_head.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
 def test_other_modules_of_the_same_config_keep_their_attention():
     """A module that is not latent attention gets torch's own, causal over the last s of t keys."""
     module = torch.nn.Module()
@@ -381,6 +445,20 @@ def test_a_static_cache_goes_to_the_kernels(monkeypatch, family):
         assert lengths == [t for t in (20, 29, 30) for _ in range(model.config.num_hidden_layers)]
         assert {engine for engine, _ in calls} == {"kernels"}
     assert model.generate(ids, cache_implementation="static", **options).tolist() == text.tolist()
+
+
+@pytest.mark.parametrize("lengths", [(8, 5), (6, 5), (7, 8), (1, 1)])
+@torch.no_grad()
+def test_padding_at_the_end_goes_to_the_kernels(model, monkeypatch, lengths):
+    """Also where the longest text does not fill the batch, and where a StaticCache has room beyond."""
+    ids, mask = token_ids(2, 8), (torch.arange(8) < torch.tensor(lengths)[:, None]).long()
+    want = model(ids, attention_mask=mask).logits
+    absorb(model)
+    calls = record_paths(monkeypatch)
+    for cache in (None, StaticCache(config=model.config, max_cache_len=40)):
+        got = model(ids, attention_mask=mask, past_key_values=cache).logits
+        torch.testing.assert_close(got[mask.bool()], want[mask.bool()], atol=1e-4, rtol=1e-4)
+    assert {engine for engine, _ in calls} == {"kernels"}
 
 
 @torch.no_grad()

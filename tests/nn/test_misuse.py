@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.utils.prune
+from transformers import DynamicCache
 
 from mla.cache import LatentCache
 from mla.config import MLAConfig, RopeConfig
@@ -62,6 +64,13 @@ def test_misuse_of_self_attention(change, message):
 def test_misuse_of_cross_attention(change, message):
     with pytest.raises(ValueError, match=message):
         build(context_size=19)(**({"hidden_states": X, "context": CONTEXT} | change))
+
+
+def test_another_cache_is_refused():
+    with pytest.raises(TypeError, match="cache: expected a LatentCache or None, got DynamicCache"):
+        build()(X, cache=DynamicCache())
+    with pytest.raises(TypeError, match=r"config: expected a configuration of .* got MLAConfig"):
+        LatentCache(make_config())
 
 
 def test_misuse_of_a_cached_context():
@@ -132,6 +141,10 @@ def replaced(kind) -> torch.nn.Module:
     codes = torch.ones(rows, rank, dtype=torch.int8)
     if kind == "int8":
         layer.weight = torch.nn.Parameter(codes, requires_grad=False)
+    if kind == "pruned":
+        torch.nn.utils.prune.identity(layer, "weight")
+    if kind == "sharded":
+        layer.weight = torch.nn.Parameter(torch.empty(0))
     if kind == "wrapped":
         layer.weight = torch.nn.Parameter(Wrapped(codes), requires_grad=False)
     return layer
@@ -144,8 +157,10 @@ def replaced(kind) -> torch.nn.Module:
         ("subclass", r"expected a plain linear layer .* got Doubled"),
         ("patched", r"expected a plain linear layer .* got Linear; merge"),
         ("bias", r"expected a plain linear layer without bias, .* got Linear with a bias; merge"),
-        ("int8", r"expected a plain floating-point weight, got Parameter of torch.int8; load"),
-        ("wrapped", r"expected a plain floating-point weight, got Wrapped of torch.float32"),
+        ("pruned", r"kv_b_proj: expected a layer without hooks, .* got some; make what they do permanent"),
+        ("int8", r"expected a plain floating-point weight of shape .*, got Parameter of torch.int8 .*; load"),
+        ("wrapped", r"expected a plain floating-point weight of shape .*, got Wrapped of torch.float32"),
+        ("sharded", r"of shape \(108, 40\), got Parameter of torch.float32 \(0,\); load this layer .* whole"),
     ],
 )
 def test_what_the_weight_does_not_say_is_not_left_out(kind, message):

@@ -36,8 +36,9 @@ class LatentCache(DynamicCache):
             tokens): it never holds much more than it uses, and a token is copied a hundred times less often
             than attention reads it.
         format: "fp32", "fp16", "bf16" or "int8" (``ops.latent``: int8 latents with a scale per token, rotary
-            keys in bf16), whatever the model computes in; None stores latents as they come. Only absorbed
-            models and ``MultiheadLatentAttention`` read a format that is not the model's own.
+            keys in bf16), whatever the model computes in; None is the dtype of a layer's first
+            write. Only absorbed models and ``MultiheadLatentAttention`` read a format that is not the model's
+            own.
 
     Raises:
         ValueError: ``capacity`` below 1, an unknown format, or (at a write) tensors that are not latents.
@@ -58,6 +59,11 @@ class LatentCache(DynamicCache):
             cache_format(format)
         self.capacity = capacity
         self.format = format
+        if config is not None and not isinstance(config, PreTrainedConfig):
+            raise TypeError(
+                "config: expected a configuration of Transformers, or None (for MultiheadLatentAttention), "
+                f"got {type(config).__name__}"
+            )
         if config is None:
             Cache.__init__(self, layers=[])
         else:

@@ -5,8 +5,8 @@ module gets a forward pass of its own, which hands on to its class, or to torch,
 """
 
 import warnings
-from collections.abc import Collection, Iterable
-from functools import partial
+import weakref
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -16,6 +16,24 @@ from mla.ops import native
 from mla.ops.linear import linear, takes
 from mla.ops.norm import in_torch
 from mla.ops.norm import takes as takes_norm
+
+
+class Method:
+    """``function(module, ...)`` as a method of one module alone, to be put into it.
+
+    A bound method of no class could not be pickled, and functools.partial would hold the module, which holds
+    it: neither would be freed, nor the weights, before Python looks for such circles.
+    """
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
+        self.function = function
+        self._module = weakref.ref(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self._module(), *args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return Method, (self.function, self._module())
 
 
 def take_over(model: nn.Module, *, but: Collection[nn.Module] = ()) -> tuple[nn.Module, ...]:
@@ -28,7 +46,7 @@ def take_over(model: nn.Module, *, but: Collection[nn.Module] = ()) -> tuple[nn.
     for module in model.modules():
         forward = None if module in but else _forward_for(module)
         if forward is not None and ("forward" not in vars(module) or _has_ours(module)):
-            module.forward = partial(forward, module)  # a bound method of no class could not be pickled
+            module.forward = Method(forward, module)
             changed.append(module)
     return tuple(changed)
 
@@ -55,7 +73,7 @@ def give_back(modules: Iterable[nn.Module]) -> None:
 def _has_ours(module: nn.Module) -> bool:
     """Whether a module has a forward pass of this file, and nothing around it."""
     forward = vars(module).get("forward")
-    return isinstance(forward, partial) and forward.func in (_linear, _norm, _experts)
+    return isinstance(forward, Method) and forward.function in (_linear, _norm, _experts)
 
 
 def _forward_for(module: nn.Module) -> Any:

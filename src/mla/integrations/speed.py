@@ -139,5 +139,6 @@ def _wait_for(output: Any) -> None:
 def _nbytes(cache: Any) -> int:
     if isinstance(cache, LatentCache):
         return cache.nbytes
-    held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    names = ("keys", "values", "indexer_keys")
+    held = [getattr(layer, name, None) for layer in cache.layers for name in names]
     return sum(each.nbytes for each in held if isinstance(each, torch.Tensor))

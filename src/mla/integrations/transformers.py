@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mla.cache import LatentCache
 from mla.errors import MLAError
-from mla.integrations.layers import give_back, take_over
+from mla.integrations.layers import Method, give_back, take_over
 from mla.nn.layers import check_weight_says_all
 from mla.ops.arguments import has_values
 from mla.ops.attention import Path, check_path, plan_for, prefill
@@ -35,12 +35,17 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 _IGNORED = frozenset(
     {
         "cache_position",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "ignore_index",
         "max_length_k",
         "max_length_q",
         "num_items_in_batch",
         "output_hidden_states",
         "output_router_logits",
         "position_ids",
+        "seq_idx",
+        "shift_labels",
         "sliding_window",
         "use_cache",
     }
@@ -93,8 +98,7 @@ def absorb(model: Model, *, path: Path | Literal["auto"] = "auto") -> Model:
         )
     for name, module in modules.items():
         _check_up_projection(name, module)
-    if is_absorbed(model):
-        restore(model)
+    restore(model)
     configs = {id(module.config): module.config for module in modules.values()}
     record = _Absorbed(
         tuple(modules.values()),
@@ -107,7 +111,7 @@ def absorb(model: Model, *, path: Path | Literal["auto"] = "auto") -> Model:
     for config, _ in record.implementations:
         config._attn_implementation = IMPLEMENTATION
     if hasattr(model, "_prepare_cache_for_generation"):
-        model._prepare_cache_for_generation = partial(_prepare_latent_cache, model)
+        model._prepare_cache_for_generation = Method(_prepare_latent_cache, model)
     model._mla_absorbed = record
     return given
 
@@ -118,22 +122,23 @@ def restore(model: Model) -> Model:
     Hooks that another library has put around layers since then stay, with a warning.
     """
     given, model = model, _uncompiled(model)
-    if is_absorbed(model):
-        record = model._mla_absorbed
-        for module in record.modules:
-            del module.expand_kv, module._mla_path
+    record = vars(model).pop("_mla_absorbed", None)
+    if record is not None:
+        for module in record.modules:  # restored already where another model has them, too
+            vars(module).pop("expand_kv", None)
+            vars(module).pop("_mla_path", None)
         give_back(record.layers)
         for config, implementation in record.implementations:
             config._attn_implementation = implementation
         if "_prepare_cache_for_generation" in vars(model):
             del model._prepare_cache_for_generation
-        del model._mla_absorbed
     return given
 
 
 def is_absorbed(model: PreTrainedModel) -> bool:
     """Whether :func:`absorb` is in force."""
-    return "_mla_absorbed" in vars(_uncompiled(model))
+    record = vars(_uncompiled(model)).get("_mla_absorbed")
+    return record is not None and all("_mla_path" in vars(module) for module in record.modules)
 
 
 def absorbed_path(model: PreTrainedModel) -> Path | Literal["auto"] | None:
@@ -148,7 +153,10 @@ def _uncompiled(model: Model) -> Model:
 
 def latent_attentions(model: nn.Module) -> dict[str, Any]:
     """The latent attention modules of a model by name, in order; empty for a model that is not MLA."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, "kv_b_proj")}
+    # A compiled module and its wrapper are two modules, of which the wrapper comes first.
+    found = {name: _uncompiled(x) for name, x in model.named_modules() if hasattr(x, "kv_b_proj")}
+    names = {id(module): name for name, module in reversed(found.items())}
+    return {name: module for name, module in found.items() if names[id(module)] == name}
 
 
 def up_projections(weight: Tensor, h: int, n: int) -> tuple[Tensor, Tensor]:
@@ -208,6 +216,8 @@ def _attention(
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         # The lowest finite number means "hidden" in additive masks; a query that sees nothing gives zero,
         # not the mean of everything that is hidden from it.
+        if not attention_mask.is_floating_point():
+            raise ValueError(f"attention_mask: expected bool or a floating dtype, got {attention_mask.dtype}")
         lowest = torch.finfo(attention_mask.dtype).min
         attention_mask = attention_mask.masked_fill(attention_mask <= lowest, -torch.inf)
     if indices is not None:
@@ -235,17 +245,21 @@ def _attention(
 def _without_unseen_end(held: Latents, mask: Tensor) -> tuple[Latents, Tensor]:
     """Latents and mask up to the last key that any query sees: a StaticCache hands over all rows it has.
 
-    What is left is causal, or a mask of keys, which the kernels take, and as long as what has been written.
+    What is left is causal, or a mask of keys, which the kernels take, and as long as what has been written:
+    padding at the end, which nobody sees, either, has been.
     """
     # Only where looking at values is possible, and free: not on another device.
     if mask.dtype != torch.bool or mask.device.type != "cpu" or not has_values(mask) or mask.shape[-1] < 2:
         return held, mask
     if bool(mask[..., -1].any()):
         return held, mask
-    seen = mask.flatten(0, 2).any(0).nonzero()
+    by_query = mask.flatten(0, 1).any(0)  # [s, t]
+    seen, first = by_query.any(0).nonzero(), by_query[0].nonzero()
     if not len(seen):
         return held, mask
-    t = int(seen[-1]) + 1
+    # The first query's own key is the last that it sees; those of the others follow it.
+    written = int(first[-1]) + len(by_query) if len(first) else 0
+    t = min(max(int(seen[-1]) + 1, written), mask.shape[-1])
     scale = None if held.scale is None else held.scale[:, :t]
     return Latents(held.c_kv[:, :t], held.k_rope[:, :t], scale), mask[..., :t]
 

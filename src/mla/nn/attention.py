@@ -32,7 +32,7 @@ class MultiheadLatentAttention(nn.Module):
     loads as it is. Long inputs are attended in the expanded form, short ones (decoding) in the absorbed form,
     by operation count (:func:`mla.ops.attention.make_plan`); the results are equal to rounding.
 
-    ``kv_b_proj`` is used through its weight, never called: hooks on it do not run; adapters around it, other
+    ``kv_b_proj`` is used through its weight, never called: hooks on it, adapters around it, other
     forward passes and quantised weights are refused.
 
     Args:
@@ -141,7 +141,9 @@ class MultiheadLatentAttention(nn.Module):
                 [b, h, s, t], any of them 1, bool (True attends) or floating (added to the scaled scores).
                 It narrows ``is_causal``, it does not replace it. A query that sees no key attends to nothing:
                 its output is ``o_proj`` of zero.
-            cache: latents of this module's ``layer_idx``; changed by this call.
+            cache: latents of this module's ``layer_idx``; changed by this call. Not inside of
+                torch.utils.checkpoint, whose second pass would write the tokens again; ``recompute_kv`` saves
+                that memory.
             is_causal: None means True for self-attention and False for cross-attention.
             path: "auto", "absorbed" or "expanded" for this call; None takes the attribute ``path``.
 
@@ -149,6 +151,7 @@ class MultiheadLatentAttention(nn.Module):
             [b, s, d] in the dtype of ``o_proj``'s output.
 
         Raises:
+            TypeError: another cache than a LatentCache.
             ValueError: shapes and dtypes other than these; a context without ``context_size``; neither a
                 context nor a cached one; a context although the cache already holds one (reset the cache, or
                 leave the context out), or holds the tokens of a self-attention there; cross-attention that is
@@ -158,6 +161,8 @@ class MultiheadLatentAttention(nn.Module):
         config = self.config
         _check_tokens("hidden_states", hidden_states, "[b, s, d]", None, config.hidden_size)
         b, s, _ = hidden_states.shape
+        if not (cache is None or isinstance(cache, LatentCache)):
+            raise TypeError(f"cache: expected a LatentCache or None, got {type(cache).__name__}")
         cached = 0 if cache is None else cache.get_seq_length(self.layer_idx)
         source = self._source(hidden_states, context, cache, cached)
         if self.context_size is None:

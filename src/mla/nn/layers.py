@@ -28,7 +28,7 @@ def check_weight_says_all(name: str, projection: Any) -> None:
 
     Raises:
         MLAError: an adapter, a forward pass of its own (a subclass's, or one put into this layer alone), a
-            bias, or a weight that is quantised or sharded.
+            bias, hooks, or a weight that is quantised or sharded.
     """
     # A subclass may add what computes the weight (parametrisations), not what is done with it.
     plain = isinstance(projection, nn.Linear) and _forward(projection) in (nn.Linear.forward, Linear.forward)
@@ -38,12 +38,19 @@ def check_weight_says_all(name: str, projection: Any) -> None:
             f"{name}: expected a plain linear layer without bias, which is used by its weight, got {came}; "
             "merge an adapter (merge_and_unload) or load this layer unquantised"
         )
-    weight = projection.weight
-    # Quantised and sharded tensors say that they are floating, and hold something else.
-    if not weight.is_floating_point() or is_traceable_wrapper_subclass(weight):
+    if projection._forward_pre_hooks or projection._forward_hooks:
+        # Pruning and torch's old weight_norm make the weight in one.
         raise MLAError(
-            f"{name}: expected a plain floating-point weight, got {type(weight).__name__} of "
-            f"{weight.dtype}; load this layer unquantised and whole"
+            f"{name}: expected a layer without hooks, for it is never called, got some; make what they do "
+            "permanent (torch.nn.utils.prune.remove, remove_weight_norm) or remove them"
+        )
+    weight = projection.weight
+    shape = (projection.out_features, projection.in_features)
+    # Quantised and sharded tensors say that they are floating, and hold something else, or nothing.
+    if not weight.is_floating_point() or is_traceable_wrapper_subclass(weight) or weight.shape != shape:
+        raise MLAError(
+            f"{name}: expected a plain floating-point weight of shape {shape}, got {type(weight).__name__} "
+            f"of {weight.dtype} {tuple(weight.shape)}; load this layer unquantised and whole"
         )
 
 
