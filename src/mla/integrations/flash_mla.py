@@ -367,7 +367,7 @@ def _tokens(
     _expect(f"{name} [b, s, top k]", indices, (b, s, None), _INTEGERS)
     valid = (indices >= 0) & (indices < pages * page_size)
     if topk_length is not None:
-        _expect(f"length of {name} [b]", topk_length, (b,), _INTEGERS)
+        _expect(f"topk_length of {name} [b]", topk_length, (b,), _INTEGERS)
         valid &= torch.arange(indices.shape[2], device=indices.device) < topk_length[:, None, None]
     ids, valid = indices[valid], valid.flatten(0, 1)
     in_line = page_size == 1 or k_cache.stride(0) == page_size * k_cache.stride(1)
