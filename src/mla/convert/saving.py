@@ -81,7 +81,8 @@ def save(
         }
         save_torch_state_dict(weights, partial, metadata={"format": "pt"})
         if student.generation_config is not None:
-            student.generation_config.save_pretrained(partial)
+            # Not by its save_pretrained, which refuses what some published models have.
+            student.generation_config.to_json_file(partial / "generation_config.json", use_diff=True)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, partial)
         for name, text in told.items():
