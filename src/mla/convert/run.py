@@ -135,6 +135,7 @@ def _finish(
         }
     facts["layer_errors"] = layer_errors(student, teacher, work.held_out)
     facts["seconds"] = round(time.monotonic() - work.started, 1)
+    student.to(dtype)  # one tensor after another: the save then holds no second copy of them
     save(student, tokenizer, out, report=facts, dtype=dtype, overwrite=overwrite)
     told: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
     return told
