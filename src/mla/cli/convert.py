@@ -1,5 +1,6 @@
 """``mla convert``: an MHA, GQA or MQA model becomes an MLA checkpoint that stock software loads."""
 
+import math
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -7,8 +8,10 @@ from typing import Annotated
 
 import typer
 
+from mla.budget import Budget
 from mla.cli import console
 from mla.errors import MLAError
+from mla.machine import free_memory
 
 
 def convert(
@@ -150,12 +153,19 @@ def convert(
         )
         check_request(request)
         texts = read_texts(request)
+
+        def least(budget: Budget, windows: int) -> int:
+            return least_memory(
+                config, budget, windows=windows, window=window, split_query=split_query, heal=heal > 0
+            )
+
+        room = math.inf
         if device == "cpu":
-            largest = asked or budget_for(config, cache=0.5, rank=None, rope=None)
+            room = free_memory()
+            # A promise may take all of the original's cache; an exploration starts at half of it.
+            largest = asked or budget_for(config, cache=1.0 if promised else 0.5, rank=None, rope=None)
             require_memory(
-                least_memory(
-                    config, largest, windows=count, window=window, split_query=split_query, heal=heal > 0
-                ),
+                least(largest, count),
                 f"converting {model}, both models in float32 and {count} windows of {window} tokens,",
             )
         tokenizer = load_tokenizer(model)
@@ -195,12 +205,17 @@ def convert(
             asked = budget_for(config, cache=None, rank=point.rank, rope=point.rope)
             count, _ = calibration_size(config, asked, texts=len(calibration), windows=windows, window=window)
             request = replace(request, rank=point.rank, rope=point.rope)
-            if holds_windows(teacher, tokenizer, longer := replace(request, windows=count), texts):
+            longer = replace(request, windows=count)
+            lacking = None
+            if least(asked, count) > room:
+                lacking = "there is too little memory"
+            elif not holds_windows(teacher, tokenizer, longer, texts):
+                lacking = "the calibration text is too short"
+            if lacking is None:
                 request = longer
             else:
                 console.people.print(
-                    f"the calibration text is too short for {count} windows, which such a cache deserves: "
-                    f"{request.windows} do"
+                    f"{lacking} for {count} windows, which such a cache deserves: {request.windows} do"
                 )
         with console.progress("converting") as advance:
             facts = run(
