@@ -312,6 +312,23 @@ def test_a_result_ends_an_earlier_search_for_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_another_current_folder_in_between_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    request = Request(cache=0.5, windows=2, window=16)
+    run(
+        "tiny",
+        teacher(),
+        Letters(),
+        Path("out"),
+        request,
+        on_progress=lambda *_: monkeypatch.chdir(tmp_path / "elsewhere"),
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out"]
+
+
 def test_another_transformers_is_named_as_the_reason(tmp_path: Path, monkeypatch: Any, stopped: Any) -> None:
     first = Request(cache=0.5, windows=2, window=16)
     stopped(first)

@@ -61,6 +61,7 @@ def run(
     Raises:
         MLAError: the model, the request or the folder cannot be used.
     """
+    out = out.absolute()  # whatever the current folder is when the work is done
     check_output(out, dtype=getattr(torch, request.dtype), overwrite=overwrite, source=source)
     check_convertible(teacher.config)
     budget_for(teacher.config, cache=request.cache, rank=request.rank, rope=request.rope)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import getpass
 import json
 import os
@@ -176,11 +177,19 @@ def check_output(
         raise MLAError(f"dtype must be float32 or bfloat16, got {str(dtype).removeprefix('torch.')}")
     out = Path(out_dir).absolute()
     check_place(out, source)
+    here, target = Path.cwd(), Path(os.path.realpath(out))
+    if target == here or target in here.parents:
+        raise MLAError(
+            f"{out} is the current folder, or holds it, and another one would take its place: choose another "
+            "folder, or give the command outside of it"
+        )
     _undo_killed(out)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise MLAError(f"{out} exists and is not a folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise MLAError(f"{out} is not empty: choose another folder or ask to overwrite it")
+    if out.is_dir():
+        _check_replaceable(out)
 
 
 def check_place(out: Path, source: str | None) -> None:
@@ -205,6 +214,21 @@ def check_place(out: Path, source: str | None) -> None:
             raise MLAError(
                 f"{out} and the original {source} lie one in the other: choose another place for OUT"
             )
+
+
+def _check_replaceable(out: Path) -> None:
+    """Refuse a folder whose place :func:`_put_in_place` could not give to another: it is tried."""
+    aside = _replaced(out)  # killed in between: the next call brings it back
+    try:
+        os.rename(out, aside)
+        os.rename(aside, out)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise MLAError(
+                f"{out} is a mount point, and no other folder can take its place: name a folder inside it"
+            ) from error
+        if any(out.iterdir()):  # an empty one is removed, which may be allowed where this is not
+            raise UnwrittenError(out, error) from error
 
 
 def _umask() -> int:
