@@ -50,12 +50,13 @@ def test_the_reference_computes_in_what_the_model_does(
     """By default, too: what "auto" is for the reference alone may be another dtype."""
     monkeypatch.setattr(loading, "computes_in_half", lambda _: True)
     other = torch.bfloat16 if stored == torch.float32 else torch.float32
-    for name, folder, dtype in (("model", mla_folder, stored), ("reference", llama_folder, other)):
-        shutil.copytree(folder, tmp_path / name)
-        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(tmp_path / name)
+    model, reference = tmp_path / "model", tmp_path / "reference"
+    for place, folder, dtype in ((model, mla_folder, stored), (reference, llama_folder, other)):
+        shutil.copytree(folder, place)
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(place)
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 4)
-    command = ("eval", tmp_path / "model", "--text", text, "--window", 32, "--against", tmp_path / "reference")
+    command = ("eval", model, "--text", text, "--window", 32, "--against", reference)
     dtype = str(stored).removeprefix("torch.")
     result = json.loads(mla(*command, "--json").out)
     assert (result["dtype"], result["reference_dtype"]) == (dtype, dtype)

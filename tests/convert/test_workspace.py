@@ -18,7 +18,6 @@ from transformers import DeepseekV3ForCausalLM
 
 from mla.convert import Request, convert, run, workspace
 from mla.convert.evaluation import evaluate
-from mla.convert.parts import load
 from mla.convert.text import cut_text, tokenize_windows
 from mla.errors import MLAError
 from tests.convert.tiny import Letters, teacher, tokens
@@ -210,12 +209,6 @@ def test_a_full_disk_costs_nothing_that_is_finished(
     run("tiny", model, Letters(), out, request)
     assert list(tmp_path.iterdir()) == [out]
     assert len(fitted) == 2 + (written > 1)  # the layer under way is fitted anew, the finished one is not
-
-
-def test_a_damaged_part_is_named(tmp_path: Path) -> None:
-    (tmp_path / "layer.safetensors").write_bytes(b"half")
-    with pytest.raises(MLAError, match=r"layer\.safetensors is damaged .* delete it"):
-        load(tmp_path / "layer.safetensors")
 
 
 class StoppedError(Exception):

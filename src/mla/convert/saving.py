@@ -26,7 +26,7 @@ from mla.convert.report import card, page
 from mla.digest import digest
 from mla.errors import MLAError
 from mla.reading import local_path
-from mla.whole import UnwrittenError
+from mla.whole import UnwrittenError, flush
 
 FORMAT = 2  # of report.json
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -91,12 +91,12 @@ def save(
         for path in partial.rglob("*"):
             if path.is_file():
                 path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
-            _flush(path)
+            flush(path)
         config = student.config.to_dict()
         config |= {"dtype": _DTYPES[dtype], "architectures": ["DeepseekV3ForCausalLM"]}
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-        _flush(partial / "config.json")
-        _flush(partial)
+        flush(partial / "config.json")
+        flush(partial)
         _put_in_place(partial, out)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -237,16 +237,6 @@ def _umask() -> int:
     return mask
 
 
-def _flush(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _put_in_place(partial: Path, out: Path) -> None:
     """Rename; an old folder steps aside first and comes back if the rename fails."""
     replaced = _replaced(out)
@@ -261,7 +251,7 @@ def _put_in_place(partial: Path, out: Path) -> None:
         if replaced.is_dir():
             os.rename(replaced, out)
         raise
-    _flush(out.parent)
+    flush(out.parent)
     shutil.rmtree(replaced, ignore_errors=True)  # the new folder is whole: a leftover is untidy, not wrong
 
 
