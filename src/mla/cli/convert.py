@@ -105,6 +105,11 @@ def convert(
     from mla.convert.promise import Promise
     from mla.integrations.loading import load_config, load_model, load_tokenizer, require_memory
 
+    # The report and the page name them.
+    console.expect_text("MODEL", model)
+    console.expect_text("OUT", str(out))
+    for text in calibration:
+        console.expect_text("--calibration", text)
     if dtype != "float16":  # known, and refused below with the reason
         console.check_dtype(dtype, "float32", "bfloat16")
     if device.partition(":")[0] == "mps":
