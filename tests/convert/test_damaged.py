@@ -42,8 +42,9 @@ def test_the_state_of_a_healing(content: str, tmp_path: Path) -> None:
     state = tmp_path / "healing.pt"
     state.write_text(content)
     student = convert(MODEL, cache=0.5, calibration=WINDOWS)
-    with pytest.raises(MLAError, match=r"healing\.pt is damaged \(\w+\): delete it"):
+    with pytest.raises(MLAError, match=r"healing\.pt is damaged \(\w+Error.*\): delete it") as told:
         heal(student, MODEL, WINDOWS, WINDOWS, minutes=0.01, state=state)
+    assert "\n" not in str(told.value)
 
 
 def test_what_was_asked_for(content: str, tmp_path: Path) -> None:

@@ -284,8 +284,9 @@ class _Run:
         assert self.state is not None
         try:
             content = torch.load(self.state, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch says it in many ways, each with advice that does not help here
-            raise damaged(self.state, type(error).__name__) from error
+        except Exception as error:  # torch says it in many ways; advice that does not help here follows
+            said = str(error).partition(". ")[0]
+            raise damaged(self.state, f"{type(error).__name__} {said}".strip()) from error
         if content["mark"] != self.mark:
             raise MLAError(
                 f"{self.state} belongs to another healing (other text, minutes, seed, models or mla): "
