@@ -26,6 +26,15 @@ def test_a_file_appears_when_it_is_finished(tmp_path, before):
     assert path.read_text() == "new"
 
 
+def test_the_disk_has_the_content_before_the_name(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append("content") or fsync(handle))
+    monkeypatch.setattr(Path, "replace", lambda *paths: done.append("name") or replace(*paths))
+    with whole(tmp_path / "page.html") as partial:
+        partial.write_text("new")
+    assert done == ["content", "name"]
+
+
 def _end(path: Path, error: BaseException, *others: type[Exception]) -> None:
     with whole(path, *others) as partial:
         partial.write_text("ha")

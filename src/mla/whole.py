@@ -56,12 +56,24 @@ def whole(path: Path, *others: type[Exception]) -> Iterator[Path]:
             return
         place.parent.mkdir(parents=True, exist_ok=True)
         yield beside
+        flush(beside)  # else a machine that loses its power may keep the name and not the content
         _take_place(beside, place)
     except failures as error:
         raise UnwrittenError(path, error) from error
     finally:
         with suppress(OSError):  # it is usually not there, and where it cannot be there is no folder
             beside.unlink()
+
+
+def flush(path: Path) -> None:
+    """Wait until the disk has a file's content, or a folder's names."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open folders
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _take_place(beside: Path, place: Path) -> None:

@@ -17,8 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
-from mla.convert import exclusive
+from mla.convert import budget_for, exclusive
+from mla.convert.memory import least_memory
 from mla.errors import MLAError
+from mla.integrations import loading
 
 run_module = importlib.import_module("mla.convert.run")  # the package shows its function
 
@@ -145,6 +147,17 @@ def test_a_text_that_is_long_enough_for_the_search_is_enough(mla, llama_folder, 
     run = mla("convert", llama_folder, tmp_path / "out", *options)
     assert run.status == 0, run.err
     assert "too short for 200 windows, which such a cache deserves: 2 do" in " ".join(run.err.split())
+    assert json.loads(run.out)["calibration"]["windows"] == 2
+
+
+def test_there_is_memory_for_the_search_but_not_for_more_text(mla, llama_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("mla.convert.pipeline._TOKENS", ((1.0, 64), (0.9, 64), (0.0, 64_000)))
+    for module in ("mla.cli.convert", "mla.integrations.loading"):
+        monkeypatch.setattr(f"{module}.free_memory", lambda: 2**20)
+    run = mla("convert", llama_folder, tmp_path / "out", "--max-kl", 100, "--window", 32, "--json")
+    assert run.status == 0, run.err
+    said = " ".join(run.err.split())
+    assert "there is too little memory for 2000 windows, which such a cache deserves: 2 do" in said
     assert json.loads(run.out)["calibration"]["windows"] == 2
 
 
@@ -342,8 +355,6 @@ def test_a_full_disk(mla, llama_folder, tmp_path, monkeypatch, options, written,
 
 
 def test_more_than_there_is_memory(mla, llama_folder, tmp_path, monkeypatch):
-    from mla.integrations import loading
-
     monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("the weights were read"))
     monkeypatch.setattr(loading, "free_memory", lambda: 2**20)
     run = mla("convert", llama_folder, tmp_path / "out", "--windows", 200, "--window", 512)
@@ -351,6 +362,27 @@ def test_more_than_there_is_memory(mla, llama_folder, tmp_path, monkeypatch):
     said = " ".join(run.err.split())
     assert "both models in float32 and 200 windows of 512 tokens, would need 0.05 GiB of memory" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_promise_may_take_all_of_the_cache(mla, llama_folder, tmp_path, monkeypatch):
+    """What it may take there is known to be too much before the weights are read."""
+    config = loading.load_config(str(llama_folder))
+    half, full = (
+        least_memory(
+            config,
+            budget_for(config, cache=cache, rank=None, rope=None),
+            windows=2,
+            window=32,
+            split_query=False,
+            heal=False,
+        )
+        for cache in (0.5, 1.0)
+    )
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr(loading, "free_memory", lambda: (half + full) // 2)
+    run = mla("convert", llama_folder, tmp_path / "out", "--max-kl", 100, *SMALL)
+    assert run.status == 2
+    assert "both models in float32 and 2 windows of 32 tokens, would need" in " ".join(run.err.split())
 
 
 def test_what_cannot_be_converted(mla, mla_folder, llama_folder, tmp_path):

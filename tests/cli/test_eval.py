@@ -8,6 +8,8 @@ import torch
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mla.integrations import loading
+
 
 @torch.no_grad()
 def test_every_window_begins_as_in_use(mla, mla_folder, tmp_path):
@@ -39,3 +41,25 @@ def test_fewer_tokens_than_a_window(mla, mla_folder, tmp_path):
     assert run.status == 2
     said = " ".join(run.err.split())
     assert "--max-tokens: expected at least one window (--window 512), got 500: allow more tokens" in said
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_the_reference_computes_in_what_the_model_does(
+    mla, mla_folder, llama_folder, tmp_path, monkeypatch, stored
+):
+    """By default, too: what "auto" is for the reference alone may be another dtype."""
+    monkeypatch.setattr(loading, "computes_in_half", lambda _: True)
+    other = torch.bfloat16 if stored == torch.float32 else torch.float32
+    model, reference = tmp_path / "model", tmp_path / "reference"
+    for place, folder, dtype in ((model, mla_folder, stored), (reference, llama_folder, other)):
+        shutil.copytree(folder, place)
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(place)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 4)
+    command = ("eval", model, "--text", text, "--window", 32, "--against", reference)
+    dtype = str(stored).removeprefix("torch.")
+    result = json.loads(mla(*command, "--json").out)
+    assert (result["dtype"], result["reference_dtype"]) == (dtype, dtype)
+    table = mla(*command, "--dtype", "float32").out
+    assert table.count("float32") == 2
+    assert json.loads(mla(*command[:-2], "--json").out)["reference_dtype"] is None

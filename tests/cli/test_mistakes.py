@@ -55,6 +55,14 @@ def test_arguments_that_are_no_text(mla, mla_folder, monkeypatch):
     """Python reads bytes on the command line that are not UTF-8 as halves of surrogate pairs."""
     says(mla("generate", mla_folder, "a \udcff"), "PROMPT: expected UTF-8 text, got other bytes at letter 3")
     says(mla("chat", mla_folder, "--system", "\udcff"), "--system: expected UTF-8 text")
+    for options in ((), ("--explore",)):
+        says(
+            mla("convert", "\udcff", "out", *options),
+            "MODEL: expected UTF-8 text, got other bytes at letter 1",
+        )
+        says(mla("convert", mla_folder, "\udcff", *options), "OUT: expected UTF-8 text")
+        text = ("--calibration", "self", "--calibration", "\udcff")
+        says(mla("convert", mla_folder, "out", *text, *options), "--calibration: expected UTF-8 text")
     monkeypatch.setattr("sys.stdin", io.StringIO("a \udcff\n"))
     run = mla("chat", mla_folder)
     assert (run.status, "the prompt: expected UTF-8 text" in run.err) == (2, True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, GenerationConfig
 
 from mla.convert import convert, save
 from mla.convert.checkpoint import LATENT_GAIN, LATENT_NORM_EPS, LATENT_SCALE
@@ -215,3 +215,14 @@ def test_generation_config_is_carried_over(original: torch.nn.Module, tmp_path: 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.generation_config.temperature == 0.7
     assert loaded.generation_config.eos_token_id == original.generation_config.eos_token_id
+
+
+def test_a_generation_config_that_contradicts_itself_is_carried_over(
+    student: DeepseekV3ForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some are published: Transformers warns when it loads one, and may refuse to save it."""
+    published = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "pad_token_id": -1}
+    monkeypatch.setattr(student, "generation_config", GenerationConfig(**published))
+    out = save(student, None, tmp_path / "out", report={"source": "tiny"})
+    found = AutoModelForCausalLM.from_pretrained(out).generation_config
+    assert {name: getattr(found, name) for name in published} == published

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +12,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mla.convert import budget_for, convert
+from mla.convert import Request, budget_for, convert, run
 from mla.convert.memory import least_memory, models_without_weights
-from tests.convert.tiny import teacher, tokens
+from tests.convert.tiny import Letters, teacher, tokens
+
+RUN = importlib.import_module("mla.convert.run")  # the package shows the function of this name
 
 
 def numbers(model: torch.nn.Module) -> int:
@@ -95,3 +99,23 @@ def test_it_is_what_a_conversion_holds(
         student = convert(model, calibration=calibration, cache=0.25)
     assert held.now > 4 * numbers(student)
     assert least <= held.most <= products * least
+
+
+def test_a_result_in_bf16_is_not_held_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is saved: least_memory counts two models, and no copy of one of them."""
+    copies: list[list[str]] = []
+    real = RUN.save
+
+    def told(student: torch.nn.Module, *given: Any, **more: Any) -> None:
+        held = {value.data_ptr() for value in student.state_dict().values()}
+
+        def written(weights: dict[str, torch.Tensor], *_: Any, **__: Any) -> None:
+            copies.append([name for name, value in weights.items() if value.data_ptr() not in held])
+
+        monkeypatch.setattr("mla.convert.saving.save_torch_state_dict", written)
+        real(student, *given, **more)
+
+    monkeypatch.setattr(RUN, "save", told)
+    request = Request(cache=0.5, windows=2, window=16, dtype="bfloat16")
+    run("tiny", teacher(), Letters(), tmp_path / "out", request)
+    assert copies == [[]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -102,7 +104,7 @@ def test_an_exception_leaves_nothing(
 
     keep = tmp_path / "keep"
     save(student, None, keep, report={**FACTS, "seed": 1})
-    monkeypatch.setattr(saving, "_flush", fail)
+    monkeypatch.setattr(saving, "flush", fail)
     expected = MLAError if error is OSError else error
     with pytest.raises(expected):
         save(student, None, tmp_path / "out", report=FACTS)
@@ -147,6 +149,41 @@ def test_a_failed_rename_brings_the_old_folder_back(
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert json.loads((out / "report.json").read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_mount_point_is_refused_before_any_work(
+    full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    if full:
+        (out / "old").write_text("old")
+    number = errno.EBUSY
+
+    def refused(*_: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(saving.os, "rename", refused)
+    with pytest.raises(MLAError, match=r"out is a mount point, .*: name a folder inside it"):
+        check_output(out, dtype=torch.float32, overwrite=True)
+    number = errno.EXDEV  # a container's folder that its image has: it may be removed, but not renamed
+    with pytest.raises(MLAError, match="out cannot be written: ") if full else contextlib.nullcontext():
+        check_output(out, dtype=torch.float32, overwrite=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"][: 1 + full]
+
+
+def test_the_current_folder_and_what_holds_it_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "in" / "here")
+    for out in (".", "..", "../../link", tmp_path / "in" / "here", "/"):
+        with pytest.raises(MLAError, match=r"is the current folder, or holds it, .*: choose another folder"):
+            check_output(out, dtype=torch.float32, overwrite=True)
+    check_output("out", dtype=torch.float32, overwrite=False)
+    check_output("../beside", dtype=torch.float32, overwrite=False)
 
 
 def test_what_was_left_of_a_file_of_that_name(student: DeepseekV3ForCausalLM, tmp_path: Path) -> None:
@@ -200,7 +237,7 @@ def _killed(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-@pytest.mark.parametrize("point", ["save_torch_state_dict", "_flush", "_put_in_place"])
+@pytest.mark.parametrize("point", ["save_torch_state_dict", "flush", "_put_in_place"])
 def test_a_killed_process_leaves_nothing_that_looks_whole(
     student: DeepseekV3ForCausalLM, point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,7 +261,7 @@ def test_a_process_killed_while_it_replaces_loses_no_folder(
     out = tmp_path / "out"
     save(student, None, out, report={**FACTS, "seed": 1})
     if in_place:
-        _killed(student, out, monkeypatch, saving, "_flush", at=tmp_path)
+        _killed(student, out, monkeypatch, saving, "flush", at=tmp_path)
     else:
         _killed(student, out, monkeypatch, saving.os, "rename", at=tmp_path / ".out.partial")
     assert out.exists() == in_place

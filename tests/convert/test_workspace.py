@@ -18,7 +18,6 @@ from transformers import DeepseekV3ForCausalLM
 
 from mla.convert import Request, convert, run, workspace
 from mla.convert.evaluation import evaluate
-from mla.convert.parts import load
 from mla.convert.text import cut_text, tokenize_windows
 from mla.errors import MLAError
 from tests.convert.tiny import Letters, teacher, tokens
@@ -212,12 +211,6 @@ def test_a_full_disk_costs_nothing_that_is_finished(
     assert len(fitted) == 2 + (written > 1)  # the layer under way is fitted anew, the finished one is not
 
 
-def test_a_damaged_part_is_named(tmp_path: Path) -> None:
-    (tmp_path / "layer.safetensors").write_bytes(b"half")
-    with pytest.raises(MLAError, match=r"layer\.safetensors is damaged .* delete it"):
-        load(tmp_path / "layer.safetensors")
-
-
 class StoppedError(Exception):
     """The end of a run, when all but the result is finished."""
 
@@ -310,6 +303,23 @@ def test_a_result_ends_an_earlier_search_for_it(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".out.exploring"]
     run("tiny", model, Letters(), out, request)
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_another_current_folder_in_between_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    request = Request(cache=0.5, windows=2, window=16)
+    run(
+        "tiny",
+        teacher(),
+        Letters(),
+        Path("out"),
+        request,
+        on_progress=lambda *_: monkeypatch.chdir(tmp_path / "elsewhere"),
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out"]
 
 
 def test_another_transformers_is_named_as_the_reason(tmp_path: Path, monkeypatch: Any, stopped: Any) -> None:

@@ -23,6 +23,7 @@ from transformers import cache_utils
 
 from mla.cache.contiguous import LatentCache, LatentLayer
 from mla.errors import MLAError
+from mla.whole import flush
 
 T = TypeVar("T")
 
@@ -237,21 +238,11 @@ def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> No
         file = temporary / path.name
         save_file(tensors, file, metadata=header)
         file.chmod(0o600)
-        _flush(file)
+        flush(file)
         os.replace(file, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    """Wait until the disk has it."""
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush(folder)
 
 
 def _remove_abandoned(folder: Path) -> None:

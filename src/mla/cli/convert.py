@@ -1,5 +1,6 @@
 """``mla convert``: an MHA, GQA or MQA model becomes an MLA checkpoint that stock software loads."""
 
+import math
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -7,8 +8,10 @@ from typing import Annotated
 
 import typer
 
+from mla.budget import Budget
 from mla.cli import console
 from mla.errors import MLAError
+from mla.machine import free_memory
 
 
 def convert(
@@ -102,6 +105,11 @@ def convert(
     from mla.convert.promise import Promise
     from mla.integrations.loading import load_config, load_model, load_tokenizer, require_memory
 
+    # The report and the page name them.
+    console.expect_text("MODEL", model)
+    console.expect_text("OUT", str(out))
+    for text in calibration:
+        console.expect_text("--calibration", text)
     if dtype != "float16":  # known, and refused below with the reason
         console.check_dtype(dtype, "float32", "bfloat16")
     if device.partition(":")[0] == "mps":
@@ -150,12 +158,19 @@ def convert(
         )
         check_request(request)
         texts = read_texts(request)
+
+        def least(budget: Budget, windows: int) -> int:
+            return least_memory(
+                config, budget, windows=windows, window=window, split_query=split_query, heal=heal > 0
+            )
+
+        room = math.inf
         if device == "cpu":
-            largest = asked or budget_for(config, cache=0.5, rank=None, rope=None)
+            room = free_memory()
+            # A promise may take all of the original's cache; an exploration starts at half of it.
+            largest = asked or budget_for(config, cache=1.0 if promised else 0.5, rank=None, rope=None)
             require_memory(
-                least_memory(
-                    config, largest, windows=count, window=window, split_query=split_query, heal=heal > 0
-                ),
+                least(largest, count),
                 f"converting {model}, both models in float32 and {count} windows of {window} tokens,",
             )
         tokenizer = load_tokenizer(model)
@@ -195,12 +210,17 @@ def convert(
             asked = budget_for(config, cache=None, rank=point.rank, rope=point.rope)
             count, _ = calibration_size(config, asked, texts=len(calibration), windows=windows, window=window)
             request = replace(request, rank=point.rank, rope=point.rope)
-            if holds_windows(teacher, tokenizer, longer := replace(request, windows=count), texts):
+            longer = replace(request, windows=count)
+            lacking = None
+            if least(asked, count) > room:
+                lacking = "there is too little memory"
+            elif not holds_windows(teacher, tokenizer, longer, texts):
+                lacking = "the calibration text is too short"
+            if lacking is None:
                 request = longer
             else:
                 console.people.print(
-                    f"the calibration text is too short for {count} windows, which such a cache deserves: "
-                    f"{request.windows} do"
+                    f"{lacking} for {count} windows, which such a cache deserves: {request.windows} do"
                 )
         with console.progress("converting") as advance:
             facts = run(

@@ -1,6 +1,7 @@
 """``mla eval``: perplexity on a text, and how far a model is from another."""
 
-from typing import Annotated
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -55,20 +56,31 @@ def evaluate(
             absorb(opened)
         elif cache_format is not None:
             raise MLAError("--cache-format: expected an MLA model without --stock; nothing else reads it")
-        reference = None if against is None else load_model(against, dtype=checked, device=device)
+        dtypes = {"dtype": _dtype(opened)}
+        # "auto" may be another for the reference, and what is measured is the difference of the models alone.
+        alike = dtypes["dtype"] if checked == "auto" else checked
+        reference = None if against is None else load_model(against, dtype=alike, device=device)
+        dtypes["reference_dtype"] = None if reference is None else _dtype(reference)
         with console.progress("measuring") as advance:
             result = measure(
                 opened, windows, against=reference, cache_format=cache_format, on_progress=advance
             )
     if as_json:
-        console.print_json(result)
+        console.print_json(asdict(result) | dtypes)
         return
     table = Table(show_header=False)
+    table.add_row("computed in", dtypes["dtype"])
     table.add_row("tokens", f"{result.tokens}")
     table.add_row("perplexity", f"{result.perplexity:.3f}")
     if result.kl is not None and result.agreement is not None:
+        table.add_row("reference computed in", dtypes["reference_dtype"])
         table.add_row("KL to the reference", f"{result.kl:.4f} nats per token")
         table.add_row("same most likely token", f"{result.agreement:.1%}")
     by_position = ", ".join(f"{nll:.2f}" for nll in result.nll_by_position)
     table.add_row("nats per token, start to end of the window", by_position)
     console.answers.print(table)
+
+
+def _dtype(model: Any) -> Any:
+    """The name of the dtype that a model computes in, as --dtype takes it."""
+    return str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")

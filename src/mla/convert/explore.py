@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from mla.convert.check import check_convertible
 from mla.convert.checkpoint import cached_numbers, head_dim
 from mla.convert.evaluation import evaluate
-from mla.convert.parts import mark
+from mla.convert.parts import load_json, mark
 from mla.convert.pipeline import budget_for, convert
 from mla.convert.promise import Promise
 from mla.convert.spectra import Spectrum, layer_spectra
@@ -285,7 +285,7 @@ class _Lab:
     def stored(self) -> list[Point]:
         """What earlier calls with this state have measured."""
         paths = [] if self.state is None else sorted(self.state.glob("r*-p*.json"))
-        return [Point(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+        return [Point(**load_json(path)) for path in paths]
 
     def measure(self, rank: int, rope: int) -> Point:
         name = _name(rank, rope)
@@ -375,8 +375,7 @@ class _Lab:
     def _load(self, name: str) -> dict[str, Any] | None:
         if self.state is None or not (self.state / f"{name}.json").exists():
             return None
-        stored: dict[str, Any] = json.loads((self.state / f"{name}.json").read_text(encoding="utf-8"))
-        return stored
+        return load_json(self.state / f"{name}.json")
 
     def _store(self, name: str, value: dict[str, Any]) -> None:
         if self.state is not None:

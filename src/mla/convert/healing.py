@@ -28,7 +28,7 @@ from mla.convert.arithmetic import faster_dtype, mixed
 from mla.convert.checkpoint import LATENT_GAIN, LATENT_SCALE
 from mla.convert.descent import Muon, Views, column_apart, schedule
 from mla.convert.fused import fused
-from mla.convert.parts import mark
+from mla.convert.parts import damaged, mark
 from mla.errors import MLAError
 from mla.whole import whole
 
@@ -282,7 +282,11 @@ class _Run:
 
     def _resume(self) -> None:
         assert self.state is not None
-        content = torch.load(self.state, map_location="cpu", weights_only=True)
+        try:
+            content = torch.load(self.state, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch says it in many ways; advice that does not help here follows
+            said = str(error).partition(". ")[0]
+            raise damaged(self.state, f"{type(error).__name__} {said}".strip()) from error
         if content["mark"] != self.mark:
             raise MLAError(
                 f"{self.state} belongs to another healing (other text, minutes, seed, models or mla): "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,7 +38,25 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device=str(device)) as file:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
-        raise MLAError(f"{path} is damaged ({error}): delete it, and it is made anew") from error
+        raise damaged(path, error) from error
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON.
+
+    Raises:
+        MLAError: the file is damaged.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise damaged(path, error) from error
+    return content
+
+
+def damaged(path: Path, reason: object) -> MLAError:
+    """What to raise for a part that cannot be read."""
+    return MLAError(f"{path} is damaged ({reason}): delete it, and it is made anew")
 
 
 def mark(windows: Sequence[Tensor], models: Sequence[torch.nn.Module]) -> str:

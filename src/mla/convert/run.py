@@ -61,6 +61,7 @@ def run(
     Raises:
         MLAError: the model, the request or the folder cannot be used.
     """
+    out = out.absolute()  # whatever the current folder is when the work is done
     check_output(out, dtype=getattr(torch, request.dtype), overwrite=overwrite, source=source)
     check_convertible(teacher.config)
     budget_for(teacher.config, cache=request.cache, rank=request.rank, rope=request.rope)
@@ -135,6 +136,7 @@ def _finish(
         }
     facts["layer_errors"] = layer_errors(student, teacher, work.held_out)
     facts["seconds"] = round(time.monotonic() - work.started, 1)
+    student.to(dtype)  # one tensor after another: the save then holds no second copy of them
     save(student, tokenizer, out, report=facts, dtype=dtype, overwrite=overwrite)
     told: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
     return told

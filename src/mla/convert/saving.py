@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import getpass
 import json
 import os
@@ -25,7 +26,7 @@ from mla.convert.report import card, page
 from mla.digest import digest
 from mla.errors import MLAError
 from mla.reading import local_path
-from mla.whole import UnwrittenError
+from mla.whole import UnwrittenError, flush
 
 FORMAT = 2  # of report.json
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -81,7 +82,8 @@ def save(
         }
         save_torch_state_dict(weights, partial, metadata={"format": "pt"})
         if student.generation_config is not None:
-            student.generation_config.save_pretrained(partial)
+            # Not by its save_pretrained, which refuses what some published models have.
+            student.generation_config.to_json_file(partial / "generation_config.json", use_diff=True)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, partial)
         for name, text in told.items():
@@ -89,12 +91,12 @@ def save(
         for path in partial.rglob("*"):
             if path.is_file():
                 path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
-            _flush(path)
+            flush(path)
         config = student.config.to_dict()
         config |= {"dtype": _DTYPES[dtype], "architectures": ["DeepseekV3ForCausalLM"]}
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-        _flush(partial / "config.json")
-        _flush(partial)
+        flush(partial / "config.json")
+        flush(partial)
         _put_in_place(partial, out)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -175,11 +177,19 @@ def check_output(
         raise MLAError(f"dtype must be float32 or bfloat16, got {str(dtype).removeprefix('torch.')}")
     out = Path(out_dir).absolute()
     check_place(out, source)
+    here, target = Path.cwd(), Path(os.path.realpath(out))
+    if target == here or target in here.parents:
+        raise MLAError(
+            f"{out} is the current folder, or holds it, and another one would take its place: choose another "
+            "folder, or give the command outside of it"
+        )
     _undo_killed(out)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise MLAError(f"{out} exists and is not a folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise MLAError(f"{out} is not empty: choose another folder or ask to overwrite it")
+    if out.is_dir():
+        _check_replaceable(out)
 
 
 def check_place(out: Path, source: str | None) -> None:
@@ -206,20 +216,25 @@ def check_place(out: Path, source: str | None) -> None:
             )
 
 
+def _check_replaceable(out: Path) -> None:
+    """Refuse a folder whose place :func:`_put_in_place` could not give to another: it is tried."""
+    aside = _replaced(out)  # killed in between: the next call brings it back
+    try:
+        os.rename(out, aside)
+        os.rename(aside, out)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise MLAError(
+                f"{out} is a mount point, and no other folder can take its place: name a folder inside it"
+            ) from error
+        if any(out.iterdir()):  # an empty one is removed, which may be allowed where this is not
+            raise UnwrittenError(out, error) from error
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _flush(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _put_in_place(partial: Path, out: Path) -> None:
@@ -236,7 +251,7 @@ def _put_in_place(partial: Path, out: Path) -> None:
         if replaced.is_dir():
             os.rename(replaced, out)
         raise
-    _flush(out.parent)
+    flush(out.parent)
     shutil.rmtree(replaced, ignore_errors=True)  # the new folder is whole: a leftover is untidy, not wrong
 
 

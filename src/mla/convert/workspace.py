@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mla import __version__
-from mla.convert.parts import load, store
+from mla.convert.parts import load, load_json, store
 from mla.convert.pipeline import check_split_query
 from mla.convert.text import (
     TooShortError,
@@ -378,7 +378,7 @@ def _tokenizer_digest(tokenizer: Any) -> str:
 def _useless(place: Path, identity: dict[str, Any]) -> tuple[list[Path], str]:
     """Finished parts in the folder that are not of this request, and a sentence that says why."""
     described = place / "request.json"
-    stored = json.loads(described.read_text(encoding="utf-8")) if described.exists() else {}
+    stored = load_json(described) if described.exists() else {}
     differs = {name for name, value in identity.items() if stored.get(name) != value}
     useless, words, reasons = [], [], set()
     for word, pattern, needs in _PARTS:
