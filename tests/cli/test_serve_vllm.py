@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.cli.test_serve import KEY
+from tests.families import ROPE_SCALINGS
 
 
 @pytest.fixture
@@ -153,22 +154,51 @@ def test_what_no_server_could_serve_is_refused_before_vllm_starts(mla, mla_folde
     assert not became
 
 
-def test_what_vllm_cannot_serve_is_left_to_transformers(mla, mla_folder, tmp_path, monkeypatch, became):
+@pytest.fixture
+def changed(mla_folder, tmp_path):
+    """Makes a folder of the model with another configuration."""
+
+    def change(**options):
+        folder = shutil.copytree(mla_folder, tmp_path / "_".join(options))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | options))
+        return folder
+
+    return change
+
+
+def test_what_vllm_cannot_serve_is_left_to_transformers(mla, mla_folder, changed, monkeypatch, became):
     from mla.cli import serve
 
     monkeypatch.setattr(serve, "_load", lambda *arguments: None)
     monkeypatch.setattr(serve, "_run", lambda *arguments: exit(7))
-    biased = shutil.copytree(mla_folder, tmp_path / "biased")
-    config = json.loads((biased / "config.json").read_text())
-    (biased / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
     for folder, options, reason in (
         (mla_folder, ("--cache-format", "fp16"), "vLLM takes auto, fp32, bf16, int8, got fp16"),
-        (biased, (), "has biases in its attention, for which vLLM has no place"),
+        (changed(attention_bias=True), (), "(attention_bias), for which vLLM has no place"),
+        (changed(rope_interleave=False), (), "where vLLM always rotates pairs"),
+        (changed(model_type="deepseek_v32", index_topk=8), (), "which vLLM does not have on CPUs"),
     ):
         run = mla("serve", folder, "--port", 0, *options)
         assert (run.status, f"{reason}; Transformers serves" in run.err) == (7, True)
         assert mla("serve", folder, *options, "--engine", "vllm").status == 2
     assert not became
+    monkeypatch.setattr("mla.cli.vllm.importlib.metadata.version", lambda name: "0.32.0")  # one for GPUs
+    mla("serve", changed(index_topk=8, model_type="deepseek_v32", seed=1))
+    assert became
+
+
+def test_rope_that_vllm_computes_otherwise_is_left_to_transformers(changed):
+    from mla.integrations.loading import load_mla_config
+    from mla.integrations.vllm.unfit import why_unfit
+
+    def why(scaling, limit=512, own_code=True):
+        config, _ = load_mla_config(str(changed(**{"rope_parameters": ROPE_SCALINGS[scaling], scaling: 1})))
+        return why_unfit(config, limit, own_code=own_code)
+
+    assert why("yarn") is None
+    assert "has RoPE of type llama3, where vLLM computes default and yarn only" in why("llama3")
+    assert "expected --max-model-len up to 64, got 65" in why("longrope", 65, own_code=False)
+    assert why("linear", own_code=False) is None
 
 
 def test_vllm_keeps_fp32_and_gets_what_fits_beside_the_weights(mla, mla_folder, monkeypatch, became):

@@ -39,14 +39,17 @@ def config_if_it_serves(
             raise MLAError(f"{' '.join(further)}: options after -- are vLLM's; take --engine vllm")
         return None
     from mla.integrations.loading import load_mla_config
+    from mla.integrations.vllm.unfit import why_unfit
 
-    config, _ = load_mla_config(model, max_model_len=max_model_len)
-    reason = None
+    config, dimensions = load_mla_config(model, max_model_len=max_model_len)
+    text = config.get_text_config(decoder=True)
     if cache_format not in _FORMATS:
         reason = f"--cache-format: vLLM takes {', '.join(_FORMATS)}, got {cache_format}"
-    elif getattr(config.get_text_config(decoder=True), "attention_bias", False):
-        reason = f"{model} has biases in its attention, for which vLLM has no place"
-    if reason is None:
+    elif _is_for_cpus() and getattr(text, "index_topk", None) is not None:
+        reason = f"{model} has sparse attention (index_topk), which vLLM does not have on CPUs"
+    elif (unfit := why_unfit(config, max_model_len or dimensions.max_position_embeddings)) is not None:
+        reason = f"{model} {unfit}"
+    else:
         return config
     if engine == "vllm" or further:
         raise MLAError(f"{reason}; take --engine transformers")
