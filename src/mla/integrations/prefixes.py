@@ -119,11 +119,10 @@ class Prefixes:
             have = self._longest_kept(known)[1]
 
             def is_worth(held: int, shared: int) -> bool:
-                gained = shared - have
-                is_cheap = gained >= max(_WORTH_READING, held // _WORTH_READING_SHARE)
+                is_cheap = shared - have >= held // _WORTH_READING_SHARE
                 return is_cheap and self._goes_on(held, shared, len(tokens))
 
-            file, stored = self._folder.longest(known, is_worth)
+            file, stored = self._folder.longest(known, is_worth, beyond=have + _WORTH_READING - 1)
             if file is not None:
                 cache = self.new(capacity)
                 try:
@@ -168,13 +167,19 @@ class Prefixes:
         if self.budget is None:
             self._kept.clear()
         new = _Conversation(_token_ids(held), cache)
-        self._kept = [
-            kept for kept in self._kept if common_length(kept.tokens, new.tokens) < len(kept.tokens)
-        ]
+
+        def goes_on(before: int, shared: int) -> bool:
+            return self._goes_on(before, shared, len(held))
+
+        def is_part(kept: _Conversation) -> bool:
+            shared = common_length(kept.tokens, new.tokens)
+            return shared == len(kept.tokens) and goes_on(shared, shared)
+
+        self._kept = [kept for kept in self._kept if not is_part(kept)]
         self._kept.append(new)
-        if self._folder is not None and self._folder.wants(held):
+        if self._folder is not None and self._folder.wants(held, goes_on):
             try:
-                self._folder.save(cache, held)
+                self._folder.save(cache, held, goes_on)
             except MLAError as error:
                 self._note(str(error))
 
