@@ -81,11 +81,9 @@ def test_strangers_are_kept_out_as_by_the_other_engine(mla, mla_folder, monkeypa
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     mla("serve", mla_folder)
     assert became[-1][0][5:8] == [*gate, "--host"]
-    run = mla("serve", mla_folder, "--", "--api-key", KEY)
-    assert (run.status, "--api-key: expected before --, or as the variable MLA_API_KEY" in run.err) == (
-        2,
-        True,
-    )
+    for further in (("--api-key", KEY), (f"--api_key={KEY}",), ("--api-k", KEY)):
+        run = mla("serve", mla_folder, "--", *further)
+        assert (run.status, "--api-key: expected before --, or in MLA_API_KEY" in run.err) == (2, True)
 
 
 def test_vllms_own_options_follow_ours(mla, mla_folder, became):
@@ -95,6 +93,16 @@ def test_vllms_own_options_follow_ours(mla, mla_folder, became):
     assert command[-3:] == ["--tensor-parallel-size", "2", "--seed=3"]
     run = mla("serve", mla_folder, "--engine", "transformers", "--", "--seed=3")
     assert (run.status, "--seed=3: options after -- are vLLM's; take --engine vllm" in run.err) == (2, True)
+
+
+def test_a_file_of_options_is_refused(mla, mla_folder, became):
+    """Ours would win over it, and what it says of ranks and formats is not read."""
+    for further in (("--config", "file.yaml"), ("--config=file.yaml",)):
+        run = mla("serve", mla_folder, "--", *further)
+        assert (run.status, run.err.count("\n")) == (2, 1)
+        assert "--config: expected vLLM's options themselves after --, got a file of them" in run.err
+    mla("serve", mla_folder, "--", "--config-format", "hf")
+    assert len(became) == 1
 
 
 @pytest.mark.parametrize(("cores", "own", "told"), [(2, None, "0"), (2, "1", "1"), (64, None, None)])
@@ -127,6 +135,8 @@ def test_a_quota_is_not_filled_with_threads(mla, mla_folder, monkeypatch, became
         (("--tensor-parallel-size", "two"), 1),  # vLLM's to refuse
         (("--tensor_parallel_size", 2, "--pipeline_parallel-size=3"), 6),
         (("-pp", 2), 2),
+        (("--tensor-parallel", 2, "--pipe=3"), 6),  # vLLM takes beginnings of names
+        (("--tensor_par=2",), 2),
         ((), 1),
     ],
 )

@@ -78,10 +78,11 @@ def become(
 
     Raises:
         MLAError: the weights do not fit into memory; prefixes cannot be kept in ``cache_dir``; the cache's
-            format is named twice; ``further`` has a key.
+            format is named twice; ``further`` has a key or a file of options.
     """
     from mla.integrations.loading import require_memory, settle_auto, weight_bytes
 
+    _check_further(further)
     environment = dict(os.environ)
     on_cpu = _is_for_cpus()
     replicas = _number(further, *_REPLICAS)
@@ -130,13 +131,17 @@ def become(
     os.execve(command[0], [*command, *options, *further], environment)
 
 
+def _check_further(further: Sequence[str]) -> None:
+    if _value(further, "--api-key") is not None:
+        wanted = "expected before --, or in MLA_API_KEY, so that it is asked for on every path"
+        raise MLAError(f"--api-key: {wanted}, got it after --")
+    if any(option.partition("=")[0] == "--config" for option in further):
+        wanted = "expected vLLM's options themselves after --, got a file of them"
+        raise MLAError(f"--config: {wanted}, whose values would give way to those of `mla serve`")
+
+
 def _guards(api_key: str | None, options: Sequence[str]) -> list[str]:
     """Options that keep out whom the other engine keeps out, too."""
-    if _value(options, "--api-key") is not None:
-        wanted = "expected before --, or as the variable MLA_API_KEY"
-        raise MLAError(
-            f"--api-key: {wanted}, got it among vLLM's options, which would ask for it on some paths only"
-        )
     if api_key or os.environ.get("VLLM_API_KEY"):
         return ["--middleware", _MIDDLEWARE]
     if is_local(_value(options, "--host") or ""):
@@ -173,10 +178,15 @@ def _value(options: Sequence[str], *names: str) -> str | None:
     found = None
     for place, option in enumerate(options):
         name, equals, value = option.partition("=")
-        # vLLM's parser takes underscores in the names of long options for dashes.
-        if (name.replace("_", "-") if name.startswith("--") else name) in names:
+        if name in names or any(_is_short_for(name, each) for each in names):
             found = value if equals else next(iter(options[place + 1 :]), None)
     return found
+
+
+def _is_short_for(name: str, option: str) -> bool:
+    """Whether vLLM's parser takes one for the other: it knows beginnings of long options, and underscores in
+    them for dashes. A beginning of several options it refuses."""
+    return name.startswith("--") and len(name) > 2 and option.startswith(name.replace("_", "-"))
 
 
 def _number(options: Sequence[str], *names: str) -> int:
