@@ -195,7 +195,7 @@ def changed(mla_folder, tmp_path):
     """Makes a folder of the model with another configuration."""
 
     def change(**options):
-        folder = shutil.copytree(mla_folder, tmp_path / "_".join(options))
+        folder = shutil.copytree(mla_folder, tmp_path / f"changed-{len(list(tmp_path.iterdir()))}")
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | options))
         return folder
@@ -219,7 +219,7 @@ def test_what_vllm_cannot_serve_is_left_to_transformers(mla, mla_folder, changed
         assert mla("serve", folder, *options, "--engine", "vllm").status == 2
     assert not became
     monkeypatch.setattr("mla.cli.vllm.importlib.metadata.version", lambda name: "0.32.0")  # one for GPUs
-    mla("serve", changed(index_topk=8, model_type="deepseek_v32", seed=1))
+    mla("serve", changed(index_topk=8, model_type="deepseek_v32"))
     assert became
 
 
@@ -227,11 +227,14 @@ def test_rope_that_vllm_computes_otherwise_is_left_to_transformers(changed):
     from mla.integrations.loading import load_mla_config
     from mla.integrations.vllm.unfit import why_unfit
 
-    def why(scaling, limit=512, own_code=True):
-        config, _ = load_mla_config(str(changed(**{"rope_parameters": ROPE_SCALINGS[scaling], scaling: 1})))
+    def why(scaling, limit=512, own_code=True, **options):
+        config, _ = load_mla_config(str(changed(rope_parameters=ROPE_SCALINGS[scaling] | options)))
         return why_unfit(config, limit, own_code=own_code)
 
-    assert why("yarn") is None
+    assert why("yarn") is why("yarn-plain") is why("yarn-smooth", own_code=False) is None
+    assert "has yarn with attention_factor, which vLLM does not compute as" in why("yarn-smooth")
+    assert "has yarn with truncate: false" in why("yarn", truncate=False)
+    assert "has yarn with only one of mscale and mscale_all_dim" in why("yarn-plain", mscale=0.7)
     assert "has RoPE of type llama3, where vLLM computes default and yarn only" in why("llama3")
     assert "expected --max-model-len up to 64, got 65" in why("longrope", 65, own_code=False)
     assert why("linear", own_code=False) is None

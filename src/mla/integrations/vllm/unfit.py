@@ -1,5 +1,6 @@
 """Models that vLLM would compute wrongly, in silence: the plugin refuses them, `mla serve` looks before."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from mla.integrations.prefixes import switching_length
@@ -32,9 +33,12 @@ def why_unfit(config: Any, max_model_len: int, *, own_code: bool = True) -> str 
     if own_code and text.model_type in _AS_DEEPSEEK:
         if getattr(text, "rope_interleave", None) is False:
             return "rotates halves (rope_interleave: false), where vLLM always rotates pairs"
-        rope_type = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+        rope = getattr(text, "rope_parameters", None) or {}
+        rope_type = rope.get("rope_type", "default")
         if rope_type not in _ROPE_OF_DEEPSEEK:
             return f"has RoPE of type {rope_type}, where vLLM computes default and yarn only"
+        if rope_type != "default" and (unread := _read_otherwise(rope)) is not None:
+            return f"has yarn with {unread}, which vLLM does not compute as Transformers does"
     switch = switching_length(config)
     if switch is not None and max_model_len > switch:
         # Chunks of one prompt would differ, too.
@@ -42,4 +46,15 @@ def why_unfit(config: Any, max_model_len: int, *, own_code: bool = True) -> str 
             "has LongRoPE, whose frequencies would follow the longest of the requests that vLLM computes "
             f"together: expected --max-model-len up to {switch}, got {max_model_len}"
         )
+    return None
+
+
+def _read_otherwise(yarn: Mapping[str, Any]) -> str | None:
+    """Settings of yarn that vLLM's code for DeepSeek leaves out, or completes with other defaults."""
+    if yarn.get("attention_factor") is not None:
+        return "attention_factor"
+    if yarn.get("truncate") is False:
+        return "truncate: false"
+    if bool(yarn.get("mscale")) != bool(yarn.get("mscale_all_dim")):
+        return "only one of mscale and mscale_all_dim"
     return None
