@@ -15,7 +15,7 @@ _AS_DEEPSEEK = {
     "longcat_flash",
     "pangu_ultra_moe",
 }
-#: It takes every type of RoPE but the first for yarn, which it gives one of the other names.
+#: It takes every type of RoPE but the first for yarn, which gets one of the last two names as it is built.
 _ROPE_OF_DEEPSEEK = {"default", "yarn", "deepseek_yarn", "deepseek_llama_scaling"}
 
 
