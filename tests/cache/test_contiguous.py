@@ -107,6 +107,30 @@ def test_a_reserved_capacity_is_allocated_when_more_is_needed_and_exactly():
         cache.reserve(0)
 
 
+def test_room_that_is_given_back():
+    cache, c_kv, k_rope = LatentCache(capacity=70), *latents(70)
+
+    def rooms():
+        return [layer.nbytes // (2 * (R + P) * 4) for layer in cache.layers]
+
+    for layer in range(2):
+        cache.update(c_kv, k_rope, layer)
+    cache.crop(-50)
+    cache.shrink(80)
+    assert rooms() == [70, 70]
+    cache.shrink(30)
+    assert rooms() == [30, 30]
+    assert torch.equal(cache.update(c_kv[:, :, 20:30], k_rope[:, :, 20:30], 0)[0], c_kv[:, :, :30])
+    cache.shrink(5)  # less than is held
+    assert rooms() == [30, 20]
+    assert torch.equal(cache.layers[1].keys, c_kv[:, :, :20])
+    cache.reserve(40)
+    cache.update(c_kv[:, :, 30:31], k_rope[:, :, 30:31], 0)
+    assert rooms() == [40, 20]
+    with pytest.raises(ValueError, match="capacity: expected at least 1 token, got 0"):
+        cache.shrink(0)
+
+
 def test_paper_dimensions_take_1152_bytes_per_token_and_layer():
     cache = LatentCache(capacity=4096)
     cache.update(torch.zeros(1, 1, 4096, 512, dtype=torch.bfloat16), torch.zeros(1, 1, 4096, 64), 0)

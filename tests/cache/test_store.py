@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mla.cache import LatentCache
-from mla.cache.folder import PrefixFolder
+from mla.cache import folder as folder_module
+from mla.cache.folder import PrefixFolder, common_length
 from mla.cache.store import _checksum, copy_prefix, is_storable, load_cache, read_tokens, save_cache
 from mla.errors import MLAError
 from mla.integrations.prefixes import fingerprint, require_storable
@@ -260,6 +261,28 @@ def test_the_folder_finds_the_longest_prefix(tmp_path):
     assert other.longest([1, 2, 9, 4]) == (None, 0)
     shelf.save(filled([1, 2, 3, 4]), [1, 2, 3, 4])  # the file with [1, 2, 3] has nothing of its own now
     assert len(list((tmp_path / "new").iterdir())) == 2
+
+
+def test_of_many_files_few_are_compared(tmp_path, monkeypatch):
+    """A scheduler waits for it."""
+    compared = []
+
+    def counting(one, other):
+        compared.append(None)
+        return common_length(one, other)
+
+    monkeypatch.setattr(folder_module, "common_length", counting)
+    shelf, start = PrefixFolder(tmp_path, MODEL, limit=10**9), list(range(40))
+    for number in range(30):
+        tokens = [*start, 100 + number, *range(60 - number)]
+        shelf.save(filled(tokens), tokens)
+    file, common = shelf.longest([*start, 7, 8])
+    assert (common, len(read_tokens(file))) == (40, 40 + 1 + 31)
+    compared.clear()
+    assert shelf.longest([*start, 100, 0, 1])[1] == 43
+    assert shelf.longest([*start, 7, 8], beyond=40) == (None, 0)
+    assert shelf.longest([5, *start]) == (None, 0)
+    assert 1 <= len(compared) <= 31  # at worst the first comes last, and each is shorter than those before
 
 
 def test_the_folder_stays_within_its_size(tmp_path):

@@ -387,7 +387,7 @@ def test_who_listens_to_this_machine_keeps_other_names_out(mla, mla_folder, monk
     from mla.cli import serve
 
     seen = []
-    monkeypatch.setattr(serve, "_run", lambda app, *_: seen.append(app._by_local_names))
+    monkeypatch.setattr(serve, "_run", lambda app, *_: seen.append(app._guard.by_local_names))
     assert mla("serve", mla_folder, "--engine", "transformers", "--port", 0, *options).status == 0
     assert seen == [guarded]
 

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.cli.test_serve import KEY
+from tests.families import ROPE_SCALINGS
 
 
 @pytest.fixture
@@ -38,7 +39,8 @@ def test_the_vllm_engine_is_vllms_own_server(mla, mla_folder, monkeypatch):
     (_, command, environment), *_ = became
     assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", str(mla_folder)]
     assert " ".join(command[5:]) == (
-        "--host 127.0.0.1 --port 9000 --max-model-len 256 --dtype float32 --kv-cache-memory-bytes 500000000"
+        "--middleware mla.integrations.vllm.middleware.Gate --host 127.0.0.1 --port 9000 --max-model-len 256 "
+        "--dtype float32 --kv-cache-memory-bytes 500000000"
     )
     assert environment["MLA_CACHE_FORMAT"] == "int8"
     assert "VLLM_CPU_KVCACHE_SPACE" not in environment  # vLLM would heed it rather than the option
@@ -61,6 +63,29 @@ def test_the_vllm_engine_is_vllms_own_server(mla, mla_folder, monkeypatch):
     assert len(became) == count
 
 
+def test_strangers_are_kept_out_as_by_the_other_engine(mla, mla_folder, monkeypatch, became):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    gate = ["--middleware", "mla.integrations.vllm.middleware.Gate"]
+    local = [*gate, "--allowed-origins", "[]"]  # by itself vLLM lets any page read its answers
+    for options, first in (
+        ((), local),
+        (("--host", "0.0.0.0"), ["--host", "0.0.0.0"]),
+        (("--host", "0.0.0.0", "--", "--host=localhost"), local),
+        (("--api-key", KEY), [*gate, "--host"]),
+        (("--host", "0.0.0.0", "--api-key", KEY), [*gate, "--host"]),
+    ):
+        mla("serve", mla_folder, *options)
+        command, _ = became[-1]
+        assert command[5 : 5 + len(first)] == first
+        assert KEY not in command
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    mla("serve", mla_folder)
+    assert became[-1][0][5:8] == [*gate, "--host"]
+    for further in (("--api-key", KEY), (f"--api_key={KEY}",), ("--api-k", KEY)):
+        run = mla("serve", mla_folder, "--", *further)
+        assert (run.status, "--api-key: expected before --, or in MLA_API_KEY" in run.err) == (2, True)
+
+
 def test_vllms_own_options_follow_ours(mla, mla_folder, became):
     mla("serve", mla_folder, "--served-model-name", "small", "--", "--tensor-parallel-size", 2, "--seed=3")
     ((command, _),) = became
@@ -68,6 +93,16 @@ def test_vllms_own_options_follow_ours(mla, mla_folder, became):
     assert command[-3:] == ["--tensor-parallel-size", "2", "--seed=3"]
     run = mla("serve", mla_folder, "--engine", "transformers", "--", "--seed=3")
     assert (run.status, "--seed=3: options after -- are vLLM's; take --engine vllm" in run.err) == (2, True)
+
+
+def test_a_file_of_options_is_refused(mla, mla_folder, became):
+    """Ours would win over it, and what it says of ranks and formats is not read."""
+    for further in (("--config", "file.yaml"), ("--config=file.yaml",)):
+        run = mla("serve", mla_folder, "--", *further)
+        assert (run.status, run.err.count("\n")) == (2, 1)
+        assert "--config: expected vLLM's options themselves after --, got a file of them" in run.err
+    mla("serve", mla_folder, "--", "--config-format", "hf")
+    assert len(became) == 1
 
 
 @pytest.mark.parametrize(("cores", "own", "told"), [(2, None, "0"), (2, "1", "1"), (64, None, None)])
@@ -100,6 +135,8 @@ def test_a_quota_is_not_filled_with_threads(mla, mla_folder, monkeypatch, became
         (("--tensor-parallel-size", "two"), 1),  # vLLM's to refuse
         (("--tensor_parallel_size", 2, "--pipeline_parallel-size=3"), 6),
         (("-pp", 2), 2),
+        (("--tensor-parallel", 2, "--pipe=3"), 6),  # vLLM takes beginnings of names
+        (("--tensor_par=2",), 2),
         ((), 1),
     ],
 )
@@ -153,22 +190,54 @@ def test_what_no_server_could_serve_is_refused_before_vllm_starts(mla, mla_folde
     assert not became
 
 
-def test_what_vllm_cannot_serve_is_left_to_transformers(mla, mla_folder, tmp_path, monkeypatch, became):
+@pytest.fixture
+def changed(mla_folder, tmp_path):
+    """Makes a folder of the model with another configuration."""
+
+    def change(**options):
+        folder = shutil.copytree(mla_folder, tmp_path / f"changed-{len(list(tmp_path.iterdir()))}")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | options))
+        return folder
+
+    return change
+
+
+def test_what_vllm_cannot_serve_is_left_to_transformers(mla, mla_folder, changed, monkeypatch, became):
     from mla.cli import serve
 
     monkeypatch.setattr(serve, "_load", lambda *arguments: None)
     monkeypatch.setattr(serve, "_run", lambda *arguments: exit(7))
-    biased = shutil.copytree(mla_folder, tmp_path / "biased")
-    config = json.loads((biased / "config.json").read_text())
-    (biased / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
     for folder, options, reason in (
         (mla_folder, ("--cache-format", "fp16"), "vLLM takes auto, fp32, bf16, int8, got fp16"),
-        (biased, (), "has biases in its attention, for which vLLM has no place"),
+        (changed(attention_bias=True), (), "(attention_bias), for which vLLM has no place"),
+        (changed(rope_interleave=False), (), "where vLLM always rotates pairs"),
+        (changed(model_type="deepseek_v32", index_topk=8), (), "which vLLM does not have on CPUs"),
     ):
         run = mla("serve", folder, "--port", 0, *options)
         assert (run.status, f"{reason}; Transformers serves" in run.err) == (7, True)
         assert mla("serve", folder, *options, "--engine", "vllm").status == 2
     assert not became
+    monkeypatch.setattr("mla.cli.vllm.importlib.metadata.version", lambda name: "0.32.0")  # one for GPUs
+    mla("serve", changed(index_topk=8, model_type="deepseek_v32"))
+    assert became
+
+
+def test_rope_that_vllm_computes_otherwise_is_left_to_transformers(changed):
+    from mla.integrations.loading import load_mla_config
+    from mla.integrations.vllm.unfit import why_unfit
+
+    def why(scaling, limit=512, own_code=True, **options):
+        config, _ = load_mla_config(str(changed(rope_parameters=ROPE_SCALINGS[scaling] | options)))
+        return why_unfit(config, limit, own_code=own_code)
+
+    assert why("yarn") is why("yarn-plain") is why("yarn-smooth", own_code=False) is None
+    assert "has yarn with attention_factor, which vLLM does not compute as" in why("yarn-smooth")
+    assert "has yarn with truncate: false" in why("yarn", truncate=False)
+    assert "has yarn with only one of mscale and mscale_all_dim" in why("yarn-plain", mscale=0.7)
+    assert "has RoPE of type llama3, where vLLM computes default and yarn only" in why("llama3")
+    assert "expected --max-model-len up to 64, got 65" in why("longrope", 65, own_code=False)
+    assert why("linear", own_code=False) is None
 
 
 def test_vllm_keeps_fp32_and_gets_what_fits_beside_the_weights(mla, mla_folder, monkeypatch, became):

@@ -113,6 +113,22 @@ def test_files_of_the_other_side_are_not_used(tmp_path, held, prompt, reused):
     assert got["choices"][0]["text"] == stock(prompt, 20)
 
 
+@pytest.mark.parametrize("lengths", [(60, 130, 60), (130, 60, 130)])
+def test_a_beginning_of_the_other_side_is_not_a_part(tmp_path, lengths):
+    """Neither in memory nor in files: nothing else serves prompts of its side."""
+    engine = long_engine(budget=10**7)
+    engine.prefixes._folder = PrefixFolder(tmp_path, fingerprint(engine.model, "fp32"), 10**9)
+    cached = []
+    for length in lengths:
+        got = complete(engine, TEXT[:length], max_tokens=1)
+        cached.append(got["usage"]["prompt_tokens_details"]["cached_tokens"])
+    assert cached == [0, 0, lengths[0] - 1]
+    engine.thread.submit(lambda: None).result(timeout=60)
+    assert sorted(len(kept.tokens) for kept in engine.prefixes._kept) == [60, 130]
+    held = engine.prefixes._folder._known().values()
+    assert sorted(len(tokens.ids) for tokens in held) == [60, 130]
+
+
 def test_a_file_is_read_where_that_is_cheaper_than_to_compute(tmp_path, monkeypatch):
     """All of a file is read, whatever is needed: the shortest of several, and none for a small share."""
     monkeypatch.setattr(module, "_WORTH_READING_SHARE", 4)
@@ -126,7 +142,7 @@ def test_a_file_is_read_where_that_is_cheaper_than_to_compute(tmp_path, monkeypa
     def take(tokens):
         read.clear()
         Prefixes(model, engine.prefixes.config, "fp32", folder=shelf).take(tokens, 300)
-        return [(shelf._known()[file].tolist(), keep) for file, keep in read]
+        return [(shelf._known()[file.name].ids.tolist(), keep) for file, keep in read]
 
     assert take([*start, 5, 6]) == [(short, 50)]
     assert take([*long[:60], 5]) == [(long, 60)]

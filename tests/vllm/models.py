@@ -39,6 +39,15 @@ _YARN = {
     "mscale_all_dim": 0.707,
     "original_max_position_embeddings": 4096,
 }
+#: As MiniCPM3-4B has it: both sets of factors are one, and the lengths, too.
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 1.0,
+    "short_factor": [1 + i / 8 for i in range(16)],
+    "long_factor": [1 + i / 8 for i in range(16)],
+    "original_max_position_embeddings": 4096,
+}
 
 
 def _dims(h: int, q: int | None, r: int, n: int, p: int, v: int) -> dict[str, Any]:
@@ -67,7 +76,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     # Its heads must divide the hidden size.
-    "minicpm3": ("minicpm3", {**_dims(40, 768, 256, 64, 32, 64), "hidden_size": 320}),
+    "minicpm3": (
+        "minicpm3",
+        {**_dims(40, 768, 256, 64, 32, 64), "hidden_size": 320, "rope_parameters": LONGROPE},
+    ),
     "youtu": ("youtu", _dims(16, 1536, 512, 128, 64, 128)),
     # Default RoPE, the widths that vLLM's own kernel has.
     "deepseek-v3": ("deepseek_v3", {**_dims(4, None, 512, 128, 64, 128), **_MOE}),

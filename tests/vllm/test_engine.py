@@ -1,6 +1,8 @@
 """vLLM with the plugin against Transformers in fp32, and against stock vLLM."""
 
+import json
 import random
+import shutil
 import statistics
 
 import pytest
@@ -149,6 +151,16 @@ def test_a_prefix_is_computed_once(name, ours):
 def test_settings_change_nothing(setting, with_settings, texts):
     for which in range(2):
         assert tokens(with_settings[setting], which) == texts["deepseek-v3"]
+
+
+def test_longrope_is_compiled(paths, texts, tmp_path):
+    """As vLLM starts MiniCPM3-4B, which names no factor, where nothing is set."""
+    folder = shutil.copytree(paths["minicpm3"], tmp_path / "published")
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]["factor"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (answer,) = engine.run([job(str(folder), enforce_eager=False)])
+    assert tokens(answer) == texts["minicpm3"]
 
 
 def test_pages_of_any_size_share_prefixes(with_settings):

@@ -5,8 +5,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import DeepseekV3Config, MiniCPM3Config
+from transformers.models.minicpm3.modeling_minicpm3 import MiniCPM3RotaryEmbedding
 
 from mla.integrations.vllm import plugin
+from tests.vllm.models import LONGROPE
 
 pytestmark = pytest.mark.vllm
 
@@ -85,10 +89,35 @@ def test_an_untested_version_warns(monkeypatch, log, vllm):
     assert log.messages == [line]
 
 
-def test_biases_that_vllm_would_leave_out_are_refused():
-    model = SimpleNamespace(
-        model="qwen-mla", use_mla=True, hf_text_config=SimpleNamespace(attention_bias=True)
-    )
-    adapt = plugin.keeping_settings(lambda cls, config: pytest.fail("went on"))
-    with pytest.raises(ValueError, match=r"attention_bias.*--engine transformers"):
+def test_what_vllm_would_compute_wrongly_is_refused():
+    adapt = plugin.keeping_settings(lambda cls, config: "went on")
+
+    def start(own_code=True, **options):
+        model = SimpleNamespace(
+            model="a model",
+            use_mla=True,
+            max_model_len=4096,
+            hf_text_config=DeepseekV3Config(**options),
+            using_transformers_backend=lambda: not own_code,
+        )
         adapt(None, SimpleNamespace(model_config=model))
+
+    with pytest.raises(ValueError, match=r"a model has biases.*attention_bias.*--engine transformers"):
+        start(attention_bias=True)
+    with pytest.raises(ValueError, match="rope_interleave"):
+        start(rope_interleave=False)
+    with pytest.raises(AttributeError):  # past the check, to the settings
+        start(own_code=False, rope_interleave=False)
+
+
+def test_longrope_with_one_set_of_factors_is_compiled_as_any_other():
+    """As MiniCPM3-4B has it. Transformers asks at every call which set is needed, and a graph cannot."""
+    from mla.integrations.vllm.minicpm3 import fix_frequencies
+
+    config = MiniCPM3Config(rope_parameters=dict(LONGROPE), max_position_embeddings=4096)
+    positions = torch.arange(4096)[None]
+    want = MiniCPM3RotaryEmbedding(config)(torch.zeros(1), positions)
+    rotary = MiniCPM3RotaryEmbedding(config)
+    fix_frequencies(torch.nn.ModuleList([rotary]))
+    got = torch.compile(rotary, fullgraph=True, backend="eager")(torch.zeros(1), positions)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
 
@@ -88,6 +89,9 @@ def test_at_once_as_alone(chat):
 def test_a_wrong_key_is_refused(server):
     with pytest.raises(openai.AuthenticationError):
         server.client("wrong").models.list()
+    # vLLM by itself asks below /v1 only.
+    for path, status in (("invocations", 401), ("tokenize", 401), ("metrics", 401), ("health", 200)):
+        assert httpx.get(server.url.replace("/v1", f"/{path}")).status_code == status
 
 
 def test_what_cannot_fit_is_refused_and_the_server_lives(chat):

@@ -125,6 +125,18 @@ class LatentCache(DynamicCache):
         for layer in self.latent_layers:
             layer.reserve(capacity)
 
+    def shrink(self, capacity: int) -> None:
+        """Give back the memory of what is allocated beyond ``capacity`` tokens, or beyond those held if they
+        are more; one layer after another, so that no second cache is needed meanwhile.
+
+        Raises:
+            ValueError: ``capacity`` below 1.
+        """
+        _check_capacity(capacity)
+        self.capacity = min(capacity, self.capacity or capacity)
+        for layer in self.latent_layers:
+            layer.shrink(capacity)
+
     def layer_at(self, layer_idx: int) -> Any:
         """A layer by its index; made where there is none yet."""
         while len(self.layers) <= layer_idx:
@@ -193,6 +205,12 @@ class LatentLayer(CacheLayerMixin):
         """As for ``LatentCache``."""
         for rows in self._all_buffers().values():
             rows.capacity = max(capacity, rows.capacity)
+
+    def shrink(self, capacity: int) -> None:
+        """As for ``LatentCache``."""
+        for rows in self._all_buffers().values():
+            rows.shrink(capacity)
+        self._publish()
 
     def restore(self, held: Mapping[str, Tensor], *, rank: int, rope: int, device: torch.device) -> None:
         """Make an empty layer hold a copy of what another one's :meth:`held` gave, with that one's ``rank``
@@ -440,6 +458,14 @@ class _Rows:
 
     def crop(self, count: int) -> None:
         self.length -= count
+
+    def shrink(self, capacity: int) -> None:
+        self.capacity = min(capacity, self.capacity)
+        most = max(capacity, self.length)
+        if self._buffer is not None and self._buffer.shape[1] > most:
+            old = self.held()
+            self._buffer = self._buffer.new_empty(old.shape[0], most, old.shape[2])
+            self._buffer[:, : self.length] = old
 
     def select(self, indices: Tensor) -> None:
         if self._buffer is not None:

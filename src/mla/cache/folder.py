@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from mla.errors import MLAError
 _SUFFIX = ".latents.safetensors"
 #: So many new tokens make a conversation worth writing, and this share of its length.
 _WORTH_WRITING, _WORTH_WRITING_SHARE = 32, 8
+_ID_BYTES = 4
 
 
 def common_length(one: Tensor, other: Tensor) -> int:
@@ -24,6 +26,17 @@ def common_length(one: Tensor, other: Tensor) -> int:
     length = min(len(one), len(other))
     different = (one[:length] != other[:length]).nonzero()
     return int(different[0]) if len(different) else length
+
+
+def _always(held: int, common: int) -> bool:
+    return True
+
+
+class _Held(NamedTuple):
+    """Token ids [t] int32, and the same as bytes, which tell sooner whether two begin alike."""
+
+    ids: Tensor
+    raw: bytes
 
 
 class PrefixFolder:
@@ -55,7 +68,7 @@ class PrefixFolder:
         self.limit = limit
         self._note = note
         self._model = digest(canonical(self.fingerprint))
-        self._tokens: dict[tuple[str, int], Tensor | None] = {}
+        self._tokens: dict[tuple[str, int], _Held | None] = {}
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -64,27 +77,30 @@ class PrefixFolder:
             raise MLAError(f"{folder}: expected a folder to keep latents in, got one without write access")
 
     def longest(
-        self, tokens: Sequence[int], is_worth: Callable[[int, int], bool] = lambda held, common: True
+        self, tokens: Sequence[int], is_worth: Callable[[int, int], bool] = _always, *, beyond: int = 0
     ) -> tuple[Path | None, int]:
         """The file that has the longest beginning in common with ``tokens``, and how long that is; of several
         the shortest, since all of a file is read.
 
         Args:
             tokens: of a prompt. is_worth: whether a file of (tokens held, tokens in common) is one to take.
+            beyond: files with up to so many tokens in common are none to take.
         """
-        wanted = torch.tensor(tokens, dtype=torch.int32, device="cpu")
-        best: tuple[Path | None, int] = (None, 0)
-        size = 0
-        for file, held in self._known().items():
-            common = common_length(held, wanted)
-            is_better = common > best[1] or (common == best[1] and len(held) < size)
-            if common and is_better and is_worth(len(held), common):
-                best, size = (file, common), len(held)
-        return best
+        wanted = _held(tokens)
+        best, most, size = None, beyond, 0
+        for name, held in self._known().items():
+            # In a folder of thousands nearly all are passed over here.
+            needed = most if len(held.raw) < size else most + 1
+            if needed > len(tokens) or not held.raw.startswith(wanted.raw[: needed * _ID_BYTES]):
+                continue
+            common = common_length(held.ids, wanted.ids)
+            if is_worth(len(held.ids), common):
+                best, most, size = self.folder / name, common, len(held.raw)
+        return best, most if best is not None else 0
 
-    def wants(self, tokens: Sequence[int]) -> bool:
-        """Whether enough of ``tokens`` is new to be worth a file."""
-        new = len(tokens) - self.longest(tokens)[1]
+    def wants(self, tokens: Sequence[int], goes_on: Callable[[int, int], bool] = _always) -> bool:
+        """Whether enough of ``tokens`` is new to be worth a file; ``goes_on`` as for :meth:`save`."""
+        new = len(tokens) - self.longest(tokens, goes_on)[1]
         return new >= max(_WORTH_WRITING, len(tokens) // _WORTH_WRITING_SHARE)
 
     def load(self, file: Path, cache: LatentCache, keep: int, device: torch.device) -> None:
@@ -101,9 +117,15 @@ class PrefixFolder:
         with contextlib.suppress(OSError):
             os.utime(file)
 
-    def save(self, cache: LatentCache, tokens: Sequence[int]) -> None:
+    def save(
+        self,
+        cache: LatentCache,
+        tokens: Sequence[int],
+        goes_on: Callable[[int, int], bool] = _always,
+    ) -> None:
         """Keep the latents of ``tokens``, if the folder has room for them at all; files that hold only a
-        beginning of them go.
+        beginning of them go, unless they are others than these: ``goes_on`` says of (tokens held, tokens in
+        common) whether ``tokens`` may be read on from such a file.
 
         Raises:
             MLAError: nothing can be written there.
@@ -111,12 +133,13 @@ class PrefixFolder:
         # The rows in use: a cache may have room for many more.
         if sum(rows.nbytes for layer in cache.latent_layers for rows in layer.held().values()) > self.limit:
             return
-        new = torch.tensor(tokens, dtype=torch.int32, device="cpu")
-        file = self.folder / f"{self._model}-{digest(new.numpy().tobytes())}{_SUFFIX}"
+        new = _held(tokens)
+        file = self.folder / f"{self._model}-{digest(new.raw)}{_SUFFIX}"
         save_cache(file, cache, tokens, self.fingerprint)
-        for old, held in self._known().items():
-            if old != file and common_length(held, new) == len(held):
-                self.remove(old)
+        for name, old in self._known().items():
+            length = len(old.ids)
+            if name != file.name and new.raw.startswith(old.raw) and goes_on(length, length):
+                self.remove(self.folder / name)
         self._shrink()
 
     def remove(self, file: Path) -> bool:
@@ -126,32 +149,35 @@ class PrefixFolder:
             return True
         return False
 
-    def _known(self) -> dict[Path, Tensor]:
-        """The tokens of every file of this model; read once, since a file is never written twice."""
-        known: dict[Path, Tensor] = {}
-        seen: dict[tuple[str, int], Tensor | None] = {}
-        for file, status in self._files():
-            if not file.name.startswith(self._model):
-                continue
-            key = (file.name, status.st_ino)
-            if key not in self._tokens:
-                try:
-                    self._tokens[key] = read_tokens(file)
-                except MLAError as error:
-                    self._tokens[key] = None
-                    if file.exists():  # not removed by another process just now
-                        self._note(f"{error}; what it may hold is computed again")
-            held = seen[key] = self._tokens[key]
-            if held is not None:
-                known[file] = held
+    def _known(self) -> dict[str, _Held]:
+        """What every file of this model holds, by name; read once, since a file is never written twice."""
+        seen: dict[tuple[str, int], _Held | None] = {}
+        for entry in self._entries():
+            if entry.name.startswith(self._model):
+                key = (entry.name, entry.inode())
+                seen[key] = self._tokens[key] if key in self._tokens else self._read(Path(entry.path))
         self._tokens = seen
-        return known
+        return {name: held for (name, _), held in seen.items() if held is not None}
+
+    def _read(self, file: Path) -> _Held | None:
+        try:
+            return _held(read_tokens(file))
+        except MLAError as error:
+            if file.exists():  # not removed by another process just now
+                self._note(f"{error}; what it may hold is computed again")
+            return None
+
+    def _entries(self) -> list["os.DirEntry[str]"]:
+        """Names and numbers of all files, none of which is asked for more: there may be thousands."""
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
+            return [entry for entry in entries if entry.name.endswith(_SUFFIX)]
+        return []
 
     def _files(self) -> list[tuple[Path, os.stat_result]]:
         found = []
-        for file in self.folder.glob(f"*{_SUFFIX}"):
+        for entry in self._entries():
             with contextlib.suppress(FileNotFoundError):
-                found.append((file, file.stat()))
+                found.append((Path(entry.path), entry.stat()))
         return found
 
     def _shrink(self) -> None:
@@ -162,3 +188,8 @@ class PrefixFolder:
                 return
             if self.remove(file):
                 total -= status.st_size
+
+
+def _held(tokens: Sequence[int] | Tensor) -> _Held:
+    ids = torch.as_tensor(tokens, dtype=torch.int32, device="cpu")
+    return _Held(ids, ids.numpy().tobytes())

@@ -12,12 +12,13 @@ from typing import Any
 
 from mla.cli import console
 from mla.errors import MLAError
-from mla.machine import allowed_cores, free_memory, usable_cores
+from mla.machine import allowed_cores, free_memory, is_local, usable_cores
 from mla.reading import local_path
 
 #: Cores of which one is a large part.
 _FEW_CORES = 4
 _FORMATS = ("auto", "fp32", "bf16", "int8")
+_MIDDLEWARE = "mla.integrations.vllm.middleware.Gate"
 _CACHE_DTYPE = ("--kv-cache-dtype",)
 _REPLICAS = ("--data-parallel-size", "-dp")
 _PARTS = (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp"))
@@ -39,14 +40,17 @@ def config_if_it_serves(
             raise MLAError(f"{' '.join(further)}: options after -- are vLLM's; take --engine vllm")
         return None
     from mla.integrations.loading import load_mla_config
+    from mla.integrations.vllm.unfit import why_unfit
 
-    config, _ = load_mla_config(model, max_model_len=max_model_len)
-    reason = None
+    config, dimensions = load_mla_config(model, max_model_len=max_model_len)
+    text = config.get_text_config(decoder=True)
     if cache_format not in _FORMATS:
         reason = f"--cache-format: vLLM takes {', '.join(_FORMATS)}, got {cache_format}"
-    elif getattr(config.get_text_config(decoder=True), "attention_bias", False):
-        reason = f"{model} has biases in its attention, for which vLLM has no place"
-    if reason is None:
+    elif _is_for_cpus() and getattr(text, "index_topk", None) is not None:
+        reason = f"{model} has sparse attention (index_topk), which vLLM does not have on CPUs"
+    elif (unfit := why_unfit(config, max_model_len or dimensions.max_position_embeddings)) is not None:
+        reason = f"{model} {unfit}"
+    else:
         return config
     if engine == "vllm" or further:
         raise MLAError(f"{reason}; take --engine transformers")
@@ -74,10 +78,11 @@ def become(
 
     Raises:
         MLAError: the weights do not fit into memory; prefixes cannot be kept in ``cache_dir``; the cache's
-            format is named twice.
+            format is named twice; ``further`` has a key or a file of options.
     """
     from mla.integrations.loading import require_memory, settle_auto, weight_bytes
 
+    _check_further(further)
     environment = dict(os.environ)
     on_cpu = _is_for_cpus()
     replicas = _number(further, *_REPLICAS)
@@ -91,7 +96,7 @@ def become(
         settled, usual_format = settle_auto(model, config)
         if usual_format != "auto" and own_format is None:
             environment.setdefault("MLA_CACHE_FORMAT", usual_format)
-    options = [*options, "--dtype", settled]
+    options = [*_guards(api_key, [*options, *further]), *options, "--dtype", settled]
     if cache_format != "auto":
         environment["MLA_CACHE_FORMAT"] = cache_format
     if cache_dir is not None:
@@ -126,6 +131,25 @@ def become(
     os.execve(command[0], [*command, *options, *further], environment)
 
 
+def _check_further(further: Sequence[str]) -> None:
+    if _value(further, "--api-key") is not None:
+        wanted = "expected before --, or in MLA_API_KEY, so that it is asked for on every path"
+        raise MLAError(f"--api-key: {wanted}, got it after --")
+    if any(option.partition("=")[0] == "--config" for option in further):
+        wanted = "expected vLLM's options themselves after --, got a file of them"
+        raise MLAError(f"--config: {wanted}, whose values would give way to those of `mla serve`")
+
+
+def _guards(api_key: str | None, options: Sequence[str]) -> list[str]:
+    """Options that keep out whom the other engine keeps out, too."""
+    if api_key or os.environ.get("VLLM_API_KEY"):
+        return ["--middleware", _MIDDLEWARE]
+    if is_local(_value(options, "--host") or ""):
+        # Any page may ask by default, under the machine's own name, and read the answer.
+        return ["--middleware", _MIDDLEWARE, "--allowed-origins", "[]"]
+    return []
+
+
 def keep_prefixes(folder: Path, size: int) -> str:
     """vLLM's setting that keeps prefixes in a folder of ``size`` bytes."""
     return json.dumps(
@@ -154,10 +178,15 @@ def _value(options: Sequence[str], *names: str) -> str | None:
     found = None
     for place, option in enumerate(options):
         name, equals, value = option.partition("=")
-        # vLLM's parser takes underscores in the names of long options for dashes.
-        if (name.replace("_", "-") if name.startswith("--") else name) in names:
+        if name in names or any(_is_short_for(name, each) for each in names):
             found = value if equals else next(iter(options[place + 1 :]), None)
     return found
+
+
+def _is_short_for(name: str, option: str) -> bool:
+    """Whether vLLM's parser takes one for the other: it knows beginnings of long options, and underscores in
+    them for dashes. A beginning of several options it refuses."""
+    return name.startswith("--") and len(name) > 2 and option.startswith(name.replace("_", "-"))
 
 
 def _number(options: Sequence[str], *names: str) -> int:

@@ -119,11 +119,10 @@ class Prefixes:
             have = self._longest_kept(known)[1]
 
             def is_worth(held: int, shared: int) -> bool:
-                gained = shared - have
-                is_cheap = gained >= max(_WORTH_READING, held // _WORTH_READING_SHARE)
+                is_cheap = shared - have >= held // _WORTH_READING_SHARE
                 return is_cheap and self._goes_on(held, shared, len(tokens))
 
-            file, stored = self._folder.longest(known, is_worth)
+            file, stored = self._folder.longest(known, is_worth, beyond=have + _WORTH_READING - 1)
             if file is not None:
                 cache = self.new(capacity)
                 try:
@@ -144,6 +143,9 @@ class Prefixes:
         self._kept.remove(kept)
         self._make_room(capacity, held=kept.cache.nbytes)
         kept.cache.crop(common - kept.cache.get_seq_length())
+        if lost > _WORTH_KEEPING:
+            # Or one long conversation would leave its room to every short one after it, one at a time.
+            kept.cache.shrink(capacity)
         kept.cache.reserve(capacity)
         return kept.cache
 
@@ -165,13 +167,19 @@ class Prefixes:
         if self.budget is None:
             self._kept.clear()
         new = _Conversation(_token_ids(held), cache)
-        self._kept = [
-            kept for kept in self._kept if common_length(kept.tokens, new.tokens) < len(kept.tokens)
-        ]
+
+        def goes_on(before: int, shared: int) -> bool:
+            return self._goes_on(before, shared, len(held))
+
+        def is_part(kept: _Conversation) -> bool:
+            shared = common_length(kept.tokens, new.tokens)
+            return shared == len(kept.tokens) and goes_on(shared, shared)
+
+        self._kept = [kept for kept in self._kept if not is_part(kept)]
         self._kept.append(new)
-        if self._folder is not None and self._folder.wants(held):
+        if self._folder is not None and self._folder.wants(held, goes_on):
             try:
-                self._folder.save(cache, held)
+                self._folder.save(cache, held, goes_on)
             except MLAError as error:
                 self._note(str(error))
 
@@ -224,7 +232,7 @@ class Prefixes:
 
     def _make_room(self, tokens: int, held: int = 0, spared: _Conversation | None = None) -> None:
         """Forget conversations, but not ``spared``, until a cache of ``tokens``, ``held`` bytes of it there
-        already, fits beside the others."""
+        already, fits beside the others, within the budget and the memory that is free."""
         needed = self._bytes(tokens)
         if self.budget is None:
             self._kept.clear()
@@ -233,10 +241,22 @@ class Prefixes:
                 f"a cache of {tokens} tokens would need {needed} bytes, the budget is {self.budget}"
             )
         else:
-            while self.nbytes + max(needed, held) > self.budget and len(self._kept) > (spared is not None):
-                del self._kept[1 if self._kept[0] is spared else 0]
-        if self._model.device.type == "cpu":
-            require_memory(needed - held, f"a cache of {tokens} tokens")
+            while self.nbytes + max(needed, held) > self.budget and self._forget_oldest(spared):
+                pass
+        while self._model.device.type == "cpu":
+            try:
+                require_memory(needed - held, f"a cache of {tokens} tokens")
+                break
+            except MLAError:  # others have taken the machine's memory
+                if not self._forget_oldest(spared):
+                    raise
+
+    def _forget_oldest(self, spared: _Conversation | None) -> bool:
+        """Whether there was one."""
+        oldest = next((kept for kept in self._kept if kept is not spared), None)
+        if oldest is not None:
+            self._kept.remove(oldest)
+        return oldest is not None
 
 
 @torch.no_grad()

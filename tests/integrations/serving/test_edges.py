@@ -175,6 +175,39 @@ def test_a_beginning_is_not_copied_where_two_caches_do_not_fit(monkeypatch):
     assert cache.nbytes == config.cache_bytes(95, "fp32")  # the room that was made, and no more
 
 
+def test_a_long_conversation_leaves_room_for_many_short_ones():
+    """All chats begin with the same token; the room of the first would go from each of them to the next."""
+    model, config = (engine := make_engine()).model, engine.prefixes.config
+    prefixes = Prefixes(model, config, "fp32", budget=config.cache_bytes(100, "fp32"))
+    chats = [[1, *range(first, first + 39)] for first in (10, 60, 110)]
+    read(prefixes, list(range(1, 91)), 100)
+    for chat in chats:
+        cache = prefixes.take(chat, 45)
+        assert goes_on_as_alone(model, cache, chat, 1)
+        prefixes.keep(chat, cache)
+    assert [kept.tokens.tolist() for kept in prefixes._kept] == chats[1:]
+    assert prefixes.nbytes == config.cache_bytes(90, "fp32")
+
+
+def test_conversations_make_room_where_the_machine_has_none(monkeypatch):
+    """Within the budget, where others have taken the memory."""
+    model, config = (engine := make_engine()).model, engine.prefixes.config
+    prefixes = Prefixes(model, config, "fp32", budget=config.cache_bytes(500, "fp32"))
+    for first in (1, 60, 120):
+        read(prefixes, list(range(first, first + 50)), 50)
+    last = prefixes._kept[-1]
+
+    def two_at_once(needed, purpose):
+        if needed + prefixes.nbytes > config.cache_bytes(100, "fp32"):
+            raise MLAError(f"{purpose}: no memory")
+
+    monkeypatch.setattr("mla.integrations.prefixes.require_memory", two_at_once)
+    prefixes.new(50)
+    assert prefixes._kept == [last]
+    with pytest.raises(MLAError, match="a cache of 101 tokens: no memory"):
+        prefixes.new(101)
+
+
 def test_an_answer_grows_into_the_room_that_was_made_for_it():
     engine = make_engine()
     held = []

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hmac
 import inspect
 import time
 from typing import Any
@@ -18,8 +17,8 @@ from transformers.cli.serving.utils import GenerationState
 from mla.errors import MLAError
 from mla.integrations.serving.answers import ChatEndpoint, CompletionEndpoint
 from mla.integrations.serving.generation import Engine
+from mla.integrations.serving.guard import Guard, response
 from mla.integrations.serving.requests import ApiError, check_model
-from mla.machine import is_local
 
 _POSTED = {"/v1/chat/completions", "/v1/completions"}
 _ROUTES = _POSTED | {"/v1/models", "/health"}
@@ -119,36 +118,23 @@ class _Gate:
 
     def __init__(self, app: ASGIApp, api_key: str | None, host: str | None) -> None:
         self._app = app
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
-        # A browser sends the name that a page has. It may have come to point here once the page was loaded:
-        # then what the page asks looks to the browser as if it went to the page's own server.
-        self._by_local_names = host is not None and is_local(host) and api_key is None
+        self._guard = Guard(api_key, host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif (error := self._refusal(scope)) is not None:
-            headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
-            await JSONResponse(error.body, error.status, headers)(scope, receive, send)
+            await response(error)(scope, receive, send)
         else:
             await self._while_connected(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
-        headers = dict(scope["headers"])
-        if scope["path"].startswith("/v1") and not self._knows(headers.get(b"authorization", b"")):
-            return ApiError("Incorrect API key provided", status=401, code="invalid_api_key")
-        host = headers.get(b"host", b"").decode("latin-1")
-        if self._by_local_names and host and not is_local(_without_port(host)):
-            wanted = "Host: expected 127.0.0.1, [::1] or localhost, since this server is for its own machine"
-            return ApiError(f"{wanted}, got {host[:80]}; with --api-key it answers to every name", status=403)
+        error = self._guard.refusal(scope, is_open=not scope["path"].startswith("/v1"))
         # A page of any site may send other types without asking first. FastAPI takes none at all for JSON.
-        kind = headers.get(b"content-type", b"").decode("latin-1")
-        if scope["method"] == "POST" and scope["path"] in _POSTED and not _is_json(kind):
+        kind = dict(scope["headers"]).get(b"content-type", b"").decode("latin-1")
+        if error is None and scope["method"] == "POST" and scope["path"] in _POSTED and not _is_json(kind):
             return ApiError(f"Content-Type: expected application/json, got {kind[:80] or 'none'}", status=415)
-        return None
-
-    def _knows(self, key: bytes) -> bool:
-        return self._expected is None or hmac.compare_digest(key, self._expected)
+        return error
 
     async def _while_connected(self, scope: Scope, receive: Receive, send: Send) -> None:
         read, gone = asyncio.Event(), asyncio.Event()
@@ -190,13 +176,6 @@ class _Gate:
         finally:
             watcher.cancel()
             answer.cancel()
-
-
-def _without_port(host: str) -> str:
-    """The name or the address in a Host header."""
-    name, colon, port = host.rpartition(":")
-    name = name if colon and port.isdecimal() else host
-    return name[1:-1] if name.startswith("[") and name.endswith("]") else name
 
 
 def _is_json(content_type: str) -> bool:

@@ -20,4 +20,19 @@ class TransformersForCausalLM(transformers.TransformersForCausalLM):
             )
         config = vllm_config.model_config.hf_text_config
         config.logit_scale = config.dim_model_base / config.hidden_size
+        rope = config.rope_parameters
+        if rope.get("rope_type") == "longrope":
+            # Transformers 5.19 reads it, and MiniCPM3-4B has none.
+            original = rope["original_max_position_embeddings"]
+            rope.setdefault("factor", config.max_position_embeddings / original)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        fix_frequencies(self.model)
+
+
+def fix_frequencies(model: Any) -> None:
+    """MiniCPM3-4B has LongRoPE with one set of factors. Transformers asks at every call which set the longest
+    position needs, which cannot be compiled; what it chooses is there already. Where there is something to
+    choose, the plugin has refused the model."""
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "longrope":
+            module.rope_type = "default"  # of which nothing is asked; frequencies and scaling stay

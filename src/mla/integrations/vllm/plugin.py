@@ -6,6 +6,7 @@ import logging
 import os
 from typing import Any
 
+from mla.integrations.vllm.unfit import why_unfit
 from mla.ops import native
 
 #: Releases of vLLM that the tests have passed with.
@@ -161,7 +162,7 @@ def keeping_settings(original: Any) -> Any:
     pages of 16 only and neither chunks of a prompt nor cached prefixes."""
 
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
-        _check_biases(vllm_config.model_config)
+        _check_fit(vllm_config.model_config)
         cache, scheduler, model = (
             vllm_config.cache_config,
             vllm_config.scheduler_config,
@@ -185,17 +186,18 @@ def keeping_settings(original: Any) -> Any:
     return check_and_update_config
 
 
-def _check_biases(model: Any) -> None:
-    """vLLM's MLA layers have no biases, and its loaders leave out what has no place.
+def _check_fit(model: Any) -> None:
+    """Refuse what vLLM would compute without a word, and wrongly.
 
     Raises:
-        ValueError: the checkpoint has some.
+        ValueError: the model is of that kind.
     """
-    if model is not None and model.use_mla and getattr(model.hf_text_config, "attention_bias", False):
-        raise ValueError(
-            f"{model.model} has biases in its attention (attention_bias), which vLLM would leave out, and "
-            "answer wrongly: serve it with `mla serve --engine transformers`"
-        )
+    if model is None or not model.use_mla:
+        return
+    own_code = not model.using_transformers_backend()
+    reason = why_unfit(model.hf_text_config, model.max_model_len, own_code=own_code)
+    if reason is not None:
+        raise ValueError(f"{model.model} {reason}; serve it with `mla serve --engine transformers`")
 
 
 def for_strided(original: Any) -> Any:
