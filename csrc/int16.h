@@ -85,10 +85,13 @@ template <class Machine> struct Int16 {
   }
   // The sign of a factor goes into the numbers: times a probability the factor becomes a weight, which has none.
   template <Type type> static MLA_INLINE float pack_part(Part part, float length, uint32_t* units) {
-    const float factor = part.factor;
-    part.factor = __builtin_copysignf(1.0f, factor);
-    mla::pack<Int16, type>(part, length > 1e-33f ? limit / length : 0.0f, units); // below, it would be infinite
-    return length * (__builtin_fabsf(factor) * (1.0f / limit));                   // NaN where the part holds one
+    const float factor = length * (__builtin_fabsf(part.factor) * (1.0f / limit)); // NaN where the part holds one
+    part.factor = __builtin_copysignf(1.0f, part.factor);
+    if (factor == factor)
+      mla::pack<Int16, type>(part, length > 1e-33f ? limit / length : 0.0f, units); // below, it would be infinite
+    else // NaN's own bits would be integers of any size, whose sums overflow
+      std::memset(units, 0, static_cast<size_t>(units_of<Int16>(part.count)) * 4);
+    return factor;
   }
   // Rare enough to be summed one by one.
   static __attribute__((noinline)) float exact_length(const Part& part, Type type) {

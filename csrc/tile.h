@@ -221,7 +221,8 @@ template <class A, int G> bool soften(int tokens, const float* value_factors, co
       F e = V::exp2(V::template load<F>(scores + t * G * lanes) - finite);
       sum += e;
       if constexpr (kSplit<A>) {
-        e = e != 0.0f ? e * value_factors[t] : F{}; // a hidden key's factor may be NaN
+        // A hidden key's factor may be NaN; where the score is, the total says so, and integers have no NaN.
+        e = e > 0.0f ? e * value_factors[t] : F{};
         weighted = A::collect(weighted, e);
         if constexpr (kDigits<A>) all += e;
       }
