@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from mla.errors import MLAError
-from mla.whole import UnwrittenError, whole
+from mla.whole import UnwrittenError, remove_abandoned, whole
 
 
 @pytest.mark.parametrize("before", [None, "old"])
@@ -20,7 +21,7 @@ def test_a_file_appears_when_it_is_finished(tmp_path, before):
         path.write_text(before)
     with whole(path) as partial:
         partial.write_text("new")
-        assert partial.parent == tmp_path
+        assert partial.parent.parent == tmp_path
         assert (path.read_text() if path.exists() else None) == before
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
     assert path.read_text() == "new"
@@ -32,7 +33,7 @@ def test_the_disk_has_the_content_before_the_name(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", lambda *paths: done.append("name") or replace(*paths))
     with whole(tmp_path / "page.html") as partial:
         partial.write_text("new")
-    assert done == ["content", "name"]
+    assert done == ["content", "name", "content"]  # the last is the folder's
 
 
 def _end(path: Path, error: BaseException, *others: type[Exception]) -> None:
@@ -63,6 +64,18 @@ def test_folders_on_the_way_are_made(tmp_path):
     with whole(path) as partial:
         partial.write_text("new")
     assert path.read_text() == "new"
+
+
+def test_what_killed_processes_left_goes(tmp_path):
+    for name, age in (("old", 4000), ("new", 10)):
+        (tmp_path / f".mla-{name}").mkdir()
+        (tmp_path / f".mla-{name}" / ".tmp6ft04y").write_text("half")
+        os.utime(tmp_path / f".mla-{name}", (time.time() - age,) * 2)
+    with whole(tmp_path / "page.html") as partial:
+        partial.write_text("new")
+    assert {file.name for file in tmp_path.iterdir()} == {"page.html", ".mla-new"}
+    remove_abandoned(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"page.html"}
 
 
 def test_what_a_writer_raises_instead(tmp_path):

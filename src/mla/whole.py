@@ -5,11 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mla.errors import MLAError
+
+_TEMPORARY = ".mla-"
+# Age in seconds beyond which nobody writes there any more.
+_ABANDONED = 3600.0
 
 
 class UnwrittenError(MLAError):
@@ -46,8 +52,6 @@ def whole(path: Path, *others: type[Exception]) -> Iterator[Path]:
     """
     failures: tuple[type[Exception], ...] = (OSError, *others)
     place = Path(os.path.realpath(path))
-    # A name may be as long as the system allows, and still leaves room for the other one.
-    beside = place.with_name(f".{place.name[:40]}.{os.getpid()}.part")
     try:
         if path.is_dir():
             raise MLAError(f"{path} cannot be written: expected a file, got a folder")
@@ -55,14 +59,33 @@ def whole(path: Path, *others: type[Exception]) -> Iterator[Path]:
             yield path
             return
         place.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        flush(beside)  # else a machine that loses its power may keep the name and not the content
-        _take_place(beside, place)
+        remove_abandoned(place.parent, _ABANDONED)
+        # Beside the file, so that a rename replaces it in one step, and in a folder of its own: safetensors
+        # puts a file of a name of its own beside what it writes.
+        folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=place.parent))
+        try:
+            partial = folder / place.name
+            yield partial
+            flush(partial)  # else a machine that loses its power may keep the name and not the content
+            _take_place(partial, place)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        flush(place.parent)
     except failures as error:
         raise UnwrittenError(path, error) from error
-    finally:
-        with suppress(OSError):  # it is usually not there, and where it cannot be there is no folder
-            beside.unlink()
+
+
+def remove_abandoned(folder: Path, age: float = 0.0) -> None:
+    """Delete what killed processes left half written; another user's stays.
+
+    Args:
+        folder: where :func:`whole` wrote.
+        age: in seconds; what was made since then stays.
+    """
+    for left in folder.glob(f"{_TEMPORARY}*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime >= age:
+                shutil.rmtree(left)
 
 
 def flush(path: Path) -> None:

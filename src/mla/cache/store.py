@@ -7,10 +7,6 @@ header with a fingerprint of the model and a checksum over all of it. It is writ
 import contextlib
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +19,7 @@ from transformers import cache_utils
 
 from mla.cache.contiguous import LatentCache, LatentLayer
 from mla.errors import MLAError
-from mla.whole import flush
+from mla.whole import whole
 
 T = TypeVar("T")
 
@@ -31,9 +27,6 @@ T = TypeVar("T")
 _HOLDS_NOTHING: Any = getattr(cache_utils, "DummyLayer", ())
 
 FORMAT = "mla latent cache 1"
-_TEMPORARY = ".mla-saving-"
-#: Age in seconds beyond which a temporary file is one that nobody writes any more.
-_ABANDONED = 3600.0
 
 
 def is_storable(cache: LatentCache) -> bool:
@@ -69,7 +62,7 @@ def save_cache(path: Path, cache: LatentCache, tokens: Sequence[int], fingerprin
     Raises:
         ValueError: the cache holds another number of tokens, several sequences, or more than latents of its
             tokens.
-        MLAError: the folder cannot be written, or the disk is full.
+        UnwrittenError: the folder cannot be written, or the disk is full.
     """
     _check_storable(cache)
     tensors: dict[str, Tensor] = {"tokens": torch.tensor(tokens, dtype=torch.int32, device="cpu")}
@@ -86,10 +79,9 @@ def save_cache(path: Path, cache: LatentCache, tokens: Sequence[int], fingerprin
         "layers": json.dumps(layers, sort_keys=True),
     }
     header["checksum"] = _checksum(header, tensors)
-    try:
-        _write(path, tensors, header)
-    except (OSError, SafetensorError) as error:
-        raise MLAError(f"{path}: the latents cannot be written there: {error}") from error
+    with whole(path, SafetensorError) as partial:
+        save_file(tensors, partial, metadata=header)
+        partial.chmod(0o600)
 
 
 def load_cache(
@@ -226,28 +218,3 @@ def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         total.update(tensors[name].flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
-
-
-def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    folder = path.absolute().parent
-    _remove_abandoned(folder)
-    # In the folder of the file itself, in a folder of its own: a rename replaces a file in one step, several
-    # processes may save at once, and safetensors puts a file of a name of its own beside what it writes.
-    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder))
-    try:
-        file = temporary / path.name
-        save_file(tensors, file, metadata=header)
-        file.chmod(0o600)
-        flush(file)
-        os.replace(file, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    flush(folder)
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Delete what killed processes left half written; another user's stays."""
-    for left in folder.glob(f"{_TEMPORARY}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _ABANDONED:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()

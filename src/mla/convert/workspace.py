@@ -39,7 +39,7 @@ from mla.convert.text import (
 from mla.digest import canonical, digest, digest_of_weights
 from mla.errors import MLAError
 from mla.textfile import read_text
-from mla.whole import UnwrittenError, whole
+from mla.whole import UnwrittenError, remove_abandoned, whole
 
 Progress = Callable[[str, float, float], None]
 Notice = Callable[[str], None]
@@ -399,7 +399,7 @@ def _enter(place: Path, identity: dict[str, Any], useless: list[Path]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-    for path in place.rglob(".*.part"):  # what was being written by processes that were killed
-        path.unlink()
     with whole(place / "request.json") as partial:
         partial.write_text(json.dumps(identity, sort_keys=True), encoding="utf-8")
+    for folder in (place, *filter(Path.is_dir, place.iterdir())):
+        remove_abandoned(folder)
