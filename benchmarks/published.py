@@ -132,7 +132,7 @@ def rorope(weights: AttentionWeights, moments: Tensor, *, rope: int, fold: int) 
     basis = torch.linalg.eigh((flat @ moments @ flat.mT).sum(0)).eigenvectors.flip(-1)
     keys = basis.mT @ flat  # [part, block, component, D]
     by_group = basis.view(blocks, fold, G, fold * G).permute(2, 0, 1, 3)  # [g, block, member, component]
-    group = [weights.group_of(h) for h in range(weights.heads)]
+    group = weights.group
     query_rope = torch.einsum("hblc,hpblD->hbcpD", by_group[group][..., :kept], queries)
     rest = fold * G - kept
     read_out = torch.zeros(G, 2, blocks, fold, 2, blocks, rest, dtype=torch.float64)
@@ -215,7 +215,7 @@ def transmla(
             rank,
             balance=balance,
         )
-        group = [weights.group_of(h) for h in range(weights.heads)]
+        group = weights.group
         factors = LayerFactors(
             latent=latent,
             key_rope=split.key_rope,

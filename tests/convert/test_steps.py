@@ -54,7 +54,7 @@ def test_statistics_equal_their_definition(groups: int) -> None:
     expected = torch.zeros(2, 7, 24, dtype=torch.float64)
     for b in range(2):
         for h in range(H):
-            g = weights.group_of(h)
+            g = int(weights.group[h])
             q, k, v = (x[b].double() @ w.double().T for w in (weights.q[h], weights.k[g], weights.v[g]))
             logits = rotate(q, weights.inv_freq) @ rotate(k, weights.inv_freq).T / math.sqrt(d)
             a = logits.masked_fill(~torch.ones(7, 7).tril().bool(), -math.inf).softmax(-1)

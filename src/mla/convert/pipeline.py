@@ -232,7 +232,7 @@ def factor_layer(weights: AttentionWeights, statistics: LayerStatistics, budget:
 def terms_of(weights: AttentionWeights, statistics: LayerStatistics, split: RopeSplit) -> Terms:
     """Keys and values of every head as one list of quadratic forms in the same unit."""
     H, d = weights.heads, weights.head_dim
-    group = [weights.group_of(h) for h in range(H)]
+    group = weights.group
     keys = residual_keys(split, weights.k.double() @ statistics.basis.T)
     values = weights.v.double() @ statistics.basis.T
     turn = mix_pairs(split.rotation, torch.eye(d, dtype=torch.float64).expand(H, d, d))

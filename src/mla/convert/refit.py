@@ -17,6 +17,7 @@ from mla.convert.checkpoint import LayerFactors
 from mla.convert.descent import Muon, column_apart, schedule
 from mla.convert.fused import fused_attention
 from mla.convert.rope_split import ladder
+from mla.convert.statistics import rotate
 
 # Every so many windows one is held out, or the last where there are fewer.
 _HELD_OUT = 8
@@ -91,18 +92,12 @@ def _expanded(factors: LayerFactors, x: Tensor, theta: float) -> Tensor:
 
 def _projected(factors: LayerFactors, x: Tensor, theta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Latents [t, r], rotated keys [t, p], queries [h, t, n] and rotated queries [h, t, p] of x [t, D]."""
-    angles = torch.outer(torch.arange(len(x), dtype=torch.float64), ladder(len(factors.key_rope), theta))
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-
-    def turn(pairs: Tensor) -> Tensor:
-        even, odd = pairs[..., 0::2], pairs[..., 1::2]
-        return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
-
+    slots = ladder(len(factors.key_rope), theta)
     return (
         x @ factors.latent.to(x.dtype).T,
-        turn(x @ factors.key_rope.to(x.dtype).T),
+        rotate(x @ factors.key_rope.to(x.dtype).T, slots, "interleaved"),
         x @ factors.query_nope.to(x.dtype).mT,
-        turn(x @ factors.query_rope.to(x.dtype).mT),
+        rotate(x @ factors.query_rope.to(x.dtype).mT, slots, "interleaved"),
     )
 
 

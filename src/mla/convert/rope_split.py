@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mla.convert.statistics import LayerStatistics
+from mla.convert.statistics import LayerStatistics, group_of_heads, to_complex
 
 # Share of lags that are drawn evenly from the whole window, so that a head that looks nearby in the
 # calibration text is still sane at long range.
@@ -73,7 +73,7 @@ def split_rope(statistics: LayerStatistics, inv_freq: Tensor, slots: Tensor) -> 
     """
     H, J, G, _ = statistics.pair_moment.shape
     n = slots.shape[0]
-    group_of = torch.arange(H) * G // H
+    group = group_of_heads(H, G)
     T = statistics.lags.shape[1]
     flat = torch.polar(
         torch.ones(J, T, dtype=torch.float64), inv_freq[:, None] * torch.arange(T, dtype=torch.float64)
@@ -89,7 +89,7 @@ def split_rope(statistics: LayerStatistics, inv_freq: Tensor, slots: Tensor) -> 
     read = torch.zeros(n, H, dtype=torch.complex128)
     gain = torch.zeros(n, J, dtype=torch.float64)
     vector = torch.zeros(n, J, G, dtype=torch.complex128)
-    member = torch.nn.functional.one_hot(group_of, G).double()  # [h, g]
+    member = torch.nn.functional.one_hot(group, G).double()  # [h, g]
 
     def rate(j: int) -> None:
         pooled = moment[:, j].sum(0)  # [g, g]
@@ -125,7 +125,7 @@ def split_rope(statistics: LayerStatistics, inv_freq: Tensor, slots: Tensor) -> 
         keep = torch.eye(G, dtype=torch.complex128) - torch.outer(back, a.conj())
         pair[i] = j
         key_mix[i] = a.conj() @ residual[j]
-        read[i] = alpha[:, i, j] * back.conj()[group_of]
+        read[i] = alpha[:, i, j] * back.conj()[group]
         residual[j] = keep @ residual[j]
         moment[:, j] = keep @ moment[:, j] @ keep.mH
         rate(j)
@@ -135,34 +135,27 @@ def split_rope(statistics: LayerStatistics, inv_freq: Tensor, slots: Tensor) -> 
 
 def mix_pairs(factor: Tensor, weights: Tensor) -> Tensor:
     """Multiply pairs (j, j + d/2) of the rows of ``weights`` [..., d, D] by complex ``factor`` [..., j]."""
-    half = weights.shape[-2] // 2
-    as_pairs = torch.complex(weights[..., :half, :], weights[..., half:, :]) * factor[..., None]
+    as_pairs = to_complex(weights, -2) * factor[..., None]
     return torch.cat([as_pairs.real, as_pairs.imag], dim=-2)
 
 
 def residual_keys(split: RopeSplit, keys: Tensor) -> Tensor:
     """The keys without what the slots hold: real fp64 [g, d, m] from [g, d, m]."""
-    half = keys.shape[1] // 2
-    as_pairs = torch.complex(keys[:, :half], keys[:, half:])  # [g, j, m]
-    left = torch.einsum("jgf,fjm->gjm", split.residual, as_pairs)
+    left = torch.einsum("jgf,fjm->gjm", split.residual, to_complex(keys, 1))
     return torch.cat([left.real, left.imag], dim=1)
 
 
 def rotary_keys(split: RopeSplit, keys: Tensor) -> Tensor:
     """Rows of the shared rotary key in the interleaved order of the target: fp64 [2n, D] from keys [g, d,
     D]."""
-    half = keys.shape[1] // 2
-    as_pairs = torch.complex(keys[:, :half], keys[:, half:])  # [g, j, D]
-    source = as_pairs[:, split.pair.clamp(min=0)]  # [g, n, D]
+    source = to_complex(keys, 1)[:, split.pair.clamp(min=0)]  # [g, n, D]
     slot = torch.einsum("ng,gnD->nD", split.key_mix, source)
     return torch.stack([slot.real, slot.imag], dim=1).flatten(0, 1)
 
 
 def rotary_queries(split: RopeSplit, queries: Tensor) -> Tensor:
     """Rows of every head's rotary query, interleaved: fp64 [h, 2n, D] from queries [h, d, D]."""
-    half = queries.shape[1] // 2
-    as_pairs = torch.complex(queries[:, :half], queries[:, half:])
-    slot = as_pairs[:, split.pair.clamp(min=0)] * split.read.T[:, :, None]  # [h, n, D]
+    slot = to_complex(queries, 1)[:, split.pair.clamp(min=0)] * split.read.T[:, :, None]  # [h, n, D]
     return torch.stack([slot.real, slot.imag], dim=2).flatten(1, 2)
 
 

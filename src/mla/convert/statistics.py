@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mla.ops.rope import apply_rope
+
 # Numbers of one [heads, T, T] matrix that are held at a time.
 _LOGITS = 2**20
 
@@ -56,8 +58,9 @@ class AttentionWeights:
     def head_dim(self) -> int:
         return self.q.shape[1]
 
-    def group_of(self, head: int) -> int:
-        return head * self.groups // self.heads
+    @property
+    def group(self) -> Tensor:
+        return group_of_heads(self.heads, self.groups)
 
 
 @dataclass(frozen=True)
@@ -103,12 +106,15 @@ def joint_basis(weights: AttentionWeights) -> Tensor:
     return basis
 
 
-def rotate(x: Tensor, inv_freq: Tensor) -> Tensor:
-    """Llama's RoPE of x [..., t, d] at positions 0 .. t-1, pairs (j, j + d/2)."""
+def group_of_heads(heads: int, groups: int) -> Tensor:
+    """Which key-value head each head reads: int64 [h]."""
+    return torch.arange(heads) * groups // heads
+
+
+def rotate(x: Tensor, inv_freq: Tensor, layout: str = "half") -> Tensor:
+    """RoPE of x [..., t, p] at positions 0 .. t-1, by fp64 angles; Llama pairs (j, j + p/2)."""
     angles = torch.outer(torch.arange(x.shape[-2], dtype=torch.float64), inv_freq)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return apply_rope(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype), layout)
 
 
 def causal(length: int) -> Tensor:
@@ -118,7 +124,7 @@ def causal(length: int) -> Tensor:
 
 def teacher_block(weights: AttentionWeights, x: Tensor) -> Tensor:
     """What the teacher's block makes of its normed input: fp32 [t, D] from [t, D]."""
-    group = torch.arange(weights.heads) * weights.groups // weights.heads
+    group = weights.group
     q = rotate(torch.einsum("hdD,tD->htd", weights.q, x), weights.inv_freq)
     k = rotate(torch.einsum("gdD,tD->gtd", weights.k, x), weights.inv_freq)
     v = torch.einsum("gdD,tD->gtd", weights.v, x)
@@ -128,10 +134,9 @@ def teacher_block(weights: AttentionWeights, x: Tensor) -> Tensor:
     return torch.einsum("htd,hDd->tD", heads, weights.o)
 
 
-def to_complex(x: Tensor) -> Tensor:
+def to_complex(x: Tensor, dim: int = -1) -> Tensor:
     """[..., d] to complex [..., j]: pair (j, j + d/2) as one number."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.complex(first, second)
+    return torch.complex(*x.chunk(2, dim))
 
 
 def _portions(count: int, size: int) -> list[Tensor]:
@@ -175,7 +180,7 @@ def collect(weights: AttentionWeights, inputs: Tensor) -> LayerStatistics:
     ).to(torch.complex64)
     hidden_keys = ~causal(T)
 
-    group = torch.arange(H) * G // H
+    group = weights.group
     for b in range(windows):
         x = inputs[b]
         z = x @ project.T
