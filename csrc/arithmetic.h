@@ -24,6 +24,7 @@
 //   second               0, or by what the first part of a query is finer in the second digits that follow its row
 //   collect, limit       of a row's probabilities in one tile, what may reach `limit`
 //   peak, counts, split  with second digits: when those of probabilities are needed, and what they are
+//   whole                where they are not: a probability in whole steps, and what is carried on to the next key
 #pragma once
 
 #include <type_traits>

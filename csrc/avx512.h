@@ -118,6 +118,15 @@ template <class Rest_> struct Int8 {
     p = whole;
     return beyond * limit;
   }
+  // The nearest step; of few steps counting what is carried, and what is beyond it is carried on. Many steps are
+  // rounded up as often as down, and would only come to err by two roundings instead of one.
+  static constexpr float few = 4.0f;
+  static MLA_INLINE F whole(F p, F& carry) {
+    const F x = p < few ? p + carry : p;
+    const F step = (x + V::rounding) - V::rounding;
+    carry = p < few ? x - step : carry;
+    return step;
+  }
   static MLA_INLINE Unit weights(const F* p) {
     return (V::nearest(p[0]) & 0xffu) | ((V::nearest(p[1]) & 0xffu) << 8) | ((V::nearest(p[2]) & 0xffu) << 16) |
            (V::nearest(p[3]) << 24);

@@ -165,11 +165,14 @@ template <class A, int G> MLA_INLINE auto largest(int tokens, const int32_t* lim
   return top;
 }
 
-// Probabilities, times the factor of their row -> units, and second digits where they are needed.
+// Probabilities, times the factor of their row -> units, and second digits where they are needed. Where they are not,
+// what rounding takes from one key is added to the next but few: beside a large one, many small ones would all become
+// zero. (To the very next one, each would have to wait for the one before.)
 template <class A, int G, class F>
 MLA_INLINE void write_units(int tokens, const F (&inner)[G], bool finer, Weights<A>& weights) {
   using V = typename A::V;
   constexpr int lanes = A::lanes;
+  F carry[G][A::per_unit] = {};
   for (int t = 0; t < tokens; t += A::per_unit)
     for (int g = 0; g < G; ++g) {
       const int64_t to = (t / A::per_unit * G + g) * lanes;
@@ -181,6 +184,8 @@ MLA_INLINE void write_units(int tokens, const F (&inner)[G], bool finer, Weights
           F more[A::per_unit];
           for (int i = 0; i < A::per_unit; ++i) more[i] = A::split(p[i]);
           V::store(weights.digits + to, A::weights(more));
+        } else {
+          for (int i = 0; i < A::per_unit; ++i) p[i] = A::whole(p[i], carry[g][i]);
         }
       }
       V::store(weights.units + to, A::weights(p));

@@ -53,7 +53,7 @@ TOKENS = torch.zeros(5, 1, 4, dtype=torch.int32)
             {"extra_topk_length": torch.zeros(5), "extra_k_cache": torch.zeros(1)},
             "^extra_k_cache and extra_topk_length: expected None without indices",
         ),
-        ({}, {"softmax_scale": float("nan")}, "^softmax_scale: expected a finite number, got nan"),
+        ({}, {"softmax_scale": float("nan")}, "^softmax_scale: expected a finite number in fp32, got nan"),
         ({}, {"indices": TOKENS, "causal": True}, "causal: expected False with indices"),
         (
             {},
@@ -92,7 +92,7 @@ def test_errors(change, options, message):
 
 def test_errors_of_sparse_prefill():
     q, kv = torch.zeros(5, 2, 64), torch.zeros(3, 1, 64)
-    with pytest.raises(ValueError, match=r"^sm_scale: expected a finite number, got inf"):
+    with pytest.raises(ValueError, match=r"^sm_scale: expected a finite number in fp32, got inf"):
         flash_mla_sparse_fwd(q, kv, TOKENS, float("inf"), 64)
     with pytest.raises(ValueError, match=r"^d_v: expected 1 to 64, got 65"):
         flash_mla_sparse_fwd(q, kv, TOKENS, 0.1, 65)

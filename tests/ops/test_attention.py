@@ -237,8 +237,8 @@ def test_scaled_queries_are_rounded_no_more_than_queries():
         ({"latent_scale": torch.ones(1, 9)}, "latent_scale: expected None beside torch.float32 .* a tensor"),
         ({"w_uv": torch.zeros(3, 10, 24, device="meta")}, "w_uv .* on cpu, as q_nope, got one on meta"),
         ({"mask": torch.ones(1, 1, 2, 9, device="meta")}, "mask: .* on cpu, as q_nope, got one on meta"),
-        ({"scale": float("nan")}, "scale: expected a finite number, got nan"),
-        ({"scale": float("-inf")}, "scale: expected a finite number, got -inf"),
+        ({"scale": float("nan")}, "scale: expected a finite number in fp32, got nan"),
+        ({"scale": float("-inf")}, "scale: expected a finite number in fp32, got -inf"),
     ],
 )
 @pytest.mark.parametrize("operator", ["prefill", "decode"])

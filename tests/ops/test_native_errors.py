@@ -130,10 +130,10 @@ def test_strides(operator, name):
 
 
 @by_operator
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), 1e39])
 def test_scales_that_are_not_finite(operator, scale):
     message = error_of(operator, "bf16", CONTIGUOUS, "scale", lambda x: scale)
-    assert message == f"scale: expected a finite number, got {scale}"
+    assert message == f"scale: expected a finite number in fp32, got {scale}"
 
 
 @by_operator
@@ -297,3 +297,51 @@ def test_errors_leave_the_kernels_usable():
         error_of("decode", "bf16", PAGED, "lengths", lambda x: x + 100, True)
     after = call.run("decode", ISAS[0])
     assert torch.equal(before[0], after[0])
+
+
+@by_operator
+def test_derivatives_are_refused(operator):
+    arguments = make_call(CASE, "fp32", CONTIGUOUS).arguments(operator)
+    arguments["q_rope"].requires_grad_()
+    with pytest.raises(ValueError, match="expected tensors that autograd does not follow"):
+        getattr(native, operator)(**arguments)
+    with torch.no_grad():
+        getattr(native, operator)(**arguments)
+
+
+def test_derivatives_of_linear_layers_and_norms_are_refused():
+    x, weight = torch.ones(2, 8), torch.ones(8, requires_grad=True)
+    with pytest.raises(ValueError, match="autograd does not follow"):
+        native.rms_norm(x, weight, 1e-6)
+    with pytest.raises(ValueError, match="autograd does not follow"):
+        native.linear(x, weight[None])
+
+
+APPENDED = {
+    "c_kv": torch.zeros(1, 2, 8),
+    "k_rope": torch.zeros(1, 2, 4),
+    "to_c_kv": torch.zeros(3, 1, 8, dtype=torch.int8),
+    "to_k_rope": torch.zeros(3, 1, 4, dtype=torch.bfloat16),
+    "to_scale": torch.zeros(3, 1),
+    "slots": torch.tensor([1, 2]),
+}
+
+
+@pytest.mark.parametrize("name", APPENDED)
+def test_what_is_appended_lies_on_the_cpu(name):
+    native.append(**APPENDED)
+    with pytest.raises(ValueError, match=f"^{name}: expected a CPU tensor, got one on meta"):
+        native.append(**{**APPENDED, name: APPENDED[name].to("meta")})
+
+
+@pytest.mark.parametrize("name", ["c_kv", "k_rope", "to_c_kv", "to_k_rope"])
+def test_what_is_appended_has_three_dimensions(name):
+    with pytest.raises(ValueError, match=rf"^{name}: expected 3 dimensions, got shape \(2, .\)|\(3, .\)"):
+        native.append(**{**APPENDED, name: APPENDED[name].flatten(0, 1)})
+
+
+@pytest.mark.parametrize("name", ["x", "weight"])
+def test_what_is_normed_lies_on_the_cpu(name):
+    given = {"x": torch.ones(2, 8), "weight": torch.ones(8)}
+    with pytest.raises(ValueError, match=f"^{name}: expected a CPU tensor, got one on meta"):
+        native.rms_norm(**{**given, name: given[name].to("meta")}, eps=1e-6)

@@ -14,6 +14,7 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 CACHE_DTYPES = frozenset(_TYPES)
 QUERY_DTYPES = frozenset({torch.float32, torch.bfloat16})
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def rope_dtype(latents: torch.dtype) -> torch.dtype:
@@ -23,8 +24,8 @@ def rope_dtype(latents: torch.dtype) -> torch.dtype:
 
 def check_scale(scale: float, name: str = "scale") -> None:
     """Refuse a factor that makes every score NaN. A negative one is a number like any other."""
-    if not abs(scale) < math.inf:  # math.isfinite would break the graph of torch.compile
-        raise ValueError(f"{name}: expected a finite number, got {scale}")
+    if not abs(scale) * math.log2(math.e) <= _LARGEST:  # the kernels' exponentials have base 2
+        raise ValueError(f"{name}: expected a finite number in fp32, got {scale}")
 
 
 def has_rows(x: Tensor) -> bool:
@@ -273,6 +274,7 @@ def linear(x: Tensor, weight: Tensor, out: Tensor) -> tuple[int, ...]:
 
 def check_norm(x: Tensor, weight: Tensor) -> None:
     """Refuse what is not rows x [..., k] and a contiguous weight [k] of one dtype (ValueError)."""
+    check_cpu("x weight", x, weight)
     if not x.ndim or weight.shape != x.shape[-1:] or not weight.is_contiguous():
         came = f"{tuple(x.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"x [..., k], weight [k]: expected one k and a contiguous weight, got {came}")
@@ -295,6 +297,11 @@ def check_append(
     slots: Tensor | None,
 ) -> None:
     """Refuse new tokens and a cache that do not go together (ValueError)."""
+    tensors = {"c_kv": c_kv, "k_rope": k_rope, "to_c_kv": to_c_kv, "to_k_rope": to_k_rope}
+    check_cpu(" ".join([*tensors, "to_scale", "slots"]), *tensors.values(), to_scale, slots)
+    for name, x in tensors.items():
+        if x.ndim != 3:
+            raise ValueError(f"{name}: expected 3 dimensions, got shape {tuple(x.shape)}")
     b, s, r = c_kv.shape
     expect("k_rope [b, s, p]", k_rope, (b, s, k_rope.shape[-1]))
     for name, x in (("c_kv", c_kv), ("k_rope", k_rope)):
@@ -351,7 +358,21 @@ def _source(x: Tensor) -> tuple[int, ...]:
 
 def check_devices(names: str, *tensors: Tensor | None) -> None:
     """A single tensor on "meta" makes torch run the shape function, whose results hold nothing."""
-    devices = {name: x.device for name, x in zip(names.split(), tensors, strict=True) if x is not None}
-    if len(set(devices.values())) > 1:
-        name, device = next((name, device) for name, device in devices.items() if device.type != "cpu")
-        raise ValueError(f"{name}: expected a CPU tensor, got one on {device}")
+    if len({x.device for x in tensors if x is not None}) > 1:
+        check_cpu(names, *tensors)
+
+
+def check_cpu(names: str, *tensors: Tensor | None) -> None:
+    """Refuse tensors that are elsewhere, where torch's dispatcher does not (ValueError)."""
+    for name, x in zip(names.split(), tensors, strict=True):
+        if x is not None and not x.is_cpu:
+            raise ValueError(f"{name}: expected a CPU tensor, got one on {x.device}")
+
+
+def check_no_grad(*tensors: Tensor | None) -> None:
+    """Refuse to be followed: there are no derivatives, and torch would leave them out with a warning."""
+    if needs_grad(*tensors):
+        raise ValueError(
+            "expected tensors that autograd does not follow, got one that requires a gradient: the kernels "
+            "have none. mla.ops.attention computes them, as do mla.nn and absorbed models"
+        )

@@ -84,7 +84,10 @@ def _kernel_takes(into: Latents, c_kv: Tensor, k_rope: Tensor, slots: Tensor | N
         and all(map(direct.is_plain, (into.c_kv, into.k_rope, c_kv, k_rope)))
         and arguments.has_rows(into.c_kv)
         and arguments.has_rows(into.k_rope)
-        and (slots is None or (slots.dtype == torch.int64 and slots.is_contiguous()))
+        and (into.scale is None or direct.is_plain(into.scale))
+        and (
+            slots is None or (slots.dtype == torch.int64 and slots.is_contiguous() and direct.is_plain(slots))
+        )
     )
 
 

@@ -88,7 +88,8 @@ def decode(
 
     Raises:
         ValueError: shapes, dtypes, devices, lengths or pages that do not fit: which, what was expected, what
-            came; an instruction set that is not available.
+            came; an instruction set that is not available; a tensor that requires a gradient, where those
+            are recorded.
     """
     tensors = (q_latent, q_rope, c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks)
     made: tuple[Tensor, Tensor] = torch.ops.mla.decode.default(*tensors, scale, causal, isa)
@@ -169,7 +170,8 @@ def linear(x: Tensor, weight: Tensor, *, isa: str | None = None) -> Tensor:
         [..., n] in the dtype of ``x``.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; an instruction set that is not available.
+        ValueError: shapes, dtypes or devices that do not fit; an instruction set that is not available; a
+            tensor that requires a gradient, where those are recorded.
     """
     out: Tensor = torch.ops.mla.linear.default(x, weight, isa)
     return out
@@ -188,9 +190,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, isa: str | None = None) -
         [..., k] in the dtype of ``x``.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit; an instruction set that is not available.
+        ValueError: shapes, dtypes or devices that do not fit; an instruction set that is not available; a
+            tensor that requires a gradient, where those are recorded.
     """
     isa = _choose(isa)
+    arguments.check_no_grad(x, weight)
     arguments.check_norm(x, weight)
     width = x.shape[-1]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -222,7 +226,8 @@ def append(
         isa: an instruction set by name; :func:`best` when None.
 
     Raises:
-        ValueError: shapes, dtypes or slots that do not fit; an instruction set that is not available.
+        ValueError: shapes, dtypes, devices or slots that do not fit; an instruction set that is not
+            available.
     """
     isa = _choose(isa)
     arguments.check_append(c_kv, k_rope, to_c_kv, to_k_rope, to_scale, slots)
@@ -257,6 +262,7 @@ def _decode(
     isa: str | None,
 ) -> tuple[Tensor, Tensor]:
     isa = _choose(isa)
+    arguments.check_no_grad(q_latent, q_rope, c_kv, k_rope, latent_scale, sinks)
     cached = (c_kv, k_rope, lengths, latent_scale, page_table, key_mask, sinks)
     arguments.check_decode(q_latent, q_rope, *cached, scale)
     b, s, h, _ = q_latent.shape
@@ -288,6 +294,7 @@ def _projected(
     isa: str | None,
 ) -> tuple[Tensor, Tensor]:
     isa = _choose(isa)
+    arguments.check_no_grad(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, latent_scale, sinks)
     others = (lengths, latent_scale, page_table, key_mask, sinks)
     arguments.check_projected(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, *others, scale)
     b, s, h, n = q_nope.shape
@@ -344,6 +351,7 @@ def compute_linear(x: Tensor, weight: Tensor, isa: str | None = None) -> Tensor:
     Called by itself it spares torch's dispatcher, and nobody who traces or profiles operators sees it.
     """
     isa = _choose(isa)
+    arguments.check_no_grad(x, weight)
     arguments.check_linear(x, weight)
     n, k = weight.shape
     out = x.new_empty((*x.shape[:-1], n))
