@@ -28,7 +28,7 @@ def chat(
     as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
 ) -> None:
     """Talk with an MLA model. /reset starts anew, /exit or end of input ends, Ctrl-C stops an answer."""
-    from mla.cli.session import Sampling, Session, StoppedReading
+    from mla.cli.session import Sampling, Session
 
     typed = sys.stdin.isatty()  # a script has to see what goes wrong
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
@@ -66,13 +66,13 @@ def chat(
                 with _stopping(typed) as stopped, console.long_progress("reading") as advance:
                     ids = session.encode(messages)
                     answer = session.answer(ids, sampling, on_read=advance, on_text=stream, stopped=stopped)
-            except StoppedReading:
-                messages.pop()
-                continue
             except MLAError as error:
                 if not typed:
                     raise
                 console.people.print(f"mla: error: {error}; /reset starts anew")
+                messages.pop()
+                continue
+            if answer.new_tokens == 0:  # stopped while the message was read
                 messages.pop()
                 continue
             messages.append({"role": "assistant", "content": answer.text})
