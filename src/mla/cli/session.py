@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from mla.cli import console
 from mla.errors import MLAError
 from mla.integrations.generation import Writer, Writing
 from mla.integrations.loading import DtypeName, load_mla_model, load_tokenizer
-from mla.integrations.prefixes import Prefixes
+from mla.integrations.prefixes import Prefixes, fingerprint, require_storable
 from mla.integrations.transformers import absorb
 from mla.integrations.writing import writing_config
 
@@ -57,9 +58,11 @@ class Session(Writer):
         dtype, device: as for ``load_model``.
         max_model_len: limit on prompt plus answer; None takes the model's own.
         cache_format: as for ``choose_cache_format``.
+        load_cache: a file with latents to begin with; where it cannot be used, people are told why.
+        save_cache: the file that :meth:`save` writes.
 
     Raises:
-        MLAError: the model cannot be opened or is not MLA.
+        MLAError: the model cannot be opened or is not MLA, or its latents should be kept in files and cannot.
     """
 
     def __init__(
@@ -70,6 +73,8 @@ class Session(Writer):
         device: str,
         max_model_len: int | None = None,
         cache_format: str = "auto",
+        load_cache: Path | None = None,
+        save_cache: Path | None = None,
     ) -> None:
         model, self.config, self.cache_format = load_mla_model(
             source, dtype=dtype, cache_format=cache_format, device=device, max_model_len=max_model_len
@@ -79,6 +84,24 @@ class Session(Writer):
         super().__init__(model, load_tokenizer(source), Prefixes(model, self.config, self.cache_format))
         if self.left_out:
             console.say(f"left out of the model's generation config: {', '.join(self.left_out)}")
+        self._file = save_cache
+        if load_cache is not None or save_cache is not None:
+            require_storable(model)
+            self._identity = fingerprint(model, self.cache_format)
+        if load_cache is not None:
+            try:
+                self.prefixes.load(load_cache, self._identity)
+            except MLAError as error:
+                console.say(f"{error}; the prefix is computed again")
+
+    def save(self) -> None:
+        """Keep the latents in the file that was named for them, if one was.
+
+        Raises:
+            MLAError: nothing has been read, or the file cannot be written.
+        """
+        if self._file is not None:
+            self.prefixes.save(self._file, self._identity)
 
     @property
     def has_template(self) -> bool:
