@@ -19,7 +19,7 @@ OPTIONS = {
     "generate": "MODEL PROMPT --max-new-tokens --temperature --top-p --seed --raw --max-model-len --dtype "
     "--cache-format --device --load-cache --save-cache --json",
     "chat": "MODEL --system --max-new-tokens --temperature --top-p --seed --max-model-len --dtype "
-    "--cache-format --device --json",
+    "--cache-format --device --load-cache --save-cache --json",
     "serve": "MODEL --engine --host --port --max-model-len --cache-format --memory --api-key --cache-dir "
     "--cache-dir-size --served-model-name --dtype VLLM_OPTIONS",
     "convert": "MODEL OUT --cache --rank --rope --calibration --heal --explore --max-kl --max-ppl-increase "

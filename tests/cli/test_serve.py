@@ -1,5 +1,6 @@
 """``mla serve`` as clients meet it: the openai package against a real server on a tiny model."""
 
+import io
 import json
 import random
 import shutil
@@ -416,6 +417,28 @@ def test_save_and_load_cache(mla, mla_folder, tmp_path):
     assert "its cache format is fp32, expected int8; the prefix is computed again" in other.err
     assert json.loads(other.out)["reused_tokens"] == 0
     missing = mla("generate", mla_folder, "Hi", "--save-cache", tmp_path / "none" / "file")
+    assert missing.status == 2
+    assert "--save-cache: expected a file in a folder that exists" in missing.err
+
+
+def test_a_chat_goes_on_from_a_file_and_leaves_one(mla, mla_folder, tmp_path, monkeypatch):
+    file = tmp_path / "talk"
+
+    def talk(typed, *options):
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        options = ("--system", LONG, "--max-new-tokens", 4, "--temperature", 0, "--json", *options)
+        return mla("chat", mla_folder, *options)
+
+    silent = talk("/exit\n", "--save-cache", file)
+    assert (silent.status, file.exists()) == (2, False)
+    assert f"{file}: nothing has been read yet that could be saved" in silent.err
+    first = talk("Hello\nMore\n/exit\n", "--save-cache", file, "--load-cache", file)
+    assert f"mla: {file}: no such file; the prefix is computed again" in first.err
+    again = talk("Hello\nMore\n", "--load-cache", file)
+    before, after = ([json.loads(line) for line in run.out.splitlines()] for run in (first, again))
+    assert [answer["text"] for answer in after] == [answer["text"] for answer in before]
+    assert (before[0]["reused_tokens"], after[0]["reused_tokens"]) == (0, after[0]["prompt_tokens"] - 1)
+    missing = talk("Hello\n", "--save-cache", tmp_path / "none" / "file")
     assert missing.status == 2
     assert "--save-cache: expected a file in a folder that exists" in missing.err
 

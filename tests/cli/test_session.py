@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 from mla.cli.session import Sampling, Session
 
@@ -41,10 +42,58 @@ def test_a_model_with_other_ways_writes_in_order(mla_folder, own_way, capsys, fi
     assert f"left out of the model's generation config: {field}" in capsys.readouterr().err
 
 
-def test_stop_strings_of_the_models_own_end_an_answer(mla_folder, own_way):
-    text = answer(mla_folder).text
-    assert text[2:4].isascii()
-    assert answer(own_way(stop_strings=[text[2:4]])).text == text[:4]
+@pytest.fixture
+def own_stops(own_way):
+    """``own_stops(["a"])``: the model with stop strings of its own, and a letter of ASCII in every token."""
+    return lambda stops: own_way(stop_strings=stops, suppress_tokens=list(range(94, 256)))
+
+
+def test_stop_strings_of_the_models_own_end_an_answer(own_stops):
+    text = answer(own_stops([])).text
+    stopped = answer(own_stops(text[5:7]))
+    assert text.index(text[5:7]) == 5
+    assert (stopped.text, stopped.new_tokens) == (text[:5], 7)
+
+
+def test_a_stop_string_is_no_text_of_generate(mla, own_stops):
+    """Of two tokens here; what only looks like the beginning of one comes out in the end."""
+    options = ("Hello", "--max-new-tokens", 12)
+    text = mla("generate", own_stops([]), *options).out.removesuffix("\n")
+    assert text.index(text[5:7]) == 5
+    for stop, want in ((text[5:7], text[:5]), (text[5:7] + "?" * 20, text)):
+        folder = own_stops(["never written", stop])
+        assert mla("generate", folder, *options).out == want + "\n"
+        assert json.loads(mla("generate", folder, *options, "--json").out)["text"] == want
+
+
+def test_a_stop_string_is_no_part_of_a_chat(mla, own_stops, monkeypatch):
+    """Neither printed, nor told to the model in the next turn."""
+
+    def talk(folder, *options):
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nMore\n"))
+        return mla("chat", folder, "--max-new-tokens", 12, "--temperature", 0, *options).out.splitlines()
+
+    text = json.loads(talk(own_stops([]), "--json")[0])["text"]
+    assert text.index(text[5:7]) == 5
+    folder = own_stops([text[5:7]])
+    first, second = map(json.loads, talk(folder, "--json"))
+    assert (first["text"], first["new_tokens"]) == (text[:5], 7)
+    said = f"user: Hello\nassistant: {text[:5]}"
+    assert second["prompt_tokens"] == len(said + "\nuser: More\nassistant: ")
+    assert second["reused_tokens"] == len(said)
+    assert talk(folder) == [first["text"], second["text"]]
+
+
+def test_a_special_token_among_the_stop_strings_ends_an_answer(own_stops):
+    """It is no text, in which it could be found."""
+    text = answer(own_stops([])).text
+    assert text.index(text[5]) == 5
+    folder = own_stops([text[5]])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [text[5]]})
+    tokenizer.save_pretrained(folder)
+    stopped = answer(folder)
+    assert (stopped.text, stopped.new_tokens) == (text[:5], 6)
 
 
 @pytest.mark.parametrize("seed", [-(2**63), 2**64 - 1])

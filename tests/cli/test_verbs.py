@@ -134,7 +134,7 @@ def press_ctrl_c(monkeypatch, *tokens):
 
     def pressed(self, *arguments):
         calls.append(self)
-        if len(calls) in [3 * token - 1 for token in tokens]:
+        for _ in range([3 * token - 1 for token in tokens].count(len(calls))):
             signal.raise_signal(signal.SIGINT)
         return forward(self, *arguments)
 
@@ -184,11 +184,9 @@ def test_ctrl_c_while_a_long_message_is_read(mla, mla_folder, monkeypatch):
     assert f"({len('user: Tell me ')} from the cache)" in run.err
 
 
-@pytest.mark.parametrize(("stdin", "tokens"), [(Terminal, (2, 3)), (io.StringIO, (2,))])
+@pytest.mark.parametrize(("stdin", "tokens"), [(Terminal, (2, 2)), (io.StringIO, (2,))])
 def test_ctrl_c_twice_or_of_a_script_ends_the_program(mla, mla_folder, monkeypatch, stdin, tokens):
     press_ctrl_c(monkeypatch, *tokens)
-    # The first press is held back: the model of a terminal computes on, as it does in a long prompt.
-    monkeypatch.setattr("mla.cli.session.StoppingCriteriaList", lambda criteria: None)
     monkeypatch.setattr(sys, "stdin", stdin("Hello\nMore\n"))
     run = mla("chat", mla_folder, "--max-new-tokens", 6)
     assert run.status == 130

@@ -25,10 +25,13 @@ def chat(
     dtype: console.Dtype = "auto",
     cache_format: console.CacheFormat = "auto",
     device: console.Device = "cpu",
+    load_cache: console.LoadCache = None,
+    save_cache: console.SaveCache = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
 ) -> None:
     """Talk with an MLA model. /reset starts anew, /exit or end of input ends, Ctrl-C stops an answer."""
-    from mla.cli.session import Sampling, Session, StoppedReading
+    console.check_save_cache(save_cache)
+    from mla.cli.session import Sampling, Session
 
     typed = sys.stdin.isatty()  # a script has to see what goes wrong
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
@@ -42,6 +45,8 @@ def chat(
             device=device,
             max_model_len=max_model_len,
             cache_format=cache_format,
+            load_cache=load_cache,
+            save_cache=save_cache,
         )
         if not session.has_template:
             if system is not None:
@@ -52,9 +57,9 @@ def chat(
             try:
                 line = console.people.input("> ").strip()
             except EOFError:
-                return
+                break
             if line == "/exit":
-                return
+                break
             if line == "/reset":
                 messages = list(start)
                 continue
@@ -66,13 +71,13 @@ def chat(
                 with _stopping(typed) as stopped, console.long_progress("reading") as advance:
                     ids = session.encode(messages)
                     answer = session.answer(ids, sampling, on_read=advance, on_text=stream, stopped=stopped)
-            except StoppedReading:
-                messages.pop()
-                continue
             except MLAError as error:
                 if not typed:
                     raise
                 console.people.print(f"mla: error: {error}; /reset starts anew")
+                messages.pop()
+                continue
+            if answer.new_tokens == 0:  # stopped while the message was read
                 messages.pop()
                 continue
             messages.append({"role": "assistant", "content": answer.text})
@@ -85,6 +90,7 @@ def chat(
                 f"{answer.new_tokens} written at {answer.decode_speed:.1f}/s",
                 style="dim",
             )
+    session.save()
 
 
 @contextmanager

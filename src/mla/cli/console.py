@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -40,6 +41,13 @@ CacheFormat = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="Any torch device: cpu, cuda, mps ...")]
+LoadCache = Annotated[
+    Path | None,
+    typer.Option(help="Use the latents in this file as far as the prompt begins with their text."),
+]
+SaveCache = Annotated[
+    Path | None, typer.Option(help="Keep the latents of what was read and written in this file.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -54,6 +62,12 @@ def check_dtype(dtype: str, *known: str) -> Any:
     if dtype not in known:
         raise MLAError(f"--dtype: expected one of {', '.join(known)}, got {dtype}")
     return dtype
+
+
+def check_save_cache(file: Path | None) -> None:
+    """Refuse a file that could not be written, before a model is opened for it."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise MLAError(f"--save-cache: expected a file in a folder that exists, got {file}")
 
 
 def read_text(path: str) -> str:

@@ -1,12 +1,10 @@
 """``mla generate``: one answer to one prompt."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mla.cli import console
-from mla.errors import MLAError
 
 
 def generate(
@@ -21,21 +19,14 @@ def generate(
     dtype: console.Dtype = "auto",
     cache_format: console.CacheFormat = "auto",
     device: console.Device = "cpu",
-    load_cache: Annotated[
-        Path | None,
-        typer.Option(help="Use the latents in this file as far as PROMPT begins with their text."),
-    ] = None,
-    save_cache: Annotated[
-        Path | None, typer.Option(help="Keep the latents of prompt and answer in this file.")
-    ] = None,
+    load_cache: console.LoadCache = None,
+    save_cache: console.SaveCache = None,
     as_json: console.Json = False,
 ) -> None:
     """Write one answer to PROMPT with an MLA model, absorbed, on its latent cache."""
     text = console.read_text("-") if prompt == "-" else console.expect_text("PROMPT", prompt)
-    if save_cache is not None and not save_cache.absolute().parent.is_dir():
-        raise MLAError(f"--save-cache: expected a file in a folder that exists, got {save_cache}")
+    console.check_save_cache(save_cache)
     from mla.cli.session import Sampling, Session
-    from mla.integrations.prefixes import fingerprint, require_storable
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     with console.quiet_libraries():
@@ -45,15 +36,9 @@ def generate(
             device=device,
             max_model_len=max_model_len,
             cache_format=cache_format,
+            load_cache=load_cache,
+            save_cache=save_cache,
         )
-        if load_cache is not None or save_cache is not None:
-            require_storable(session.model)
-            identity = fingerprint(session.model, session.cache_format)
-        if load_cache is not None:
-            try:
-                session.prefixes.load(load_cache, identity)
-            except MLAError as error:
-                console.say(f"{error}; the prefix is computed again")
         ids = session.encode([{"role": "user", "content": text}], raw=raw)
         stream = None if as_json else lambda piece: print(piece, end="", flush=True)
         with console.long_progress("reading") as advance:
@@ -69,5 +54,4 @@ def generate(
             f"{answer.cache_bytes_per_token:.0f} cache bytes per token",
             style="dim",
         )
-    if save_cache is not None:  # after the answer, which a full disk does not take away
-        session.prefixes.save(save_cache, identity)
+    session.save()  # after the answer, which a full disk does not take away

@@ -1,26 +1,19 @@
 """A model opened for writing text: absorbed, with its latent cache, limits checked before anything runs."""
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList, StopStringCriteria, TextIteratorStreamer
-from transformers.generation.streamers import BaseStreamer
 
 from mla.cli import console
 from mla.errors import MLAError
-from mla.integrations.loading import (
-    DtypeName,
-    load_mla_model,
-    load_tokenizer,
-)
-from mla.integrations.prefixes import Prefixes, read_prompt
+from mla.integrations.generation import Writer, Writing
+from mla.integrations.loading import DtypeName, load_mla_model, load_tokenizer
+from mla.integrations.prefixes import Prefixes, fingerprint, require_storable
 from mla.integrations.transformers import absorb
-from mla.integrations.writing import write_in_order, writing_config
+from mla.integrations.writing import writing_config
 
 
 @dataclass(frozen=True)
@@ -57,11 +50,7 @@ class Answer:
     cache_bytes_per_token: float
 
 
-class StoppedReading(Exception):  # noqa: N818 - not an error
-    """Whoever asked does not want the answer any more, of which not a word has been written."""
-
-
-class Session:
+class Session(Writer):
     """A model, its tokenizer and one conversation's cache.
 
     Args:
@@ -69,9 +58,11 @@ class Session:
         dtype, device: as for ``load_model``.
         max_model_len: limit on prompt plus answer; None takes the model's own.
         cache_format: as for ``choose_cache_format``.
+        load_cache: a file with latents to begin with; where it cannot be used, people are told why.
+        save_cache: the file that :meth:`save` writes.
 
     Raises:
-        MLAError: the model cannot be opened or is not MLA.
+        MLAError: the model cannot be opened or is not MLA, or its latents should be kept in files and cannot.
     """
 
     def __init__(
@@ -82,20 +73,35 @@ class Session:
         device: str,
         max_model_len: int | None = None,
         cache_format: str = "auto",
+        load_cache: Path | None = None,
+        save_cache: Path | None = None,
     ) -> None:
         model, self.config, self.cache_format = load_mla_model(
             source, dtype=dtype, cache_format=cache_format, device=device, max_model_len=max_model_len
         )
         self.limit = max_model_len or self.config.max_position_embeddings
-        self.model = absorb(model)
-        self.tokenizer = load_tokenizer(source)
-        self.prefixes = Prefixes(self.model, self.config, self.cache_format)
-        own = self.model.generation_config
-        # generate() would have to be given the tokenizer for them, and gives it on to attention.
-        self._stops = [StopStringCriteria(self.tokenizer, own.stop_strings)] if own.stop_strings else []
-        own.stop_strings = None
-        if left_out := write_in_order(self.model):
-            console.say(f"left out of the model's generation config: {', '.join(left_out)}")
+        absorb(model)
+        super().__init__(model, load_tokenizer(source), Prefixes(model, self.config, self.cache_format))
+        if self.left_out:
+            console.say(f"left out of the model's generation config: {', '.join(self.left_out)}")
+        self._file = save_cache
+        if load_cache is not None or save_cache is not None:
+            require_storable(model)
+            self._identity = fingerprint(model, self.cache_format)
+        if load_cache is not None:
+            try:
+                self.prefixes.load(load_cache, self._identity)
+            except MLAError as error:
+                console.say(f"{error}; the prefix is computed again")
+
+    def save(self) -> None:
+        """Keep the latents in the file that was named for them, if one was.
+
+        Raises:
+            MLAError: nothing has been read, or the file cannot be written.
+        """
+        if self._file is not None:
+            self.prefixes.save(self._file, self._identity)
 
     @property
     def has_template(self) -> bool:
@@ -134,7 +140,7 @@ class Session:
         sampling: Sampling,
         *,
         on_read: Callable[[int, int], object] = lambda read, total: None,
-        on_text: Callable[[str], None] | None = None,
+        on_text: Callable[[str], object] | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> Answer:
         """Write the continuation of ``ids`` [1, s]; latents of a common beginning are used again.
@@ -143,89 +149,46 @@ class Session:
             ids: the conversation so far.
             sampling: how tokens are drawn, and how many.
             on_read: told (tokens read, tokens in all) while a long prompt is read, last when all of it is.
-            on_text: told the text as it becomes whole words.
+            on_text: told the text piece by piece, in whole letters.
             stopped: asked between steps of a long prompt and after every token; the answer ends where it says
-                yes.
+                yes, without a token if that is before the first one.
 
         Raises:
             MLAError: prompt and answer exceed the limit, or the cache would not fit into memory.
-            StoppedReading: it was stopped before its first word. What was read is kept.
         """
         s = ids.shape[1]
-        wanted = s + sampling.max_new_tokens
         if s >= self.limit:
             raise MLAError(f"the prompt has {s} tokens, the model takes {self.limit} with the answer")
-        wanted = min(wanted, self.limit)
-        tokens = ids[0].tolist()
-        cache = self.prefixes.take(tokens, wanted)
-        reused = cache.get_seq_length()
-        clock = _Clock(self.tokenizer, on_text)
+        pieces: list[str] = []
 
-        def check(read: int, total: int) -> None:
-            on_read(read, total)
-            if stopped():
-                raise StoppedReading
+        def send(piece: str) -> None:
+            pieces.append(piece)
+            if on_text is not None:
+                on_text(piece)
 
-        try:
-            read_prompt(self.model, tokens, cache, check)
-        except StoppedReading:
-            self.prefixes.keep(tokens, cache)
-            raise
-        torch.manual_seed(sampling.seed)
+        writing = Writing(self.tokenizer, self.stops, send)
+        most = min(sampling.max_new_tokens, self.limit - s)
         config = writing_config(
-            self.model,
-            self.tokenizer,
-            wanted - s,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
+            self.model, self.tokenizer, most, temperature=sampling.temperature, top_p=sampling.top_p
         )
-        with torch.no_grad():  # interrupted, the cache may hold half a step: it is not kept
-            output = self.model.generate(
-                ids.to(self.model.device),
-                attention_mask=torch.ones_like(ids).to(self.model.device),
-                past_key_values=cache,
-                generation_config=config,
-                streamer=clock,
-                stopping_criteria=StoppingCriteriaList(
-                    [lambda ids, _, **__: torch.full((len(ids),), stopped(), device=ids.device), *self._stops]
-                ),
-            )
-        written = output[0, s:].tolist()
-        self.prefixes.keep(output[0].tolist(), cache, len(written))
-        seconds = clock.times
+        cache = self.write(
+            ids[0].tolist(),
+            config,
+            writing,
+            seed=sampling.seed,
+            room=most,  # all of it at once: what does not fit is refused before anything runs
+            on_read=on_read,
+            stopped=stopped,
+        )
+        reused, seconds = writing.reused, writing.times
         return Answer(
-            text=self.tokenizer.decode(written, skip_special_tokens=True),
+            text="".join(pieces),
             prompt_tokens=s,
             reused_tokens=reused,
-            new_tokens=len(written),
+            new_tokens=len(writing.written),
             prefill_speed=(s - reused) / max(seconds[1] - seconds[0], 1e-9) if len(seconds) > 1 else 0.0,
             decode_speed=(len(seconds) - 2) / (seconds[-1] - seconds[1]) if len(seconds) > 2 else 0.0,
             cache_bytes=cache.nbytes,
             # Not of the tensors: a cache that was cut back, or comes from a file, has room for other lengths.
             cache_bytes_per_token=self.config.cache_bytes_per_token(self.cache_format),
         )
-
-
-class _Clock(BaseStreamer):  # type: ignore[misc]
-    """Streams text as it becomes whole words, and notes when each token came."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
-        self.times = [time.perf_counter()]
-        self._on_text = on_text
-        self._prompt = True
-        self._decoder = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
-        self._decoder.on_finalized_text = self._emit
-
-    def put(self, value: Tensor) -> None:
-        if self._prompt:  # generate() hands the prompt over first
-            self._prompt = False
-            return
-        self.times.append(time.perf_counter())
-        self._decoder.put(value)
-
-    def end(self) -> None:
-        self._decoder.end()
-
-    def _emit(self, text: str, stream_end: bool = False) -> None:
-        if self._on_text is not None and text:
-            self._on_text(text)

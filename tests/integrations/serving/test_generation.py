@@ -13,13 +13,7 @@ from mla.errors import MLAError
 from mla.integrations.prefixes import Prefixes
 from mla.integrations.serving import app as application
 from mla.integrations.serving.answers import ChatEndpoint, CompletionEndpoint
-from mla.integrations.serving.generation import (
-    Engine,
-    Generation,
-    Stream,
-    _step,
-    read_all,
-)
+from mla.integrations.serving.generation import Engine, Generation, Stream, read_all
 from mla.integrations.serving.loading import _fitting
 from mla.integrations.serving.requests import ApiError, read_completion, read_prompts
 from mla.integrations.transformers import absorb
@@ -130,19 +124,6 @@ def test_an_answer_ends_with_the_token_that_completes_a_stop_string():
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["usage"]["completion_tokens"] == len(steps) == 6
     assert answer["choices"][0]["logprobs"]["tokens"] == list(text[:6])
-
-
-@pytest.mark.parametrize(("stopped", "last"), [(False, 5), (True, 5), (False, 7)])
-def test_a_complete_answer_asks_for_no_more_room(stopped, last):
-    asked = []
-    prefixes = SimpleNamespace(grow=lambda cache, capacity: asked.append(capacity))
-    engine = SimpleNamespace(prefixes=prefixes, end_tokens={7})
-    step = _step(engine, None, SimpleNamespace(put=lambda token: stopped), prompt=1, most=299)
-    for length in (2, 257, 258):
-        ids = torch.full((1, length), 5)
-        ids[0, -1] = last if length == 258 else 5
-        assert bool(step(ids, None)) == stopped
-    assert asked == ([] if stopped or last == 7 else [300])
 
 
 def test_logits_go_with_the_answer_they_were_for():
@@ -299,29 +280,6 @@ def test_long_prompts_are_read_in_steps(family, monkeypatch):
     want = complete(make_engine(family), "abcdefg" * 20, max_tokens=12)["choices"]
     monkeypatch.setattr("mla.integrations.prefixes._STEP", 16)
     assert complete(make_engine(family), "abcdefg" * 20, max_tokens=12)["choices"] == want
-
-
-def test_text_comes_out_whole_however_it_is_cut():
-    """Letters of several tokens, stop strings over several pieces, invalid bytes at the end."""
-    engine = SimpleNamespace(tokenizer=make_tokenizer(), end_tokens=set())
-
-    for text, stop, want in (
-        ("größer 日本 🙂 end".encode(), [], "größer 日本 🙂 end"),
-        ("größer 日本 🙂 end".encode(), ["🙂"], "größer 日本 "),
-        (b"one two three", ["two t", "zz"], "one "),
-        (b"one two", ["two t"], "one two"),
-        (b"ok \xe6\x97", [], "ok \ufffd"),
-    ):
-        request = read_completion({"prompt": "", "stop": stop}, "tiny")
-        assert written(engine, request, [0], byte_tokens(engine, text)) == want
-
-
-def byte_tokens(engine, text: bytes) -> list[int]:
-    """The token of every byte; GPT-2's alphabet writes those that do not print as the letters from 256 on."""
-    prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in prints]
-    letters = {byte: chr(byte) for byte in prints} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-    return engine.tokenizer.convert_tokens_to_ids([letters[byte] for byte in text])
 
 
 def test_prompts():

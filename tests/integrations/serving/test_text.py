@@ -1,4 +1,4 @@
-"""From tokens to text, and from text to what is said, thought and called: nothing of an answer is lost."""
+"""From text to what is said, thought and called: nothing of an answer is lost."""
 
 import asyncio
 import json
@@ -6,22 +6,13 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_parsing import ResponseParser
 
 from mla.integrations.serving.answers import ChatEndpoint, CompletionEndpoint
 from mla.integrations.serving.requests import read_chat, read_completion
-from mla.integrations.serving.text import Reader, beginning_of_stop, cut_at
+from mla.integrations.serving.text import Reader
 from tests.integrations.serving.test_edges import HELLO, chat, sentences
 from tests.integrations.serving.test_generation import complete, make_engine, written
-
-
-def test_stop_strings():
-    assert cut_at("one two", ["two", "ne"]) == "o"
-    assert cut_at("one two", ["three"]) is None
-    assert beginning_of_stop("text a", ["ab", "t abc"]) == 3
-    assert beginning_of_stop("text", []) == 0
 
 
 def test_completions_keep_the_space_that_their_first_word_carries():
@@ -34,46 +25,6 @@ def test_completions_keep_the_space_that_their_first_word_carries():
     assert written(engine, request, prompt, answer) == " a time"
     request = read_chat({"messages": HELLO}, "tiny")
     assert written(engine, request, prompt, answer) == "a time"
-
-
-def falling_back() -> PreTrainedTokenizerFast:
-    """Letters that have no token of their own are bytes, as in SentencePiece's models."""
-    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", "▁time"]
-    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
-
-
-def fallen(text: str | bytes) -> list[int]:
-    """The tokens of :func:`falling_back` for a text of bytes."""
-    return [1 + byte for byte in (text.encode() if isinstance(text, str) else text)]
-
-
-A_TIME = [258, 259]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "answer", "want"),
-    [
-        # Eight tokens of the prompt would begin within a letter, and end with one.
-        *((A_TIME + fallen("日本語文" + "é" * n), fallen("で🙂") + A_TIME, "で🙂 a time") for n in range(3)),
-        (fallen("日本語文字"), A_TIME, " a time"),
-        (fallen("🙂" * 9), fallen("é"), "é"),
-        # A prompt that ends within a letter, or in bytes that are none.
-        (A_TIME + fallen("日本".encode()[:5]), A_TIME, " a time"),
-        (A_TIME + fallen(b"\xff"), fallen("日本") + A_TIME, "日本 a time"),
-        (fallen(b"\xff" * 30), fallen("日本") + A_TIME, "日本 a time"),
-        # An answer that does.
-        (A_TIME, fallen("日本".encode()[:5]), "日\ufffd\ufffd"),
-        (A_TIME, fallen("日".encode() + b"\xff") + A_TIME, "日\ufffd a time"),
-    ],
-)
-def test_letters_of_bytes_come_out_whole(prompt, answer, want):
-    engine = SimpleNamespace(tokenizer=falling_back(), end_tokens=set())
-    request = read_completion({"prompt": "a"}, "tiny")
-    assert written(engine, request, prompt, answer) == want
 
 
 TEMPLATE = {

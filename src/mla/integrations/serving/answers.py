@@ -26,6 +26,7 @@ from transformers.cli.serving.utils import (
     get_response_template,
 )
 
+from mla.integrations.generation import cut_at
 from mla.integrations.serving.generation import Engine, Generation, Scored, read_all, read_items
 from mla.integrations.serving.requests import (
     ApiError,
@@ -36,7 +37,6 @@ from mla.integrations.serving.requests import (
     read_messages,
     read_prompts,
 )
-from mla.integrations.serving.text import cut_at
 
 # Parameters of the call around a chat template: they could replace the template, or what is made of it.
 _ENCODING = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {

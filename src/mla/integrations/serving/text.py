@@ -1,65 +1,12 @@
-"""From the tokens of an answer to its text, and from its text to what is said, thought and called."""
+"""From the text of an answer to what is said, thought and called."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from transformers.cli.serving.utils import ReasoningText, ToolCall, response_events_to_chunks
 
 #: What the parsers of tool calls raise.
 _UNREADABLE = (ValueError, RuntimeError, KeyError, TypeError, AttributeError)
-#: Tokens of a prompt that say how the text goes on after it.
-_CONTEXT = 8
-#: Tokens further that a letter may reach: none has more than four bytes, and tokens may be single bytes.
-_LETTER = 3
-#: What decoders write for bytes that are no letter.
-_NO_LETTER = "\ufffd"
-
-
-class Decoding:
-    """The text of a sequence of tokens as it grows; whole letters only.
-
-    Args:
-        decode: the tokenizer's, called as ``decode(ids, skip_special_tokens=...)``.
-        prompt: token ids [s] after whose text the new tokens' text goes on; empty where it stands alone.
-    """
-
-    def __init__(self, decode: Callable[..., str], prompt: Sequence[int]) -> None:
-        self._decode = decode
-        self._tokens = _context(decode, prompt)
-        self._shown = len(self._tokens)  # tokens whose text has been taken
-        self._start = 0  # where decoding starts, so that spaces between tokens come out right
-
-    def add(self, token: int) -> None:
-        """A new token at the end."""
-        self._tokens.append(token)
-
-    def take(self, *, skip_special: bool, last: bool = False) -> str:
-        """Text that the newest tokens add; none while a letter is not whole, unless they are the ``last``."""
-        before = self._decode(self._tokens[self._start : self._shown], skip_special_tokens=skip_special)
-        now = self._decode(self._tokens[self._start :], skip_special_tokens=skip_special)
-        if len(now) <= len(before) or (now.endswith(_NO_LETTER) and not last):
-            return ""
-        text = now[len(before) :]
-        if not now.startswith(before) and _NO_LETTER in now[: len(before)]:
-            # Bytes that are no letter have undone the letters before them, as decoders of bytes do that take
-            # all of a run or nothing. Those have been taken.
-            text = self._decode(self._tokens[self._shown :], skip_special_tokens=skip_special)
-        self._start, self._shown = self._shown, len(self._tokens)
-        return text
-
-
-def _context(decode: Callable[..., str], prompt: Sequence[int]) -> list[int]:
-    """The end of a prompt, as far as it decodes to whole letters, since what follows may be bytes of its run.
-
-    A decoder of bytes that takes all of a run or nothing loses the run, and the answer's letters with it,
-    where the first of these tokens or the last is a part of a letter only.
-    """
-    for end in range(len(prompt), max(len(prompt) - _CONTEXT, 0), -1):
-        for first in range(max(end - _CONTEXT, 0), max(end - _CONTEXT - _LETTER, 0) - 1, -1):
-            tokens = list(prompt[first:end])
-            if not decode(tokens, skip_special_tokens=True).endswith(_NO_LETTER):
-                return tokens
-    return []
 
 
 class Reader:
@@ -151,20 +98,3 @@ def _joined(items: Sequence[Any]) -> list[Any]:
         else:
             joined.append(item)
     return joined
-
-
-def cut_at(text: str, stops: Sequence[str]) -> str | None:
-    """The text before the first stop string in it; None without one."""
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return text[: min(places)] if places else None
-
-
-def beginning_of_stop(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of the text with which a stop string begins."""
-    longest = 0
-    for stop in stops:
-        for length in range(min(len(stop) - 1, len(text)), longest, -1):
-            if text.endswith(stop[:length]):
-                longest = length
-                break
-    return longest
