@@ -445,7 +445,11 @@ class _Rows:
         if self._buffer is None:
             size = (b, max(self.capacity, end), width)
             self._buffer, self.home = torch.empty(size, dtype=dtype, device=device), device
-        elif self._buffer.is_inference() and not torch.is_inference_mode_enabled():
+        elif (
+            not torch.compiler.is_compiling()  # which does not know the question
+            and self._buffer.is_inference()
+            and not torch.is_inference_mode_enabled()
+        ):
             self._buffer = self._buffer.clone()  # torch refuses to write into the other one here
         if end > self._buffer.shape[1]:
             # What was asked for, exactly; beyond it a little more than what is needed.

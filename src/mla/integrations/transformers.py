@@ -7,6 +7,7 @@ did, for few rows by the kernel (``layers.py``). Everything else of the family s
 RoPE, gates, sinks, sparse indexers, masks.
 """
 
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar, cast
@@ -190,11 +191,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The attention interface: query [b, h, s, n + p], latents [b, 1, t, r] as key, [b, 1, t, p] as value."""
     if not hasattr(module, "_mla_path"):
-        if indices is not None or s_aux is not None:
-            raise MLAError(
-                f"{type(module).__name__} has sparse indices or sinks and shares its config with an absorbed "
-                "model: absorb this model, too, or give it a config of its own"
-            )
+        if hasattr(module, "kv_b_proj"):
+            _say_not_absorbed(module, must=indices is not None or s_aux is not None)
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
         return _other_attention(module, query, key, value, attention_mask, options)
     for name, given in kwargs.items():
@@ -203,6 +201,8 @@ def _attention(
     if scaling is None:
         raise ValueError("absorbed attention needs the softmax scale of the family (scaling)")
     check_weight_says_all(f"layer {module.layer_idx}.kv_b_proj", module.kv_b_proj)
+    if module.kv_b_proj.weight.is_meta and not query.is_meta:
+        raise _offloaded(f"layer {module.layer_idx}", "restore(model), or ")
     h, s, p = query.shape[1], query.shape[2], value.shape[-1]
     n = query.shape[-1] - p
     w_uk, w_uv = up_projections(module.kv_b_proj.weight, h, n)
@@ -240,6 +240,24 @@ def _attention(
         plan=plan_for(q_nope, held.c_kv, held.k_rope, w_uv, causal=bool(causal), path=module._mla_path),
     )
     return out, None
+
+
+def _say_not_absorbed(module: Any, *, must: bool) -> None:
+    """Latent attention came to ours by its config alone; ``must``: torch's cannot take its place."""
+    text = (
+        f"{type(module).__name__} has the config of an absorbed model, or a copy of it, and is not absorbed: "
+        "absorb(model), or model.set_attn_implementation('sdpa')"
+    )
+    if must:
+        raise MLAError(text)
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"{text}. It runs as Transformers does, on keys and values", stacklevel=2)
+
+
+def _offloaded(name: str, remedy: str = "") -> MLAError:
+    return MLAError(
+        f"{name}.kv_b_proj: expected weights in memory, got none; {remedy}load the model without offloading"
+    )
 
 
 def _without_unseen_end(held: Latents, mask: Tensor) -> tuple[Latents, Tensor]:
@@ -354,7 +372,9 @@ def _prepare_latent_cache(
         model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     )
     made: Any = model_kwargs.get("past_key_values")
-    if given is None and type(made) is DynamicCache and not made.offloading:
+    # Ours holds constants: where generate is called with gradients, Transformers' own carries them.
+    wanted = given is None and not torch.is_grad_enabled()
+    if wanted and type(made) is DynamicCache and not made.offloading:
         cache = LatentCache(model.config.get_text_config(decoder=True), capacity=max_cache_length)
         if generation_config.is_assistant:
             cache.activate_past_recording()
@@ -377,7 +397,7 @@ def _check_up_projection(name: str, module: Any) -> None:
         )
     check_weight_says_all(f"{name}.kv_b_proj", module.kv_b_proj)
     if module.kv_b_proj.weight.is_meta:
-        raise MLAError(f"{name}.kv_b_proj: expected weights in memory; load the model without offloading")
+        raise _offloaded(name)
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

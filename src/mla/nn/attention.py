@@ -468,6 +468,11 @@ def _read_positions(name: str, given: Tensor | None, b: int, length: int, defaul
 
 
 def _check_tokens(name: str, x: Tensor, shape: str, b: int | None, width: int) -> None:
+    if x.is_nested:
+        raise ValueError(
+            f"{name} {shape}: expected a plain tensor, got a nested one; pad it (to_padded_tensor) and say "
+            "by a [b, t] attention_mask which tokens there are"
+        )
     if x.ndim != 3 or x.shape[-1] != width or (b is not None and x.shape[0] != b):
         want = f"last dimension {width}" + ("" if b is None else f" and batch {b}")
         raise ValueError(f"{name} {shape}: expected {want}, got shape {tuple(x.shape)}")

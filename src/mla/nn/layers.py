@@ -33,16 +33,12 @@ def check_weight_says_all(name: str, projection: Any) -> None:
     # A subclass may add what computes the weight (parametrisations), not what is done with it.
     plain = isinstance(projection, nn.Linear) and _forward(projection) in (nn.Linear.forward, Linear.forward)
     if not plain or projection.bias is not None:
-        came = type(projection).__name__ + (" with a bias" if plain else "")
+        kind = type(projection)
+        came = kind.__name__ if plain else f"{kind.__module__}.{kind.__name__}"  # many are called Linear
         raise MLAError(
-            f"{name}: expected a plain linear layer without bias, which is used by its weight, got {came}; "
-            "merge an adapter (merge_and_unload) or load this layer unquantised"
-        )
-    if projection._forward_pre_hooks or projection._forward_hooks:
-        # Pruning and torch's old weight_norm make the weight in one.
-        raise MLAError(
-            f"{name}: expected a layer without hooks, for it is never called, got some; make what they do "
-            "permanent (torch.nn.utils.prune.remove, remove_weight_norm) or remove them"
+            f"{name}: expected a plain linear layer without bias, which is used by its weight, got {came}"
+            f"{' with a bias' if plain else ''}; merge an adapter (merge_and_unload) or leave this layer out "
+            "of it (exclude_modules), or load the layer unquantised"
         )
     weight = projection.weight
     shape = (projection.out_features, projection.in_features)
@@ -51,6 +47,12 @@ def check_weight_says_all(name: str, projection: Any) -> None:
         raise MLAError(
             f"{name}: expected a plain floating-point weight of shape {shape}, got {type(weight).__name__} "
             f"of {weight.dtype} {tuple(weight.shape)}; load this layer unquantised and whole"
+        )
+    if projection._forward_pre_hooks or projection._forward_hooks:
+        # Pruning and torch's old weight_norm make the weight in one.
+        raise MLAError(
+            f"{name}: expected a layer without hooks, for it is never called, got some; make what they do "
+            "permanent (torch.nn.utils.prune.remove, remove_weight_norm) or remove them"
         )
 
 
