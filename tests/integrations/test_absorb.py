@@ -155,6 +155,18 @@ def test_a_trace_holds_for_other_masks(model):
         torch.testing.assert_close(traced(ids, mask)[mask.bool()], wanted[mask.bool()], atol=1e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_an_exported_model_takes_every_size(model):
+    dynamic = torch.export.Dim.DYNAMIC
+    given = {"input_ids": token_ids(2, 8), "use_cache": False}
+    shapes = {"input_ids": {0: dynamic, 1: dynamic}, "use_cache": None}
+    program = torch.export.export(absorb(model), (), given, dynamic_shapes=shapes).module()
+    for b, s in ((2, 2), (3, 33), (1, 200)):
+        ids = token_ids(b, s)
+        got, wanted = (each(input_ids=ids, use_cache=False).logits for each in (program, model))
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
+
 def test_a_model_without_the_seam_is_refused(model, monkeypatch):
     kind = type(next(iter(latent_attentions(model).values())))
     monkeypatch.delattr(kind, "expand_kv")

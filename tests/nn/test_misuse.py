@@ -237,3 +237,14 @@ def test_one_graph_with_a_cache():
     compiled = torch.compile(module, fullgraph=True, backend="eager")
     for part in (X[:, :3], X[:, 3:4], X[:, 4:5]):
         torch.testing.assert_close(compiled(part, cache=cache), module(part, cache=wanted))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_one_exported_program_takes_every_size(grad):
+    module, dynamic = build(), torch.export.Dim.DYNAMIC
+    with torch.set_grad_enabled(grad):
+        shapes = {"hidden_states": {0: dynamic, 1: dynamic}}
+        program = torch.export.export(module, (X,), dynamic_shapes=shapes).module()
+        for b, s in ((1, 2), (3, 1), (3, 200)):
+            x = torch.randn(b, s, X.shape[-1])
+            torch.testing.assert_close(program(x), module(x), atol=1e-5, rtol=1e-4)

@@ -228,6 +228,15 @@ def has_values(x: Tensor) -> bool:
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
+def holds(comparison: bool) -> bool:
+    """A comparison of sizes; in a program exported for sizes of every kind, whether it is true of all."""
+    if not torch.compiler.is_exporting():
+        return comparison
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # with it comes sympy
+
+    return statically_known_true(comparison)
+
+
 def used_pages(
     name: str, table: Tensor, lengths: Tensor, pages: int, page_size: int
 ) -> tuple[Tensor, Tensor]:
@@ -374,5 +383,6 @@ def check_no_grad(*tensors: Tensor | None) -> None:
     if needs_grad(*tensors):
         raise ValueError(
             "expected tensors that autograd does not follow, got one that requires a gradient: the kernels "
-            "have none. mla.ops.attention computes them, as do mla.nn and absorbed models"
+            "have none. Call them under torch.no_grad(); mla.ops.attention computes gradients, as do mla.nn "
+            "and absorbed models"
         )

@@ -75,7 +75,7 @@ def make_plan(
     absorbed_ops = 2 * h * (pairs * (2 * r + p) + s * r * (n + v))
     expanded_ops = 2 * h * (pairs * (n + p + v) + t * r * (n + v))
     if path == "auto":
-        cheaper: Path = "absorbed" if absorbed_ops <= expanded_ops else "expanded"
+        cheaper: Path = "absorbed" if arguments.holds(absorbed_ops <= expanded_ops) else "expanded"
         return Plan(cheaper, absorbed_ops, expanded_ops, asked=False)
     return Plan(path, absorbed_ops, expanded_ops, asked=True)
 

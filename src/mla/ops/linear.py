@@ -33,7 +33,7 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return (
         direct.USED
         and x.dtype in FEW_ROWS
-        and x.numel() <= FEW_ROWS[x.dtype] * x.shape[-1]
+        and arguments.holds(x.numel() <= FEW_ROWS[x.dtype] * x.shape[-1])
         and x.is_cpu
         and weight.ndim == 2
         and _goes_with(x, weight)
