@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.metadata
 import inspect
 import time
 from typing import Any
@@ -67,7 +68,7 @@ def build_app(engine: Engine, api_key: str | None = None, *, host: str | None = 
     if not parameters >= _NEEDED:
         raise MLAError(
             f"this Transformers builds its server without {', '.join(sorted(_NEEDED - parameters))}; "
-            "mla serve works with 5.19 to 5.23: pip install 'transformers>=5.19,<5.24'"
+            f"install one that mla asks for: pip install '{_wanted()}'"
         )
     # Handlers of routes that are taken away below.
     unused = {name: None for name in parameters - _NEEDED if name.endswith("_handler")}
@@ -176,6 +177,12 @@ class _Gate:
         finally:
             watcher.cancel()
             answer.cancel()
+
+
+def _wanted() -> str:
+    """The range of Transformers that this package requires."""
+    asked = importlib.metadata.requires("mla") or []
+    return next(each for each in asked if each.startswith("transformers"))
 
 
 def _is_json(content_type: str) -> bool:
