@@ -2,7 +2,7 @@
 //
 // Numbers lie in lanes, and a sum of lanes is one of a product: rows and rows of the weight meet as they lie. The
 // weight is met in pieces that the second-level cache holds, while the next piece is on its way there in the order in
-// which it lies: memory comes half as fast where several of its rows are read side by side (docs/performance.md).
+// which it lies: memory comes half as fast where several of its rows are read side by side.
 #pragma once
 
 #include "rows.h"

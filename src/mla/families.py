@@ -52,6 +52,8 @@ class Family:
     layer_types: Callable[[Raw], Sequence[str]]
     #: "full" (runs an indexer and caches its keys) or "shared" for every layer; None: no sparse indexer.
     indexer_types: Callable[[Raw], Sequence[str]] | None = None
+    #: The indexer's sizes where a config.json does not say: :func:`_indexer`.
+    indexer: Raw = field(default_factory=lambda: _indexer())
     #: Numbers an indexer caches per token.
     indexer_width: Callable[[Raw], int] = lambda raw: int(raw["index_head_dim"])
     #: For every layer, the layer whose latents it reads.
@@ -209,6 +211,11 @@ def _dims(
     }
 
 
+def _indexer(*, heads: int = 64, pool: int = 1) -> dict[str, int]:
+    """Sizes that Transformers' classes take; ``pool``: how many tokens share one key of the indexer."""
+    return {"index_topk": 2048, "index_head_dim": 128, "index_n_heads": heads, "index_kpool": pool}
+
+
 _FULL = _every("full_attention")
 _INDEXED = _every("indexed_attention")
 
@@ -265,6 +272,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "mistral_large4": Family(
             layer_types=_INDEXED,
             indexer_types=_glm_indexer_types,
+            indexer=_indexer(heads=32),
             kv_source_layers=_mistral_large4_sources,
             groups=_mistral_large4_groups,
             latent_norm_eps=None,
@@ -295,6 +303,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "glm_moe_dsa": Family(
             layer_types=_INDEXED,
             indexer_types=_glm_indexer_types,
+            indexer=_indexer(heads=32),
             defaults={**_dims(6144, 78, 64, 2048, 512, 192, 64, 256, 202752), "index_head_dim": 128},
         ),
         "glm5_next": Family(
@@ -303,6 +312,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             latent_norm_eps=None,
             layer_types=_glm5_layer_types,
             indexer_types=_glm_indexer_types,
+            indexer=_indexer(heads=32, pool=16),
             # Pools are rebuilt from the cache: the key, its gate and one flag for "not padding".
             indexer_width=lambda raw: 2 * int(raw["index_head_dim"]) + 1,
             defaults={
@@ -319,6 +329,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "axk2": Family(
             layer_types=_INDEXED,
             indexer_types=_all_full,
+            indexer=_indexer(heads=16),
             defaults={**_dims(2048, 48, 32, 384, 128, 64, 32, 64, 131072), "index_head_dim": 128},
         ),
         "bailing_hybrid": Family(
@@ -351,6 +362,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             layout="half",
             layer_types=_INDEXED,
             indexer_types=_hy_v4_indexer_types,
+            indexer=_indexer(heads=16),
             defaults={**_dims(2816, 34, 32, 1536, 512, 192, 64, 256, 262144), "index_head_dim": 128},
         ),
         # Not in Transformers: the model's own code follows DeepSeek-V2, pairs side by side, no query rank.

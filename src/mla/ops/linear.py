@@ -7,8 +7,9 @@ from torch.nn.functional import linear as torch_linear
 
 from mla.ops import arguments, direct, native
 
-#: Rows up to which the kernel is about as fast as torch's product or faster, by dtype (docs/performance.md).
-#: In bf16 with AMX that is as far as reading the weight is all that it costs.
+#: Rows up to which the kernel is about as fast as torch's product or faster, by dtype
+#: (docs/performance-experiments.md). In bf16 with AMX that is as far as reading the weight is all that it
+#: costs.
 FEW_ROWS = {torch.float32: 64, torch.bfloat16: 8 if torch.cpu._is_amx_tile_supported() else 64}
 
 

@@ -26,11 +26,6 @@ from mla.reading import expect_int, integer, usual_names
 Raw = Mapping[str, Any]
 #: Key-value heads of the GQA column, where the model has no grouping of its own (Llama 3, Qwen 3, Mistral).
 DEFAULT_GROUPS = 8
-#: What Transformers' classes take where a config.json names no indexer sizes.
-_INDEXER = {"index_topk": 2048, "index_head_dim": 128, "index_n_heads": 64}
-_INDEX_HEADS = {"glm_moe_dsa": 32, "mistral_large4": 32, "glm5_next": 32, "axk2": 16, "hy_v4": 16}
-#: Tokens that share one key of the indexer, where a family pools them and its config.json does not say.
-_INDEX_POOL = {"glm5_next": 16, "glm5_next_text": 16}
 _LLAMA4 = {
     "head_dim": 128,
     "attention_chunk_size": 8192,
@@ -169,9 +164,7 @@ def _latent_groups(
     if family.attentions_per_block:
         full["num_hidden_layers"] = config.num_hidden_layers
     kinds = list(family.layer_types(full))[: config.num_hidden_layers]
-    model_type = str(full.get("model_type"))
-    indexer = {**_INDEXER, "index_kpool": _INDEX_POOL.get(model_type, 1)}
-    indexer["index_n_heads"] = _INDEX_HEADS.get(ALIASES.get(model_type, model_type), 64)
+    indexer = dict(family.indexer)
     if config.indexer_layers:
         indexer = {name: integer({**indexer, **full}, name, least=1) for name in indexer}
     found: dict[tuple[Any, ...], dict[str, float]] = {}
