@@ -287,7 +287,7 @@ class PartialRopeAttention(nn.Module):
         left = order[~rotated].view(G, -1)
         rope = torch.cat([kept, kept + half], dim=1)  # [g, p'], halves as in Llama
         nope = torch.cat([left, left + half], dim=1)
-        group = torch.tensor([weights.group_of(h) for h in range(weights.heads)])
+        group = weights.group
 
         def pick(rows: Tensor, index: Tensor) -> Tensor:
             return rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[-1]))

@@ -62,7 +62,7 @@ def test_the_split_loses_nothing_but_rotation(rope, fold):
     split = published.rorope(weights, root @ root.T, rope=rope, fold=fold)
     x, y = torch.randn(2, 48, dtype=torch.float64)
     for head in range(4):
-        group = weights.group_of(head)
+        group = int(weights.group[head])
         query = weights.q[head].double() @ x
         slots = (split.query_rope[head] @ x) @ (split.key_rope @ y)
         rest = query @ split.read_out[group] @ split.key_nope @ y

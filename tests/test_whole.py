@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mla import whole as module
 from mla.errors import MLAError
 from mla.whole import UnwrittenError, remove_abandoned, whole
 
@@ -67,15 +68,34 @@ def test_folders_on_the_way_are_made(tmp_path):
 
 
 def test_what_killed_processes_left_goes(tmp_path):
-    for name, age in (("old", 4000), ("new", 10)):
-        (tmp_path / f".mla-{name}").mkdir()
-        (tmp_path / f".mla-{name}" / ".tmp6ft04y").write_text("half")
-        os.utime(tmp_path / f".mla-{name}", (time.time() - age,) * 2)
+    old, new, growing = (f".mla-writing-{each * 16}" for each in "abc")
+    mine = {".mla-models", ".mla-writing-about-mla"}  # a person's
+    for name, age, of_file in (
+        (old, 4000, 4000),
+        (new, 10, 10),
+        (growing, 4000, 10),
+        *((name, 4000, 4000) for name in mine),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".tmp6ft04y").write_text("half")
+        os.utime(tmp_path / name / ".tmp6ft04y", (time.time() - of_file,) * 2)
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
     with whole(tmp_path / "page.html") as partial:
         partial.write_text("new")
-    assert {file.name for file in tmp_path.iterdir()} == {"page.html", ".mla-new"}
+    assert {file.name for file in tmp_path.iterdir()} == {"page.html", new, growing} | mine
     remove_abandoned(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"page.html"}
+    assert {file.name for file in tmp_path.iterdir()} == {"page.html"} | mine
+
+
+def test_a_folder_that_cannot_be_flushed_has_the_file(tmp_path, monkeypatch):
+    def fail(path):
+        if path.is_dir():
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(module, "flush", fail)
+    with whole(tmp_path / "page.html") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "page.html").read_text() == "new"
 
 
 def test_what_a_writer_raises_instead(tmp_path):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +14,9 @@ from pathlib import Path
 
 from mla.errors import MLAError
 
-_TEMPORARY = ".mla-"
+# A name that nobody else gives, since what has it is deleted when nobody writes there any more.
+_TEMPORARY = ".mla-writing-"
+_OURS = re.compile(re.escape(_TEMPORARY) + "[0-9a-f]{16}")
 # Age in seconds beyond which nobody writes there any more.
 _ABANDONED = 3600.0
 
@@ -62,7 +65,8 @@ def whole(path: Path, *others: type[Exception]) -> Iterator[Path]:
         remove_abandoned(place.parent, _ABANDONED)
         # Beside the file, so that a rename replaces it in one step, and in a folder of its own: safetensors
         # puts a file of a name of its own beside what it writes.
-        folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=place.parent))
+        folder = place.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
+        folder.mkdir(mode=0o777 if os.name == "nt" else 0o700)  # Windows' rights would stay with the file
         try:
             partial = folder / place.name
             yield partial
@@ -70,7 +74,8 @@ def whole(path: Path, *others: type[Exception]) -> Iterator[Path]:
             _take_place(partial, place)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        flush(place.parent)
+        with suppress(OSError):  # not every disk can, and the file is there
+            flush(place.parent)
     except failures as error:
         raise UnwrittenError(path, error) from error
 
@@ -80,12 +85,19 @@ def remove_abandoned(folder: Path, age: float = 0.0) -> None:
 
     Args:
         folder: where :func:`whole` wrote.
-        age: in seconds; what was made since then stays.
+        age: in seconds; what was written to since then stays.
     """
     for left in folder.glob(f"{_TEMPORARY}*"):
         with suppress(OSError):
-            if time.time() - left.stat().st_mtime >= age:
+            if not _OURS.fullmatch(left.name) or left.is_symlink() or not _is_mine(left):
+                continue
+            newest = max(path.stat().st_mtime for path in (left, *left.iterdir()))
+            if time.time() - newest >= age:
                 shutil.rmtree(left)
+
+
+def _is_mine(folder: Path) -> bool:
+    return os.name == "nt" or folder.stat().st_uid == os.getuid()
 
 
 def flush(path: Path) -> None:

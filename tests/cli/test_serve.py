@@ -438,6 +438,10 @@ def test_a_chat_goes_on_from_a_file_and_leaves_one(mla, mla_folder, tmp_path, mo
     before, after = ([json.loads(line) for line in run.out.splitlines()] for run in (first, again))
     assert [answer["text"] for answer in after] == [answer["text"] for answer in before]
     assert (before[0]["reused_tokens"], after[0]["reused_tokens"]) == (0, after[0]["prompt_tokens"] - 1)
+    file.unlink()
+    ended = talk(f"Hello\n{LONG * 20}\n", "--save-cache", file)  # what has been read is kept all the same
+    assert (ended.status, file.exists()) == (2, True)
+    assert "the prompt has" in ended.err
     missing = talk("Hello\n", "--save-cache", tmp_path / "none" / "file")
     assert missing.status == 2
     assert "--save-cache: expected a file in a folder that exists" in missing.err

@@ -84,11 +84,12 @@ def test_a_stop_string_is_no_part_of_a_chat(mla, own_stops, monkeypatch):
     assert talk(folder) == [first["text"], second["text"]]
 
 
-def test_a_special_token_among_the_stop_strings_ends_an_answer(own_stops):
+@pytest.mark.parametrize("after", ["", "\n"])
+def test_a_special_token_among_the_stop_strings_ends_an_answer(own_stops, after):
     """It is no text, in which it could be found."""
     text = answer(own_stops([])).text
     assert text.index(text[5]) == 5
-    folder = own_stops([text[5]])
+    folder = own_stops([text[5] + after])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": [text[5]]})
     tokenizer.save_pretrained(folder)

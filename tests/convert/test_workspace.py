@@ -288,7 +288,8 @@ def test_what_killed_processes_were_writing_goes(tmp_path: Path, stopped: Any) -
     first = Request(cache=0.5, windows=2, window=16)
     stopped(first)
     place = tmp_path / ".out.converting"
-    for name in (".mla-17/healing.pt", "points/.mla-19/.tmp6ft04y"):  # the last one as safetensors names them
+    left = ".mla-writing-0123456789abcdef"
+    for name in (f"{left}/healing.pt", f"points/{left}/.tmp6ft04y"):  # the last one as safetensors names them
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text("half")
     assert stopped(first) == (set(), [])

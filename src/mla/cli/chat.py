@@ -4,7 +4,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -52,45 +52,58 @@ def chat(
             if system is not None:
                 raise MLAError(f"--system: expected a model with a chat template, got none with {model}")
             console.say(f"{model} has no chat template: what you type and what it writes is one text")
-        messages = list(start)
-        while True:
-            try:
-                line = console.people.input("> ").strip()
-            except EOFError:
-                break
-            if line == "/exit":
-                break
-            if line == "/reset":
-                messages = list(start)
-                continue
-            if not line:
-                continue
-            messages.append({"role": "user", "content": line})
-            stream = None if as_json else lambda piece: print(piece, end="", flush=True)
-            try:
-                with _stopping(typed) as stopped, console.long_progress("reading") as advance:
-                    ids = session.encode(messages)
-                    answer = session.answer(ids, sampling, on_read=advance, on_text=stream, stopped=stopped)
-            except MLAError as error:
-                if not typed:
-                    raise
-                console.people.print(f"mla: error: {error}; /reset starts anew")
-                messages.pop()
-                continue
-            if answer.new_tokens == 0:  # stopped while the message was read
-                messages.pop()
-                continue
-            messages.append({"role": "assistant", "content": answer.text})
-            if as_json:
-                print(json.dumps(asdict(answer), ensure_ascii=False), flush=True)
-                continue
-            print()
-            console.people.print(
-                f"{answer.prompt_tokens} tokens ({answer.reused_tokens} from the cache), "
-                f"{answer.new_tokens} written at {answer.decode_speed:.1f}/s",
-                style="dim",
-            )
+        try:
+            _converse(session, start, sampling, typed=typed, as_json=as_json)
+        except BaseException:
+            # Ctrl-C at the prompt, or a mistake in a script: what was read until then is kept all the same.
+            with suppress(MLAError):
+                session.save()
+            raise
     session.save()
+
+
+def _converse(
+    session: Any, start: list[dict[str, str]], sampling: Any, *, typed: bool, as_json: bool
+) -> None:
+    """Questions and answers, until the input ends."""
+    messages = list(start)
+    while True:
+        try:
+            line = console.people.input("> ").strip()
+        except EOFError:
+            break
+        if line == "/exit":
+            break
+        if line == "/reset":
+            messages = list(start)
+            continue
+        if not line:
+            continue
+        messages.append({"role": "user", "content": line})
+        stream = None if as_json else lambda piece: print(piece, end="", flush=True)
+        try:
+            with _stopping(typed) as stopped, console.long_progress("reading") as advance:
+                ids = session.encode(messages)
+                answer = session.answer(ids, sampling, on_read=advance, on_text=stream, stopped=stopped)
+        except MLAError as error:
+            if not typed:
+                raise
+            console.people.print(f"mla: error: {error}; /reset starts anew")
+            messages.pop()
+            continue
+        if answer.new_tokens == 0:  # stopped while the message was read
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": answer.text})
+        if as_json:
+            print(json.dumps(asdict(answer), ensure_ascii=False), flush=True)
+            continue
+        print()
+        console.people.print(
+            f"{answer.prompt_tokens} tokens ({answer.reused_tokens} from the cache), "
+            f"{answer.new_tokens} written at {answer.decode_speed:.1f}/s",
+            style="dim",
+        )
 
 
 @contextmanager

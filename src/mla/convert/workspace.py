@@ -399,7 +399,8 @@ def _enter(place: Path, identity: dict[str, Any], useless: list[Path]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+    if place.is_dir():  # first, for it may be what fills the disk
+        for folder in (place, *filter(Path.is_dir, place.iterdir())):
+            remove_abandoned(folder)
     with whole(place / "request.json") as partial:
         partial.write_text(json.dumps(identity, sort_keys=True), encoding="utf-8")
-    for folder in (place, *filter(Path.is_dir, place.iterdir())):
-        remove_abandoned(folder)

@@ -45,10 +45,12 @@ class Writer:
         # Ours to find: generate() wants a tokenizer for them, and leaves them in the text. Special tokens are
         # no text: those are found as tokens.
         stops = [own.stop_strings] if isinstance(own.stop_strings, str) else own.stop_strings or []
-        tokens = tokenizer.added_tokens_decoder.items()
-        special = {added.content: token for token, added in tokens if added.special}
-        self.stops = tuple(stop for stop in stops if stop not in special)
-        self.end_tokens = {*ends, *(special[stop] for stop in stops if stop in special)} - {None}
+        added = tokenizer.added_tokens_decoder.items()
+        special = {each.content: token for token, each in added if each.special}
+        # What follows a special token in a stop string would come after the end.
+        found = {stop: [token for text, token in special.items() if stop.startswith(text)] for stop in stops}
+        self.stops = tuple(stop for stop in stops if not found[stop])
+        self.end_tokens = {*ends, *(token for tokens in found.values() for token in tokens)} - {None}
         own.eos_token_id, own.stop_strings = sorted(self.end_tokens) or None, None
 
     def write(

@@ -191,8 +191,9 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The attention interface: query [b, h, s, n + p], latents [b, 1, t, r] as key, [b, 1, t, p] as value."""
     if not hasattr(module, "_mla_path"):
-        if hasattr(module, "kv_b_proj"):
-            _say_not_absorbed(module, must=indices is not None or s_aux is not None)
+        must = indices is not None or s_aux is not None
+        if must or hasattr(module, "kv_b_proj"):
+            _say_not_absorbed(module, must=must)
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
         return _other_attention(module, query, key, value, attention_mask, options)
     for name, given in kwargs.items():
@@ -243,7 +244,7 @@ def _attention(
 
 
 def _say_not_absorbed(module: Any, *, must: bool) -> None:
-    """Latent attention came to ours by its config alone; ``must``: torch's cannot take its place."""
+    """A module came to ours by its config alone; ``must``: torch's attention cannot take its place."""
     text = (
         f"{type(module).__name__} has the config of an absorbed model, or a copy of it, and is not absorbed: "
         "absorb(model), or model.set_attn_implementation('sdpa')"

@@ -181,8 +181,11 @@ class _Gate:
 
 def _wanted() -> str:
     """The range of Transformers that this package requires."""
-    asked = importlib.metadata.requires("mla") or []
-    return next(each for each in asked if each.startswith("transformers"))
+    try:
+        asked = importlib.metadata.requires("mla") or []
+    except importlib.metadata.PackageNotFoundError:  # a source tree on the path
+        asked = []
+    return next((each for each in asked if each.startswith("transformers")), "transformers")
 
 
 def _is_json(content_type: str) -> bool:
