@@ -336,7 +336,7 @@ def test_what_is_appended_lies_on_the_cpu(name):
 
 @pytest.mark.parametrize("name", ["c_kv", "k_rope", "to_c_kv", "to_k_rope"])
 def test_what_is_appended_has_three_dimensions(name):
-    with pytest.raises(ValueError, match=rf"^{name}: expected 3 dimensions, got shape \(2, .\)|\(3, .\)"):
+    with pytest.raises(ValueError, match=rf"^{name}: expected 3 dimensions, got shape \([23], .\)"):
         native.append(**{**APPENDED, name: APPENDED[name].flatten(0, 1)})
 
 

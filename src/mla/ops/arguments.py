@@ -306,9 +306,9 @@ def check_append(
     slots: Tensor | None,
 ) -> None:
     """Refuse new tokens and a cache that do not go together (ValueError)."""
-    tensors = {"c_kv": c_kv, "k_rope": k_rope, "to_c_kv": to_c_kv, "to_k_rope": to_k_rope}
-    check_cpu(" ".join([*tensors, "to_scale", "slots"]), *tensors.values(), to_scale, slots)
-    for name, x in tensors.items():
+    tensors = (c_kv, k_rope, to_c_kv, to_k_rope, to_scale, slots)
+    check_cpu("c_kv k_rope to_c_kv to_k_rope to_scale slots", *tensors)
+    for name, x in (("c_kv", c_kv), ("k_rope", k_rope), ("to_c_kv", to_c_kv), ("to_k_rope", to_k_rope)):
         if x.ndim != 3:
             raise ValueError(f"{name}: expected 3 dimensions, got shape {tuple(x.shape)}")
     b, s, r = c_kv.shape
@@ -373,9 +373,9 @@ def check_devices(names: str, *tensors: Tensor | None) -> None:
 
 def check_cpu(names: str, *tensors: Tensor | None) -> None:
     """Refuse tensors that are elsewhere, where torch's dispatcher does not (ValueError)."""
-    for name, x in zip(names.split(), tensors, strict=True):
+    for i, x in enumerate(tensors):
         if x is not None and not x.is_cpu:
-            raise ValueError(f"{name}: expected a CPU tensor, got one on {x.device}")
+            raise ValueError(f"{names.split()[i]}: expected a CPU tensor, got one on {x.device}")
 
 
 def check_no_grad(*tensors: Tensor | None) -> None:
