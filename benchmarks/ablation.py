@@ -24,7 +24,7 @@ from benchmarks.converters import WINDOW, Remembered, add_text_options, load_tea
 from mla.convert import convert, pipeline, tokenize_windows
 from mla.convert.checkpoint import cached_numbers
 from mla.convert.evaluation import evaluate
-from mla.convert.statistics import LayerStatistics
+from mla.convert.statistics import LayerStatistics, Sample
 from mla.convert.text import cut_text
 
 Patches = list[tuple[str, Any]]
@@ -74,19 +74,27 @@ def _unalternated() -> Patches:
 
 def _teachers_stream() -> Patches:
     """The student's block is fitted on what the teacher's block has just read, window by window."""
-    teacher_block, refit = pipeline.teacher_block, pipeline.refit
-    read: list[torch.Tensor] = []
+    refit = pipeline.refit
+    windows: list[torch.Tensor] = []
+    starts: list[torch.Tensor] = []
 
-    def reading(weights: Any, x: torch.Tensor) -> torch.Tensor:
-        read.append(x)
-        return teacher_block(weights, x)
+    def reading(block: Callable[..., torch.Tensor], read: list[torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def keeping(weights: Any, x: torch.Tensor) -> torch.Tensor:
+            read.append(x)
+            return block(weights, x)
 
-    def changed(factors: Any, own: torch.Tensor, output: torch.Tensor, **options: Any) -> Any:
-        theirs = torch.stack(read)
-        read.clear()
+        return keeping
+
+    def changed(factors: Any, own: Sample, output: Sample, **options: Any) -> Any:
+        theirs = Sample(torch.stack(windows), starts.pop())
+        windows.clear()
         return refit(factors, theirs, output, **options)
 
-    return [("mla.convert.pipeline.teacher_block", reading), ("mla.convert.pipeline.refit", changed)]
+    return [
+        ("mla.convert.pipeline.teacher_block", reading(pipeline.teacher_block, windows)),
+        ("mla.convert.pipeline.teacher_starts", reading(pipeline.teacher_starts, starts)),
+        ("mla.convert.pipeline.refit", changed),
+    ]
 
 
 # By what is left out.
@@ -97,6 +105,7 @@ STEPS: dict[str, Callable[[], Patches]] = {
     "expected rotation": _unturned,
     "alternation": _unalternated,
     "the student's stream": _teachers_stream,
+    "first tokens": lambda: [(f"mla.convert.{name}._START_SHARE", 0.0) for name in ("pipeline", "refit")],
     "refit": lambda: [("mla.convert.pipeline.refit", lambda factors, *_, **__: factors)],
 }
 
@@ -111,8 +120,8 @@ class Measured:
         self.collect = pipeline.collect
         self.found: dict[bytes, LayerStatistics] = {}
 
-    def __call__(self, weights: Any, inputs: torch.Tensor) -> LayerStatistics:
-        key = hashlib.blake2b(inputs.numpy().tobytes()).digest()
+    def __call__(self, weights: Any, inputs: Sample) -> LayerStatistics:
+        key = hashlib.blake2b(inputs.windows.numpy().tobytes()).digest()
         if key not in self.found:
             self.found[key] = self.collect(weights, inputs)
         return self.found[key]

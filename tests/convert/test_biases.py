@@ -13,7 +13,7 @@ from mla.convert import convert
 from mla.convert.checkpoint import attention_weights
 from mla.convert.descent import Muon, column_apart
 from mla.convert.healing import _matrices
-from mla.convert.pipeline import block_inputs, terms_of
+from mla.convert.pipeline import embedded, sample_inputs, terms_of
 from mla.convert.rope_split import ladder, split_rope
 from mla.convert.statistics import AttentionWeights, LayerStatistics, collect
 from tests.convert.tiny import divergence, teacher, tokens
@@ -26,8 +26,8 @@ def _measured(kind: str, **changes: object) -> tuple[AttentionWeights, LayerStat
     model = teacher(kind, **changes)
     weights = attention_weights(model, 0)
     with torch.no_grad():
-        hidden = model.get_input_embeddings()(tokens(4, 24)).float()
-        return weights, collect(weights, block_inputs(weights, model.model.layers[0], hidden))
+        stream = embedded(model, tokens(4, 24))
+        return weights, collect(weights, sample_inputs(weights, model.model.layers[0], stream, range(4)))
 
 
 def test_the_constant_weighs_nothing_in_the_keys_terms() -> None:

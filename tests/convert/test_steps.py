@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mla.convert.factorise import Factors, Terms, factorise
+from mla.convert.pipeline import embedded
 from mla.convert.rope_split import (
     balance,
     ladder,
@@ -17,7 +18,7 @@ from mla.convert.rope_split import (
     rotary_queries,
     split_rope,
 )
-from mla.convert.statistics import AttentionWeights, collect, rotate, teacher_block, to_complex
+from mla.convert.statistics import AttentionWeights, Sample, collect, rotate, teacher_block, to_complex
 from mla.convert.text import _draw, tokenize_windows, write_windows
 from mla.errors import MLAError
 from tests.convert.tiny import teacher, tokens
@@ -39,8 +40,8 @@ def _weights(groups: int = 2) -> AttentionWeights:
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_statistics_equal_their_definition(groups: int) -> None:
     weights = _weights(groups)
-    x = torch.randn(2, 7, 24)
-    found = collect(weights, x)
+    x, starts = torch.randn(2, 7, 24), torch.randn(5, 24)
+    found = collect(weights, Sample(x, starts))
     output = torch.stack([teacher_block(weights, each) for each in x])
     H, d = 4, 8
     z = x.double() @ found.basis.T
@@ -81,15 +82,38 @@ def test_statistics_equal_their_definition(groups: int) -> None:
     torch.testing.assert_close(found.lags, lags / lags.sum(1, keepdim=True), **close)
     torch.testing.assert_close(found.rotation, turn / norm, **close)
     torch.testing.assert_close(found.plain_cov, torch.einsum("btm,btn->mn", z, z) / 14, **close)
+    z_starts = starts.double() @ found.basis.T
+    torch.testing.assert_close(found.start_cov, z_starts.T @ z_starts / 5, **close)
     torch.testing.assert_close(found.query_moment, query_moment / lags.sum(1)[:, None, None], **close)
     torch.testing.assert_close(found.pair_moment, pair_moment / 14, **close)
+
+
+def test_any_token_of_the_text_may_begin_one() -> None:
+    model = teacher(bos_token_id=90)
+    calibration = torch.tensor([[5, 7, 5], [8, 3, 7]])
+    stream = embedded(model, calibration)
+    assert torch.equal(stream.windows, model.get_input_embeddings()(calibration))
+    assert torch.equal(stream.starts, model.get_input_embeddings()(torch.tensor([3, 5, 7, 8, 90])))
+
+
+def test_of_many_tokens_some_begin_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mla.convert.pipeline._STARTS", 4)
+    model = teacher(bos_token_id=None)
+    stream = embedded(model, torch.arange(16).view(2, 8))
+    assert torch.equal(stream.starts, model.get_input_embeddings()(torch.tensor([0, 4, 8, 12])))
+
+
+def test_where_every_window_begins_alike_every_text_does() -> None:
+    model = teacher(bos_token_id=90)
+    stream = embedded(model, torch.tensor([[1, 7, 5], [1, 3, 7]]))
+    assert torch.equal(stream.starts, model.get_input_embeddings()(torch.tensor([1])))
 
 
 def test_slots_and_residual_rebuild_every_logit_when_nothing_is_static() -> None:
     # One group, all of RoPE: slots alone give the rotated logits; the pair order is the interleaved one.
     weights = _weights(1)
     x = torch.randn(1, 9, 24)
-    statistics = collect(weights, x)
+    statistics = collect(weights, Sample(x, x[:, 0]))
     split = split_rope(statistics, weights.inv_freq, ladder(8, 100.0))
     assert not residual_keys(split, weights.k.double()).any()
     key = x[0].double() @ rotary_keys(split, weights.k.double()).T  # [t, p]
@@ -133,7 +157,7 @@ def test_more_slots_lose_less() -> None:
     """Of the logits, when the rank is not cut."""
     weights = _weights(2)
     x = torch.randn(4, 32, 24)
-    statistics = collect(weights, x)
+    statistics = collect(weights, Sample(x, x[:, 0]))
     group = torch.arange(4) * 2 // 4
     queries, keys = weights.q.double(), weights.k.double()
     q, k = (torch.einsum("hdD,btD->bhtd", w, x.double()) for w in (queries, keys[group]))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from mla.convert.checkpoint import (
 )
 from mla.convert.factorise import Terms, factorise
 from mla.convert.parts import load, store
-from mla.convert.refit import refit, student_block
+from mla.convert.refit import refit, student_block, student_starts
 from mla.convert.rope_split import (
     RopeSplit,
     balance,
@@ -37,13 +38,24 @@ from mla.convert.rope_split import (
     rotary_queries,
     split_rope,
 )
-from mla.convert.statistics import AttentionWeights, LayerStatistics, collect, teacher_block
+from mla.convert.statistics import (
+    AttentionWeights,
+    LayerStatistics,
+    Sample,
+    collect,
+    teacher_block,
+    teacher_starts,
+)
 from mla.convert.text import check_vocabulary, check_window
 from mla.errors import MLAError
 
 # Share of the plain covariance in each head's own: attention's weights are heavy-tailed, a few thousand
 # tokens leave directions unseen.
 _PLAIN_SHARE = 0.03
+# Share of first tokens' covariance in that of each head's values.
+_START_SHARE = 0.1
+# First tokens that are looked at: as much work as two windows.
+_STARTS = 2048
 # The statistics take at most so many tokens: they are second moments, and cost as much as the descent, which
 # reads every window.
 _MEASURED = 12_288
@@ -122,7 +134,7 @@ def convert(
                 write_layer(student, layer, factors, constant=weights.constant, stream=scale)
             (state / _STREAMS).unlink(missing_ok=True)
             return student
-        first, hidden, own = _streams(teacher, calibration, state)
+        first, theirs, own = _streams(teacher, calibration, state)
         for layer in range(layers):
             block, weights = teacher.model.layers[layer], attention_weights(teacher, layer)
             read = partial(block_inputs, weights, block)
@@ -131,25 +143,28 @@ def convert(
                 assert factors is not None
                 write_layer(student, layer, factors, constant=weights.constant, stream=scale)
                 continue
-            output: Iterable[Tensor] = (teacher_block(weights, read(x)) for x in hidden)
+            output: Iterable[Tensor] = (teacher_block(weights, read(x)) for x in theirs.windows)
+            starts = teacher_starts(weights, read(theirs.starts))
             if factors is None:
                 # What is largest is not held at one time: the statistics, then what the refit reads.
-                theirs = (read(hidden[index]) for index in measured)
-                statistics = collect(weights, stacked(theirs, len(measured)))
+                statistics = collect(weights, sample_inputs(weights, block, theirs, measured))
                 found = factor_layer(weights, statistics, budget)
                 del statistics
-                output = stacked(output, len(hidden))
-                mine = stacked((read(x) for x in own), len(own))
-                factors = refit(found, mine, output, theta=budget.theta)
+                output = stacked(output, len(calibration))
+                mine = sample_inputs(weights, block, own, range(len(calibration)))
+                factors = refit(found, mine, Sample(output, starts), theta=budget.theta)
                 del mine
                 if state is not None:
                     store(_place(state, layer), vars(factors))
             write_layer(student, layer, factors, constant=weights.constant, stream=scale)
-            hand_on(block, weights, hidden, output)
+            hand_on(block, weights, theirs, output, starts)
             del output
-            hand_on(block, weights, own, (student_block(factors, read(x), budget.theta) for x in own))
+            output = (student_block(factors, read(x), budget.theta) for x in own.windows)
+            hand_on(block, weights, own, output, student_starts(factors, read(own.starts)))
             if state is not None and (layer + 1) % _STREAMS_EVERY == 0 and layer + 1 < layers:
-                store(state / _STREAMS, {"layers": torch.tensor(layer + 1), "hidden": hidden, "own": own})
+                kept = {"hidden": theirs.windows, "own": own.windows}
+                kept |= {"hidden_starts": theirs.starts, "own_starts": own.starts}
+                store(state / _STREAMS, {"layers": torch.tensor(layer + 1), **kept})
             if on_progress is not None:
                 on_progress("converting", layer + 1, layers)
     if state is not None:  # every layer is there now
@@ -250,6 +265,9 @@ def terms_of(weights: AttentionWeights, statistics: LayerStatistics, split: Rope
         # A head that writes nothing leaves no statistics, and whatever its terms are does not count.
         share = torch.where(own > 0, share, 1.0)
         torch.mul(share[:, None, None], plain, out=room).add_(cov)
+    # Every head reads the same of a first token.
+    share = _START_SHARE * _trace(statistics.value_cov) / _trace(statistics.start_cov).clamp(min=1e-300)
+    steadied[H:].addcmul_(share[:, None, None], statistics.start_cov)
     return Terms(
         targets=torch.cat([keys[group], values[group]]),
         metric=torch.cat([key_metric, value_metric]),
@@ -279,14 +297,42 @@ def block_inputs(weights: AttentionWeights, block: Any, hidden: Tensor) -> Tenso
     return weights.inputs(input_norm(block.input_layernorm, hidden))
 
 
-def hand_on(block: Any, weights: AttentionWeights, hidden: Tensor, output: Iterable[Tensor]) -> None:
-    """The stream [b, t, D] after a layer, in place: ``output`` is what its attention writes in every window,
-    [t, D], and may be made from that window of the stream. The MLP is in the teacher's own dtype.
+def sample_inputs(weights: AttentionWeights, block: Any, stream: Sample, windows: Sequence[int]) -> Sample:
+    """The same of first tokens, and of those ``windows`` of the stream, made one at a time."""
+    made = (block_inputs(weights, block, stream.windows[place]) for place in windows)
+    return Sample(stacked(made, len(windows)), block_inputs(weights, block, stream.starts))
+
+
+def hand_on(
+    block: Any, weights: AttentionWeights, stream: Sample, windows: Iterable[Tensor], starts: Tensor
+) -> None:
+    """The stream after a layer, in place. ``windows`` is what its attention writes in each, [t, D], and may
+    be made from that window of the stream; ``starts`` is what it writes at first tokens, [n, D]. The MLP is
+    in the teacher's own dtype.
     """
     norm, dtype = block.post_attention_layernorm, block.mlp.gate_proj.weight.dtype
-    for window, made in zip(hidden, output, strict=True):
-        window += made + weights.constant
-        window += block.mlp(input_norm(norm, window).to(dtype)).float()
+    for x, made in zip(chain(stream.windows, [stream.starts]), chain(windows, [starts]), strict=True):
+        x += made + weights.constant
+        x += block.mlp(input_norm(norm, x).to(dtype)).float()
+
+
+def embedded(teacher: PreTrainedModel, calibration: Tensor) -> Sample:
+    """What the first layer reads of the calibration text [b, t] and of tokens that begin one.
+
+    Every text begins with the same token where every window does. Elsewhere any token of the text may begin
+    one, and that which the model's configuration names.
+    """
+    firsts, tokens = torch.unique(calibration[:, 0]), torch.unique(calibration)
+    if len(calibration) > 1 and len(firsts) == 1:
+        tokens = firsts
+    else:
+        tokens = tokens[_spread(len(tokens), _STARTS)]
+        named = teacher.config.bos_token_id
+        if isinstance(named, int) and 0 <= named < teacher.config.vocab_size and named not in tokens:
+            tokens = torch.cat([tokens, tokens.new_tensor([named])])
+    embedding = teacher.get_input_embeddings()
+    windows, starts = (embedding(ids.to(teacher.device)).float() for ids in (calibration, tokens))
+    return Sample(windows, starts)
 
 
 def stacked(windows: Iterable[Tensor], count: int) -> Tensor:
@@ -302,9 +348,9 @@ def stacked(windows: Iterable[Tensor], count: int) -> Tensor:
     return found
 
 
-def _streams(teacher: PreTrainedModel, calibration: Tensor, state: Path | None) -> tuple[int, Tensor, Tensor]:
+def _streams(teacher: PreTrainedModel, calibration: Tensor, state: Path | None) -> tuple[int, Sample, Sample]:
     """A layer, and what it reads on the calibration text: the teacher's residual stream, and the student's in
-    the teacher's scale, which carries what earlier layers have lost; both fp32 [b, t, D].
+    the teacher's scale, which carries what earlier layers have lost.
 
     The last layer whose inputs are stored, or the first of all.
     """
@@ -312,9 +358,10 @@ def _streams(teacher: PreTrainedModel, calibration: Tensor, state: Path | None) 
         kept = load(state / _STREAMS, teacher.device)
         layer = int(kept["layers"])
         if all(_place(state, earlier).exists() for earlier in range(layer)):
-            return layer, kept["hidden"], kept["own"]
-    hidden = teacher.get_input_embeddings()(calibration.to(teacher.device)).float()
-    return 0, hidden, hidden.clone()
+            theirs = Sample(kept["hidden"], kept["hidden_starts"])
+            return layer, theirs, Sample(kept["own"], kept["own_starts"])
+    theirs = embedded(teacher, calibration)
+    return 0, theirs, Sample(theirs.windows.clone(), theirs.starts.clone())
 
 
 def _place(state: Path, layer: int) -> Path:

@@ -2,8 +2,9 @@
 
 The factors are found from the teacher's inputs. In the student, earlier layers have erred already, and
 attention weighs keys that went through the latent. For these inputs gradient descent lowers the squared error
-of the block's output in all factors at once; no gradient leaves the block. The result is taken only where it
-lowers the error of windows that it did not see.
+of the block's output in all factors at once, in windows of text and at tokens that begin one; no gradient
+leaves the block. The result is taken only where it lowers the error of windows and first tokens that it did
+not see.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from mla.convert.checkpoint import LayerFactors
 from mla.convert.descent import Muon, column_apart, schedule
 from mla.convert.fused import fused_attention
 from mla.convert.rope_split import ladder
-from mla.convert.statistics import rotate
+from mla.convert.statistics import Sample, rotate
 
-# Every so many windows one is held out, or the last where there are fewer.
+# Every so many windows, and first tokens, one is held out, or the last where there are fewer.
 _HELD_OUT = 8
 # Relative squared error of fp32 arithmetic.
 _ROUNDING = 1e-10
@@ -30,35 +31,69 @@ _ROUNDS = 3
 _TOKENS_PER_STEP = 512
 _RATE = 1e-2
 _WARM_UP = 0.05  # share of the steps
+# What the relative error of first tokens counts, that of windows being 1, and how many are drawn for a step.
+_START_SHARE = 0.1
+_STARTS_PER_STEP = 512
 # The factors that read the block's input: with biases they have one more column.
 _READING = {"latent", "key_rope", "query_nope", "query_rope"}
 
 
-def refit(factors: LayerFactors, own: Tensor, output: Tensor, *, theta: float) -> LayerFactors:
+def refit(factors: LayerFactors, own: Sample, output: Sample, *, theta: float) -> LayerFactors:
     """Fit a layer to what the teacher makes of its own inputs.
 
     Args:
         factors: of this layer.
-        own: fp32 [b, t, D], what the student's block reads (after the norm).
-        output: fp32 [b, t, D], what the teacher's block writes.
+        own: what the student's block reads (after the norm).
+        output: what the teacher's block writes.
         theta: rotary base of the student.
     """
-    every = min(_HELD_OUT, len(own))
-    unseen = list(range(every - 1, len(own), every))
-    fitted = [index for index in range(len(own)) if index not in unseen] or unseen
-    energy = sum(float(output[i].square().sum()) for i in unseen)
-
-    def error(candidate: LayerFactors) -> float:
-        return sum(
-            float((student_block(candidate, own[i], theta) - output[i]).square().sum()) for i in unseen
-        )
-
-    before = error(factors)
-    if before <= _ROUNDING * energy:
+    parts = zip(_parted(len(own.windows)), _parted(len(own.starts)), strict=True)
+    fitted, unseen = (_Misfit(own, output, windows, starts, theta) for windows, starts in parts)
+    before = unseen.whole(factors)
+    if before <= _ROUNDING:
         return factors
-    rate = _RATE * (before / max(before, energy)) ** 0.25
-    descended = _descend(factors, own, output, fitted, theta, rate)
-    return descended if error(descended) < before else factors
+    descended = _descend(factors, fitted, _RATE * min(before, 1.0) ** 0.25)
+    return descended if unseen.whole(descended) < before else factors
+
+
+def _parted(count: int) -> tuple[list[int], list[int]]:
+    """Which of ``count`` are fitted, and which are not seen; of each there is one at least."""
+    every = min(_HELD_OUT, count)
+    unseen = list(range(every - 1, count, every))
+    return [index for index in range(count) if index not in unseen] or unseen, unseen
+
+
+class _Misfit:
+    """Relative squared error of a layer's output in some windows, and at some first tokens.
+
+    ``windows`` and ``starts`` are places: a copy of nearly all windows takes as much memory as they do.
+    """
+
+    def __init__(
+        self, own: Sample, output: Sample, windows: list[int], starts: list[int], theta: float
+    ) -> None:
+        self.own, self.output, self.windows, self.theta = own.windows, output.windows, windows, theta
+        self.own_starts, self.output_starts = own.starts[starts], output.starts[starts]
+        # Of a block that writes nothing: more than nothing.
+        tiny = torch.finfo(torch.float32).tiny
+        energies = [float(self.output[place].square().mean()) for place in windows]
+        self.energy = max(sum(energies) / len(energies), tiny)
+        self.energy_of_starts = max(float(self.output_starts.square().mean()), tiny)
+
+    def of_window(self, factors: LayerFactors, place: int) -> Tensor:
+        """Of one window; the mean over all has the unit of :meth:`whole`."""
+        made = student_block(factors, self.own[place], self.theta)
+        return (made - self.output[place]).square().mean() / self.energy
+
+    def of_starts(self, factors: LayerFactors, some: Tensor | slice = slice(None)) -> Tensor:
+        """What first tokens, or some of them, add to it."""
+        made = student_starts(factors, self.own_starts[some])
+        return _START_SHARE * (made - self.output_starts[some]).square().mean() / self.energy_of_starts
+
+    def whole(self, factors: LayerFactors) -> float:
+        """Of all windows and first tokens."""
+        windows = sum(float(self.of_window(factors, place)) for place in self.windows)
+        return windows / len(self.windows) + float(self.of_starts(factors))
 
 
 def student_block(factors: LayerFactors, x: Tensor, theta: float) -> Tensor:
@@ -66,6 +101,13 @@ def student_block(factors: LayerFactors, x: Tensor, theta: float) -> Tensor:
     _, d, r = factors.value.shape
     heads = _expanded(factors, x, theta) if r > d else _absorbed(factors, x, theta)
     return heads @ factors.output.mT.flatten(0, 1).to(heads.dtype)
+
+
+def student_starts(factors: LayerFactors, x: Tensor) -> Tensor:
+    """The same of first tokens, each alone: fp32 [n, D] from [n, D]."""
+    latent = x @ factors.latent.to(x.dtype).T
+    heads = torch.einsum("nr,hdr->nhd", latent, factors.value.to(x.dtype)).flatten(1)
+    return heads @ factors.output.mT.flatten(0, 1).to(x.dtype)
 
 
 def _absorbed(factors: LayerFactors, x: Tensor, theta: float) -> Tensor:
@@ -107,25 +149,22 @@ def _as_it_is(stack: Tensor) -> list[Tensor]:
 
 
 @torch.enable_grad()
-def _descend(
-    factors: LayerFactors, own: Tensor, output: Tensor, fitted: list[int], theta: float, rate: float
-) -> LayerFactors:
-    """All factors at once, by orthogonalised momentum on the squared error of the block's output in the
-    windows ``fitted``: places, for a copy of nearly all windows takes as much memory as they do.
-    """
-    energy = sum(float(output[index].square().sum()) for index in fitted)
+def _descend(factors: LayerFactors, misfit: _Misfit, rate: float) -> LayerFactors:
+    """All factors at once, by orthogonalised momentum."""
     moving = {name: value.float().requires_grad_() for name, value in vars(factors).items()}
     student = LayerFactors(**moving)
-    biased = own.shape[-1] > output.shape[-1]
+    biased = misfit.own.shape[-1] > misfit.output.shape[-1]
     views = [column_apart if biased and name in _READING else _as_it_is for name in moving]
     optimiser = Muon(list(moving.values()), views)
     chance = torch.Generator().manual_seed(0)  # on the CPU: the same order on every device
-    rounds = [torch.randperm(len(fitted), generator=chance, device="cpu") for _ in range(_ROUNDS)]
-    places = torch.tensor(fitted, device="cpu")[torch.cat(rounds)]
-    batches = torch.split(places, max(1, _TOKENS_PER_STEP // own.shape[1]))
+    starts = len(misfit.own_starts)
+    rounds = [torch.randperm(len(misfit.windows), generator=chance, device="cpu") for _ in range(_ROUNDS)]
+    places = torch.tensor(misfit.windows, device="cpu")[torch.cat(rounds)]
+    batches = torch.split(places, max(1, _TOKENS_PER_STEP // misfit.own.shape[1]))
     for step, batch in enumerate(batches, 1):
-        for place in batch:  # one graph at a time: attention weights are large
-            made = student_block(student, own[place], theta)
-            torch.autograd.backward((made - output[place]).square().sum() / energy)
+        for place in batch.tolist():  # one graph at a time: attention weights are large
+            torch.autograd.backward(misfit.of_window(student, place) / len(batch))
+        some = torch.randint(starts, (min(starts, _STARTS_PER_STEP),), generator=chance, device="cpu")
+        torch.autograd.backward(misfit.of_starts(student, some))
         optimiser.step(rate * schedule(step / (len(batches) + 1), warm_up=_WARM_UP))
     return LayerFactors(**{name: value.detach().double() for name, value in moving.items()})

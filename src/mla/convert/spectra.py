@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from mla.convert.checkpoint import attention_weights
 from mla.convert.factorise import spectrum
-from mla.convert.pipeline import block_inputs, hand_on, stacked, terms_of
+from mla.convert.pipeline import embedded, hand_on, sample_inputs, terms_of
 from mla.convert.rope_split import ladder, split_rope
-from mla.convert.statistics import collect, teacher_block
+from mla.convert.statistics import collect, teacher_block, teacher_starts
 
 # Ranks at which what is left out is kept: a drawing needs no more.
 _RANKS = 48
@@ -53,16 +53,17 @@ def layer_spectra(
     """
     found = []
     with torch.no_grad(), teacher.device:
-        hidden = teacher.get_input_embeddings()(calibration.to(teacher.device)).float()
+        stream = embedded(teacher, calibration)
         layers = teacher.model.layers
         for layer, block in enumerate(layers):
             weights = attention_weights(teacher, layer)
-            inputs = stacked((block_inputs(weights, block, x) for x in hidden), len(hidden))
+            inputs = sample_inputs(weights, block, stream, range(len(calibration)))
             statistics = collect(weights, inputs)
             split = split_rope(statistics, weights.inv_freq, ladder(rope, theta))
             found.append(_summary(spectrum(terms_of(weights, statistics, split))))
             del statistics
-            hand_on(block, weights, hidden, (teacher_block(weights, x) for x in inputs))
+            windows = (teacher_block(weights, x) for x in inputs.windows)
+            hand_on(block, weights, stream, windows, teacher_starts(weights, inputs.starts))
             del inputs
             if on_progress is not None:
                 on_progress("spectra", layer + 1, len(layers))

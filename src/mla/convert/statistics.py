@@ -64,6 +64,24 @@ class AttentionWeights:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A row for every token of the calibration text: what a block reads or writes there, or hands on.
+
+    A first token attends to itself alone. In most models the first layers turn it into an attention sink, a
+    row a hundred times as long as any other (massive activations, arXiv 2402.17762), which all later heads
+    look at; where they fail to, the whole text goes wrong. A window holds only one, and which token will
+    begin a text is not known: ``starts`` are many of them, each alone.
+
+    Attributes:
+        windows: fp32 [b, t, D or D + 1].
+        starts: fp32 [n, D or D + 1].
+    """
+
+    windows: Tensor
+    starts: Tensor
+
+
+@dataclass(frozen=True)
 class LayerStatistics:
     """Second moments of one layer (fp64; complex128 where said), every one a mean over query tokens.
 
@@ -76,6 +94,7 @@ class LayerStatistics:
         key_cov: [h, m, m], E Σ_s w_ts (z_s − z̄_t)(z_s − z̄_t)ᵀ; z̄_t = Σ_s a_ts z_s. Centred, because the
             softmax ignores what is constant over s.
         value_cov: [h, m, m], E z̄_t z̄_tᵀ.
+        start_cov: [m, m], E z zᵀ of first tokens, whose z̄ is their own z in every head.
         plain_cov: [m, m], E z_s z_sᵀ.
         key_plain_cov: [m, m], the same for keys. Where there are biases, and z holds a constant that is as
             large as they are, it is centred, because the softmax ignores that constant.
@@ -88,6 +107,7 @@ class LayerStatistics:
     basis: Tensor
     key_cov: Tensor
     value_cov: Tensor
+    start_cov: Tensor
     plain_cov: Tensor
     key_plain_cov: Tensor
     query_moment: Tensor
@@ -134,6 +154,12 @@ def teacher_block(weights: AttentionWeights, x: Tensor) -> Tensor:
     return torch.einsum("htd,hDd->tD", heads, weights.o)
 
 
+def teacher_starts(weights: AttentionWeights, x: Tensor) -> Tensor:
+    """The same of first tokens, each alone: fp32 [n, D] from [n, D]."""
+    v = torch.einsum("gdD,nD->gnd", weights.v, x)
+    return torch.einsum("hnd,hDd->nD", v[weights.group], weights.o)
+
+
 def to_complex(x: Tensor, dim: int = -1) -> Tensor:
     """[..., d] to complex [..., j]: pair (j, j + d/2) as one number."""
     return torch.complex(*x.chunk(2, dim))
@@ -152,15 +178,15 @@ def _sum_by_lag(w: Tensor) -> Tensor:
     return skewed.sum(0)[T - 1 :].clone() if T > 1 else w.sum(0)
 
 
-def collect(weights: AttentionWeights, inputs: Tensor) -> LayerStatistics:
+def collect(weights: AttentionWeights, inputs: Sample) -> LayerStatistics:
     """Run one attention block over calibration windows and measure what it attends to.
 
     Args:
         weights: the block.
-        inputs: fp32 [b, T, D], of :meth:`AttentionWeights.inputs`.
+        inputs: of :meth:`AttentionWeights.inputs`.
     """
     H, G, d = weights.heads, weights.groups, weights.head_dim
-    windows, T, _ = inputs.shape
+    windows, T, _ = inputs.windows.shape
     basis = joint_basis(weights)
     project = basis.float()
     m = basis.shape[0]
@@ -182,7 +208,7 @@ def collect(weights: AttentionWeights, inputs: Tensor) -> LayerStatistics:
 
     group = weights.group
     for b in range(windows):
-        x = inputs[b]
+        x = inputs.windows[b]
         z = x @ project.T
         plain_cov += (z.T @ z).double()
         total += z.sum(0).double()
@@ -230,12 +256,14 @@ def collect(weights: AttentionWeights, inputs: Tensor) -> LayerStatistics:
     # Without biases the mean of z is a small part of it, and every figure is of conversions that leave it in.
     mean = total / tokens
     key_plain_cov = plain_cov - torch.outer(mean, mean) if weights.biased else plain_cov
+    starts = (inputs.starts @ project.T).double()
     weight = lags.sum(1)
     tiny = torch.finfo(f64).tiny
     return LayerStatistics(
         basis=basis,
         key_cov=key_cov.div_(tokens),  # the largest of all: in place
         value_cov=value_cov.div_(tokens),
+        start_cov=starts.T @ starts / len(starts),
         plain_cov=plain_cov,
         key_plain_cov=key_plain_cov,
         query_moment=query_moment / weight.clamp(min=tiny)[:, None, None],
