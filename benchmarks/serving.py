@@ -212,7 +212,9 @@ def main(arguments: list[str] | None = None) -> None:
             "skip_tokenizer_init": True,
         }
         # vLLM's own rotary operator reads MLA's queries wrongly; the plugin works around it.
-        right = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
+        right: dict[str, Any] = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
+        if chosen.dtype != "bfloat16":  # its backend for AMX, chosen wherever there is AMX, takes bf16 only
+            right["attention_backend"] = "CPU_MLA"
         space = {"VLLM_CPU_KVCACHE_SPACE": str(chosen.space)}
         ours = {"MLA_CACHE_FORMAT": chosen.cache_format} if chosen.cache_format else {}
         with contextlib.ExitStack() as stack:

@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[2]
 # Where vLLM runs without our plugin, it must not use its rotary operator: that reads MLA's queries wrongly.
 STOCK = {"VLLM_PLUGINS": ""}
 STOCK_OPTIONS = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
+# On a processor with AMX vLLM takes its backend for that, whatever the dtype; it packs weights in bf16 only.
+STOCK_FP32 = {**STOCK_OPTIONS, "attention_backend": "CPU_MLA"}
 
 Job = dict[str, Any]
 Answer = dict[str, Any]

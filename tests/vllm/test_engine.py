@@ -88,12 +88,12 @@ def with_settings(paths):
 
 @pytest.fixture(scope="session")
 def stock(paths):
-    return ask_stock(paths)
+    return ask_stock(paths, **engine.STOCK_FP32)
 
 
 @pytest.fixture(scope="session")
 def stock_bf16(paths):
-    return ask_stock(paths, dtype="bfloat16")
+    return ask_stock(paths, dtype="bfloat16", **engine.STOCK_OPTIONS)
 
 
 def ask_stock(paths, **options):
@@ -101,7 +101,7 @@ def ask_stock(paths, **options):
     wide = ("deepseek-v2-lite", "deepseek-v3")
     found = {}
     for names, env in ((wide, {}), (set(IN_STOCK) - set(wide), {"VLLM_MLA_DISABLE": "1"})):
-        jobs = {name: job(paths[name], **engine.STOCK_OPTIONS, **options) for name in names}
+        jobs = {name: job(paths[name], **options) for name in names}
         found |= ask(jobs, {**engine.STOCK, **env})
     return found
 
