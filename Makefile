@@ -32,9 +32,9 @@ VARIANTS := build/emulate build/sanitize
 KERNEL_TESTS := $(wildcard tests/ops/test_native*.py)
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-# The AVX-512 kernels, on SIMDe (apt-get install libsimde-dev): on any x86-64 machine with AVX2.
+# The kernels for AVX-512 and AMX, on SIMDe (apt-get install libsimde-dev): on any x86-64 machine with AVX2.
 emulate: build/emulate/.installed
-	for isa in avx512_bf16 avx512_vnni; do \
+	for isa in amx avx512_bf16 avx512_vnni; do \
 	  MLA_ISA=$$isa build/emulate/bin/python -m pytest -q $(KERNEL_TESTS) || exit 1; done
 
 # Every instruction set under the address and undefined behaviour sanitizers, the emulated AVX-512 among them.

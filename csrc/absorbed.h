@@ -92,8 +92,8 @@ private:
       scratch.lanes.pack(
           rows, 1.0f, [&](int i) { return Parts{{at(call_.q_nope, first + i, h), call_.q_nope.type, n_, 1.0f}, {}}; });
       scratch.sums.clear(up(rows, A::lanes));
-      for (int from = 0; from < n_; from += kKeys) {
-        const int count = static_cast<int>(least(kKeys, n_ - from));
+      for (int from = 0; from < n_; from += kKeys<A>) {
+        const int count = static_cast<int>(least(kKeys<A>, n_ - from));
         const int tokens = static_cast<int>(up(count, A::per_unit));
         const Weight& w = call_.w_uk;
         load(w.data + h * w.stride_h + from * w.stride_row, w, count, tokens, scratch);

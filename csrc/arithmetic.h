@@ -25,6 +25,7 @@
 //   collect, limit       of a row's probabilities in one tile, what may reach `limit`
 //   peak, counts, split  with second digits: when those of probabilities are needed, and what they are
 //   whole                where they are not: a probability in whole steps, and what is carried on to the next key
+//   Matrix               of arithmetics that multiply in matrix registers: those (matrix.h)
 #pragma once
 
 #include <type_traits>
@@ -102,7 +103,17 @@ struct Factors {
   bool second = false;
 };
 
-template <class A> constexpr int units_of(int count) { return (count + A::per_unit - 1) / A::per_unit; }
+template <class A, class = void> constexpr bool kMatrix = false;
+template <class A> constexpr bool kMatrix<A, std::void_t<typename A::Matrix>> = !std::is_void_v<typename A::Matrix>;
+
+// Units of a part of a row; with matrix registers a part ends with whole vectors of units, of zeros where it has none.
+template <class A> constexpr int units_of(int count) {
+  const int units = (count + A::per_unit - 1) / A::per_unit;
+  return kMatrix<A> ? (units + A::lanes - 1) / A::lanes * A::lanes : units;
+}
+
+// Whether a part of so many numbers is its units, without zeros behind it.
+template <class A> constexpr bool fills(int count) { return units_of<A>(count) * A::per_unit == count; }
 
 // The type of the rotary keys beside latents of a type, or of the second part of a row beside the first.
 constexpr Type beside(Type latents) { return latents == Type::f32 ? Type::f32 : Type::bf16; }

@@ -149,6 +149,7 @@ struct Kernels {
   double (*ceiling)(int64_t rounds);
 };
 
+extern const Kernels amx_kernels;
 extern const Kernels avx512_bf16_kernels;
 extern const Kernels avx512_vnni_kernels;
 extern const Kernels avx2_kernels;

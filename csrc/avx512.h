@@ -28,7 +28,7 @@ MLA_INLINE Vec<16>::U spread_four(const uint32_t* a) {
 // Quads of int8 for int8 latents, beside rotary keys in another arithmetic. The instruction takes one side unsigned:
 // queries are stored as q + 128, and 128 times the sum of its numbers is taken from every key's score again. Where
 // eight bits are too few for a query, a second product adds eight more.
-template <class Rest_> struct Int8 {
+template <class Rest_, class Matrix_ = void> struct Int8 {
   static constexpr int lanes = 16, per_unit = 4, together = 1;
   static constexpr bool shifted = true;
   static constexpr bool holds(Type type) { return type == Type::i8; }
@@ -41,6 +41,7 @@ template <class Rest_> struct Int8 {
   using Unit = V::U;
   using Sum = V::I;
   using Rest = Rest_;
+  using Matrix = Matrix_;
 
   static MLA_INLINE Unit spread(const uint32_t* a) { return V::all(*a); }
   static MLA_INLINE Unit spread_four(const uint32_t* a) { return mla::spread_four(a); }

@@ -98,6 +98,9 @@ std::vector<const Kernels*> find_available() {
   // Intel's cores multiply pairs of int16 four times as fast as pairs of bf16 (Emerald Rapids), AMD's both alike.
   if (__builtin_cpu_is("intel")) std::swap(all[0], all[1]);
 #endif
+#ifdef MLA_AMX
+  all.insert(all.begin(), &amx_kernels);
+#endif
   all.erase(std::remove_if(all.begin(), all.end(), [](const Kernels* k) { return !k->supported(); }), all.end());
   return all;
 }

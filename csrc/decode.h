@@ -16,6 +16,7 @@ namespace mla {
 namespace {
 
 constexpr int kRows = 128;
+constexpr int64_t kWorth = 120;        // keys that are worth a thread
 constexpr int64_t kMergedAlone = 4096; // numbers in partial sums that cost less to add than to share out
 
 struct Item {
@@ -24,7 +25,7 @@ struct Item {
   int64_t before, stripes;   // of all items before this one, and its own
 };
 
-template <class A, int wide_x, int narrow_x> class Decoder {
+template <class A> class Decoder {
 public:
   // Serves the sequences whose length lies in `lengths`.
   static void run(const Decode& call, Lengths lengths) {
@@ -33,7 +34,7 @@ public:
   }
 
 private:
-  static constexpr int stripe = narrow_x; // keys
+  static constexpr int stripe = kNarrow<A>; // keys
 
   // The partial sums of one thread: at most its first and its last item are shared with others.
   struct Piece {
@@ -64,8 +65,7 @@ private:
     r_ = cache.r;
     units_ = units_of<A>(cache.r, cache.p);
     // Whether rows hold both parts as a product reads them, and the numbers that weighted sums reach for.
-    borrows_ =
-        may_lie<A>(attention_) && joined(cache) && cache.p % A::per_unit == 0 && State::width_of<A>(r_) <= r_ + cache.p;
+    borrows_ = may_lie<A>(attention_) && joined(cache) && fills<A>(cache.p) && State::width_of<A>(r_) <= r_ + cache.p;
     const int all = attention_.s * attention_.h;
     rows_ = static_cast<int>(up(least(all, kRows), A::lanes));
     for (int sequence = 0; sequence < attention_.b; ++sequence) {
@@ -77,7 +77,7 @@ private:
         stripes_ += items_.back().stripes;
       }
     }
-    threads_ = static_cast<int>(most(1, least(attention_.threads, stripes_ * stripe / kKeys)));
+    threads_ = static_cast<int>(most(1, least(attention_.threads, stripes_ * stripe / kWorth)));
   }
 
   void run() {
@@ -97,6 +97,7 @@ private:
   int64_t start(int thread) const { return stripes_ * thread / threads_; }
 
   void stretch(int thread) {
+    [[maybe_unused]] const Hold<A> hold;
     Scratch& scratch = scratch_[static_cast<size_t>(thread)];
     const int64_t from = start(thread), to = start(thread + 1);
     for (int i = 0; i < static_cast<int>(items_.size()); ++i) {
@@ -131,8 +132,8 @@ private:
     for (int64_t count; from < end; from += count) {
       // A tile that has to be filled up, or that goes beyond its page, cannot be borrowed: what does not fill a stripe
       // comes last, by itself, and so does a stripe that two pages share. Small tiles cost many rows more than packing.
-      count = least(kKeys, end - from);
-      if (borrows_ && attention_.cache.page_size >= (item.rows > 2 * A::lanes ? kKeys : 2 * stripe)) {
+      count = least(kKeys<A>, end - from);
+      if (borrows_ && attention_.cache.page_size >= (item.rows > 2 * A::lanes ? kKeys<A> : 2 * stripe)) {
         const int64_t left = attention_.cache.page_size - from % attention_.cache.page_size;
         count = least(count, most(left, stripe));
       }
@@ -150,9 +151,9 @@ private:
     else
       fill(attention_, item.sequence, from, count, tokens, scratch.keys,
            [&](int, const Cursor& cursor) { return Parts{latent(cache, cursor), rotary(cache, cursor)}; });
-    RowsAhead ahead(cache, item.sequence, from + count, least(kKeys, end - from - count));
-    attend_rows<A, wide_x, narrow_x>(scratch.queries, item.rows, units_of<A>(r_), scratch.keys, scratch.keys, from,
-                                     count, tokens, scratch.limits, state, scratch.weights, ahead);
+    RowsAhead ahead(cache, item.sequence, from + count, least(kKeys<A>, end - from - count));
+    attend_rows<A>(scratch.queries, item.rows, units_of<A>(r_), scratch.keys, scratch.keys, from, count, tokens,
+                   scratch.limits, state, scratch.weights, ahead);
   }
 
   void write(const Item& item, const State& state, int begin, int end) {

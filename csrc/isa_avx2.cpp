@@ -29,8 +29,6 @@ struct Isa {
   using Half = Int16<Avx2>;
   using Full = Float32<8>;
   using Byte = Int16<Avx2>;
-  // Vectors of rows by broadcast units held in registers at a time: 12 sums of 16 registers.
-  static constexpr int wide_x = 6, narrow_x = 12;
 };
 
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }

@@ -25,7 +25,6 @@ struct Isa {
   using Half = Int16<Vnni>;
   using Full = Float32<16>;
   using Byte = Int8<Int16<Vnni>>;
-  static constexpr int wide_x = 12, narrow_x = 24;
 };
 
 bool supported() { return has_avx512(); }

@@ -8,7 +8,6 @@ struct Isa {
   using Half = Float32<4>;
   using Full = Float32<4>;
   using Byte = Float32<4>;
-  static constexpr int wide_x = 3, narrow_x = 6;
 };
 
 bool supported() { return true; }

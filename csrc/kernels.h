@@ -15,22 +15,22 @@ constexpr int64_t kFew = 64;
 constexpr Lengths kShort = {0, kFew + 1}, kLong = {kFew + 1, INT64_MAX}, kAny = {0, INT64_MAX};
 
 void decode(const Decode& call) {
-  using Full = Decoder<Isa::Full, Isa::wide_x, Isa::narrow_x>;
+  using Full = Decoder<Isa::Full>;
   if (call.attention.cache.type == Type::f32) return Full::run(call, kAny);
   Full::run(call, kShort);
   if (call.attention.cache.type == Type::i8)
-    Decoder<Isa::Byte, Isa::wide_x, Isa::narrow_x>::run(call, kLong);
+    Decoder<Isa::Byte>::run(call, kLong);
   else
-    Decoder<Isa::Half, Isa::wide_x, Isa::narrow_x>::run(call, kLong);
+    Decoder<Isa::Half>::run(call, kLong);
 }
 
 // Keys and values expanded from int8 latents are no longer multiples of anything: they are multiplied as those of
 // bf16 latents are.
 void prefill(const Projected& call) {
-  using Full = Prefiller<Isa::Full, Isa::wide_x, Isa::narrow_x>;
+  using Full = Prefiller<Isa::Full>;
   if (call.attention.cache.type == Type::f32) return Full::run(call, kAny);
   Full::run(call, kShort);
-  Prefiller<Isa::Half, Isa::wide_x, Isa::narrow_x>::run(call, kLong);
+  Prefiller<Isa::Half>::run(call, kLong);
 }
 
 // What multiplies bf16 weights. They do not change from call to call, but integers would have to be made of them
@@ -67,6 +67,7 @@ double ceiling(int64_t rounds) {
   using A = Isa::Half;
   using V = A::V;
   constexpr int sums = 12;
+  if constexpr (kMatrix<A>) return matrix_ceiling<A>(rounds);
   uint32_t numbers[2 * A::lanes] = {};
   asm volatile("" : "+m"(numbers)); // the compiler may not know what they are
   const A::Unit b = V::load<A::Unit>(numbers);

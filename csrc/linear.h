@@ -44,7 +44,7 @@ public:
 
   // `most`: rows that there may be; `k`: of the longest of them.
   void carve(Carver& carver, int most, int k) {
-    line_ = carver.take<float>(most * kKeys + 4);
+    line_ = carver.take<float>(most * kKeys<A> + 4);
     units_ = carver.take<uint32_t>(most * stride_of(k));
     weights_ = carver.take<uint32_t>(A::stored(Type::bf16) ? 0 : beside * stride_of(k));
   }
@@ -60,14 +60,14 @@ public:
   // Times `count` rows of a weight; where(row, first) says where the outputs of a row go, from `first` on.
   template <Type type, class Where>
   void multiply(const char* w, int64_t stride, int count, Type out, LinesAhead& ahead, Where&& where) {
-    for (int first = 0; first < count; first += kKeys) {
-      const int part = static_cast<int>(least(kKeys, count - first));
+    for (int first = 0; first < count; first += kKeys<A>) {
+      const int part = static_cast<int>(least(kKeys<A>, count - first));
       int n = 0;
       // With shorter vectors a single row is quicker without: one row of the weight after the other comes by itself.
       if (rows_ > 1 || A::lanes == 16)
         for (; n + beside <= part; n += beside) meet<type, beside>(w + (first + n) * stride, stride, n, ahead);
       for (; n < part; ++n) meet<type, 1>(w + (first + n) * stride, stride, n, ahead);
-      for (int row = 0; row < rows_; ++row) write_line(line_ + row * kKeys, part, out, where(row, first));
+      for (int row = 0; row < rows_; ++row) write_line(line_ + row * kKeys<A>, part, out, where(row, first));
     }
   }
 
@@ -142,7 +142,7 @@ private:
     }
     float totals[up(pairs, A::lanes)];
     V::sums(values, totals);
-    for (int r = 0; r < rows; ++r) std::memcpy(line_ + (row + r) * kKeys + n, totals + r * weights, weights * 4);
+    for (int r = 0; r < rows; ++r) std::memcpy(line_ + (row + r) * kKeys<A> + n, totals + r * weights, weights * 4);
   }
 
   template <Type type> static MLA_INLINE Unit read(const char* p) {

@@ -12,7 +12,12 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
-constexpr int kKeys = 120; // keys per tile: a multiple of every wide_x and narrow_x
+
+// Keys that meet two vectors of rows at a time, or one: as many as registers hold the sums of.
+template <class A> constexpr int kWide = kMatrix<A> ? A::lanes * A::per_unit : A::lanes * 3 / 4;
+template <class A> constexpr int kNarrow = kMatrix<A> ? A::lanes * A::per_unit : A::lanes * 3 / 2;
+// Keys per tile: a multiple of both.
+template <class A> constexpr int kKeys = kMatrix<A> ? 512 / A::per_unit : 120;
 
 // Hands out aligned pieces of one allocation; with no memory behind it, it only counts.
 class Carver {
@@ -54,7 +59,7 @@ template <class A> constexpr int units_of(int a, int b) {
 }
 
 // The last few rows may lie by fours: a vector holds four rows with four units of each, and leaves no lanes idle.
-template <class A> constexpr bool kFours = A::lanes == 16 && A::per_unit > 1;
+template <class A> constexpr bool kFours = A::lanes == 16 && A::per_unit > 1 && !kMatrix<A>;
 constexpr int kMostFours = 3; // sixteen rows fill a vector as they are
 
 // Whether rows of two parts may: what is multiplied by itself must be whole fours of units.
@@ -198,6 +203,8 @@ private:
 // What a product calls at every step to fetch memory that will be read later, here nothing.
 struct NoAhead {
   void step() {}
+  void steps() {}
+  void pace(int64_t) {}
 };
 
 // Vectors of units that lie `step` units apart.
@@ -266,11 +273,11 @@ template <class A> struct Tile {
 
   void carve(Carver& carver, int units) {
     own_stride_ = odd_stride(units);
-    own_ = carver.take<uint32_t>(kKeys * own_stride_ + 4 * A::lanes + 32);
-    factors = carver.take<float>(kKeys);
-    rests = carver.take<float>(kKeys);
-    offsets = carver.take<float>(kKeys);
-    hidden = carver.take<bool>(kKeys);
+    own_ = carver.take<uint32_t>(kKeys<A> * own_stride_ + 4 * A::lanes + 32);
+    factors = carver.take<float>(kKeys<A>);
+    rests = carver.take<float>(kKeys<A>);
+    offsets = carver.take<float>(kKeys<A>);
+    hidden = carver.take<bool>(kKeys<A>);
   }
   // Whether rows of `type` at `data`, `step` bytes apart, are units where they lie.
   static bool lendable(Type type, const char* data, int64_t step) {

@@ -21,7 +21,7 @@ struct Sequence {
   int index;
 };
 
-template <class A, int wide_x, int narrow_x> class Prefiller {
+template <class A> class Prefiller {
 public:
   // Serves the sequences whose length lies in `lengths`.
   static void run(const Projected& call, Lengths lengths) {
@@ -51,8 +51,8 @@ private:
       value_line = value_channels + slack;
       queries.carve(carver, p.chunk_, p.units_);
       limits.carve(carver, up(p.chunk_, A::lanes), A::lanes);
-      key_floats = carver.take<float>(static_cast<int64_t>(kKeys) * key_line);
-      value_floats = carver.take<float>(static_cast<int64_t>(kKeys) * value_line);
+      key_floats = carver.take<float>(static_cast<int64_t>(kKeys<A>) * key_line);
+      value_floats = carver.take<float>(static_cast<int64_t>(kKeys<A>) * value_line);
       latents.carve(carver, units_of<A>(r));
       keys.carve(carver, p.units_);
       values.carve(carver, units_of<A>(call.v));
@@ -82,6 +82,7 @@ private:
     std::atomic<int64_t> next{0};
     const int64_t each = count.used() / threads_;
     team(attention_.threads, threads_, [&](int i) {
+      [[maybe_unused]] const Hold<A> hold;
       Carver carver(memory.data + i * each);
       Scratch scratch;
       scratch.carve(carver, *this);
@@ -101,13 +102,13 @@ private:
     state.clear(padded);
     const int64_t tokens = visible(attention_, sequence, first + rows - 1);
     if (tokens > 0) pack(sequence, h, first, rows, scratch);
-    for (int64_t from = 0; from < tokens; from += kKeys) {
-      const int count = static_cast<int>(least(kKeys, tokens - from));
-      const int filled = static_cast<int>(up(count, narrow_x));
+    for (int64_t from = 0; from < tokens; from += kKeys<A>) {
+      const int count = static_cast<int>(least(kKeys<A>, tokens - from));
+      const int filled = static_cast<int>(up(count, kNarrow<A>));
       expand(sequence, from, count, filled, scratch);
       NoAhead ahead;
-      attend_rows<A, wide_x, narrow_x>(scratch.queries, rows, units_of<A>(call_.n), scratch.keys, scratch.values, from,
-                                       count, filled, scratch.limits, state, scratch.weights, ahead);
+      attend_rows<A>(scratch.queries, rows, units_of<A>(call_.n), scratch.keys, scratch.values, from, count, filled,
+                     scratch.limits, state, scratch.weights, ahead);
     }
     finish<A>(attention_, state, 0, rows, call_.v, call_.out.type, [&](int i) {
       return Place{head(call_.out, sequence, first + i, h), lse_of(attention_, sequence, first + i, h), h};
@@ -172,9 +173,9 @@ private:
   static void multiply(const Lanes<A>& w, int channels, const Tile<A>& latents, int tokens, float* to, int64_t line) {
     for (int channel = 0; channel < channels; channel += 2 * A::lanes) {
       if (channels - channel >= 2 * A::lanes)
-        multiply_tile<wide_x, 2>(w, latents, tokens, to, line, channel);
+        multiply_tile<kWide<A>, 2>(w, latents, tokens, to, line, channel);
       else
-        multiply_tile<narrow_x, 1>(w, latents, tokens, to, line, channel);
+        multiply_tile<kNarrow<A>, 1>(w, latents, tokens, to, line, channel);
     }
   }
 
@@ -183,15 +184,21 @@ private:
     using V = typename A::V;
     using F = typename A::F;
     NoAhead ahead;
-    F factors[G];
-    for (int g = 0; g < G; ++g) factors[g] = V::template load<F>(w.factors + channel + g * A::lanes);
-    for (int t = 0; t < tokens; t += X)
-      product<A, X, G>(Ready<A, std::integral_constant<int, G * A::lanes>>{w.tile(channel), {}}, w.units,
-                       latents.rows + t * latents.stride, latents.stride, 1, ahead,
-                       [&](int x, int g, F value) MLA_INLINE_LAMBDA {
-                         if constexpr (kSplit<A>) value = value * (factors[g] * latents.factors[t + x]);
-                         V::store(to + (t + x) * line + channel + g * A::lanes, value);
-                       });
+    if constexpr (kMatrix<A>) {
+      for (int t = 0; t < tokens; t += 2 * kSide)
+        matrix_product<A, G>(w.tile(channel), w.units, latents.rows + t * latents.stride, latents.stride,
+                             to + t * line + channel, line, ahead);
+    } else {
+      F factors[G];
+      for (int g = 0; g < G; ++g) factors[g] = V::template load<F>(w.factors + channel + g * A::lanes);
+      for (int t = 0; t < tokens; t += X)
+        product<A, X, G>(Ready<A, std::integral_constant<int, G * A::lanes>>{w.tile(channel), {}}, w.units,
+                         latents.rows + t * latents.stride, latents.stride, 1, ahead,
+                         [&](int x, int g, F value) MLA_INLINE_LAMBDA {
+                           if constexpr (kSplit<A>) value = value * (factors[g] * latents.factors[t + x]);
+                           V::store(to + (t + x) * line + channel + g * A::lanes, value);
+                         });
+    }
   }
 
   const Projected& call_;

@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "tile.h"
+#include "matrix.h"
 
 namespace mla {
 namespace {
@@ -88,7 +88,7 @@ inline bool joined(const Cache& cache) {
 
 // Whether any rows may be borrowed: not if they are no units, or if some are masked.
 template <class A> bool may_lie(const Attention& call) {
-  return A::stored(call.cache.type) && call.cache.r % A::per_unit == 0 && !call.key_mask;
+  return A::stored(call.cache.type) && fills<A>(call.cache.r) && !call.key_mask;
 }
 
 // The latents of tokens first..first+count-1 of a sequence where they lie, if a tile of `A` can borrow them from there:
@@ -127,6 +127,14 @@ public:
       : cache_(cache), cursor_(cache, sequence, count > 0 ? first : 0), left_(most(0, count)) {
     dense_ = joined(cache) && cache.c_kv.row_stride == latent_bytes(cache) + rotary_bytes(cache);
   }
+  // All of it within so many steps.
+  void pace(int64_t steps) {
+    const int64_t lines = left_ * ((latent_bytes(cache_) + 63) / 64 + (rotary_bytes(cache_) + 63) / 64);
+    each_ = static_cast<int>((lines + steps - 1) / most(1, steps));
+  }
+  MLA_INLINE void steps() {
+    for (int i = 0; i < each_; ++i) step();
+  }
   MLA_INLINE void step() {
     if (at_ < end_) {
       __builtin_prefetch(at_, 0, 2);
@@ -161,6 +169,7 @@ private:
   Cursor cursor_;
   int64_t left_;
   bool dense_, rotary_ = false;
+  int each_ = 1;
   const char *at_ = nullptr, *end_ = nullptr;
 };
 
@@ -194,13 +203,13 @@ struct Limits {
   }
 };
 
-// All row tiles of `rows` rows against one tile of keys, `count` from key `from` on, filled up to `tokens`.
-// `first`: units of a row's first part.
-template <class A, int wide_x, int narrow_x, class Ahead>
-void attend_rows(const Lanes<A>& queries, int rows, int first, const Tile<A>& keys, const Tile<A>& values, int64_t from,
-                 int64_t count, int tokens, Limits& limits, State& state, Weights<A>& weights, Ahead& ahead) {
-  for (int row = 0, some = 0; row < rows; row += some) {
-    some = queries.rows_of_tile(row, rows);
+// The row tiles from row `begin` to `end` that see any of `tokens` keys, `count` of which are there, from key `from`
+// on: step(row, some, enough, relative, groups), with the rows of the tile that count, the keys that the last of them
+// sees, the limits of all of them if there are any, and the vectors of a tile.
+template <class A, class Step> MLA_INLINE void each_row_tile(const Lanes<A>& queries, int begin, int end, int64_t from,
+                                                             int64_t count, int tokens, Limits& limits, Step&& step) {
+  for (int row = begin, some = 0; row < end; row += some) {
+    some = queries.rows_of_tile(row, end);
     const int lanes = static_cast<int>(up(some, A::lanes));
     const int32_t *seen = limits.seen + row, *relative = nullptr;
     if (seen[lanes - 1] <= from) continue;
@@ -208,15 +217,38 @@ void attend_rows(const Lanes<A>& queries, int rows, int first, const Tile<A>& ke
       for (int i = 0; i < lanes; ++i) limits.relative[i] = static_cast<int32_t>(most(0, seen[i] - from));
       relative = limits.relative;
     }
-    const auto tile = [&](auto x, auto groups) MLA_INLINE_LAMBDA {
-      // No further than the last row sees.
-      const int enough = static_cast<int>(least(tokens, up(seen[lanes - 1] - from, x())));
-      attend<A, x(), groups()>(queries, row, some, first, keys, values, enough, relative, state, weights, ahead);
-    };
+    const int64_t left = seen[lanes - 1] - from;
     if (lanes > A::lanes)
-      tile(std::integral_constant<int, wide_x>(), std::integral_constant<int, 2>());
+      step(row, some, static_cast<int>(least(tokens, up(left, kWide<A>))), relative, std::integral_constant<int, 2>());
     else
-      tile(std::integral_constant<int, narrow_x>(), std::integral_constant<int, 1>());
+      step(row, some, static_cast<int>(least(tokens, up(left, kNarrow<A>))), relative,
+           std::integral_constant<int, 1>());
+  }
+}
+
+// All row tiles of `rows` rows against one tile of keys, `count` from key `from` on, filled up to `tokens`.
+// `first`: units of a row's first part.
+template <class A, class Ahead> void attend_rows(const Lanes<A>& queries, int rows, int first, const Tile<A>& keys,
+                                                 const Tile<A>& values, int64_t from, int64_t count, int tokens,
+                                                 Limits& limits, State& state, Weights<A>& weights, Ahead& ahead) {
+  if constexpr (kMatrix<A>) {
+    for (int begin = 0; begin < rows; begin += kTogether) {
+      const int end = static_cast<int>(least(begin + kTogether, rows));
+      MatrixRows<A> together(weights, state, begin);
+      ahead.pace(together.steps(end - begin, tokens, queries.units));
+      each_row_tile(queries, begin, end, from, count, tokens, limits,
+                    [&](int row, int, int enough, const int32_t* relative, auto groups) MLA_INLINE_LAMBDA {
+                      together.template soften<groups()>(queries, row, first, keys, values, enough, relative, ahead);
+                    });
+      together.weigh(values, ahead);
+    }
+  } else {
+    each_row_tile(queries, 0, rows, from, count, tokens, limits,
+                  [&](int row, int some, int enough, const int32_t* relative, auto groups) MLA_INLINE_LAMBDA {
+                    constexpr int x = groups() == 2 ? kWide<A> : kNarrow<A>;
+                    attend<A, x, groups()>(queries, row, some, first, keys, values, enough, relative, state, weights,
+                                           ahead);
+                  });
   }
 }
 

@@ -15,8 +15,9 @@ namespace {
 struct State {
   float* maximum; // [rows]
   float* total;   // [rows]
-  float* sums;    // [rows][width], numbers in the order of place_of
+  float* sums;    // [rows][line], numbers in the order of place_of
   int width;      // padded to whole pairs of vectors and whole chunks
+  int64_t line;   // numbers from row to row
 
   template <class A> static int width_of(int numbers) {
     return static_cast<int>(up(numbers, A::lanes * (A::per_unit > 2 ? A::per_unit : 2)));
@@ -25,13 +26,14 @@ struct State {
     width = width_of<A>(numbers);
     maximum = carver.take<float>(rows);
     total = carver.take<float>(rows);
-    sums = carver.take<float>(rows * width);
+    line = kMatrix<A> ? odd_stride(width) : width; // many rows are read side by side there
+    sums = carver.take<float>(rows * line);
   }
   void clear(int64_t rows) {
     for (int64_t i = 0; i < rows; ++i) maximum[i] = -kInfinity, total[i] = 0.0f;
-    std::memset(sums, 0, static_cast<size_t>(rows) * static_cast<size_t>(width) * sizeof(float));
+    std::memset(sums, 0, static_cast<size_t>(rows * line) * sizeof(float));
   }
-  float* row(int64_t i) const { return sums + i * width; }
+  float* row(int64_t i) const { return sums + i * line; }
 };
 
 // What weighted sums multiply values by.
@@ -40,6 +42,9 @@ struct Shares {
   const float* factors;  // [row of the tile], of integers
 };
 
+// Rows that meet the same interleaved values, in matrix registers.
+constexpr int kTogether = 256;
+
 // What one row tile needs besides its state.
 template <class A> struct Weights {
   float* scores;    // [kKeys][row of the tile]
@@ -47,13 +52,20 @@ template <class A> struct Weights {
   float* factors;   // [row of the tile]
   uint32_t* digits; // second ones of the units, and their factors, where the arithmetic has any
   float* parts;
+  // In matrix registers, where factors and parts are those of kTogether rows: these rows' units and second digits, and
+  // one chunk of values.
+  uint32_t *shares, *more_shares, *values;
 
   void carve(Carver& carver) {
-    scores = carver.take<float>(kKeys * 2 * A::lanes);
-    units = carver.take<uint32_t>(kKeys * 2 * A::lanes);
-    factors = carver.take<float>(2 * A::lanes);
-    digits = carver.take<uint32_t>(kDigits<A> ? kKeys * 2 * A::lanes : 0);
-    parts = carver.take<float>(kDigits<A> ? 2 * A::lanes : 0);
+    constexpr int rows = kMatrix<A> ? kTogether : 2 * A::lanes;
+    scores = carver.take<float>(kKeys<A> * 2 * A::lanes);
+    units = carver.take<uint32_t>(kKeys<A> * 2 * A::lanes);
+    factors = carver.take<float>(rows);
+    digits = carver.take<uint32_t>(kDigits<A> ? kKeys<A> * 2 * A::lanes : 0);
+    parts = carver.take<float>(kDigits<A> ? rows : 0);
+    shares = carver.take<uint32_t>(kMatrix<A> ? rows * kKeys<A> / A::per_unit : 0);
+    more_shares = carver.take<uint32_t>(kMatrix<A> && kDigits<A> ? rows * kKeys<A> / A::per_unit : 0);
+    values = carver.take<uint32_t>(kMatrix<A> ? kKeys<A> * A::lanes : 0);
   }
 };
 
@@ -200,7 +212,7 @@ template <class A, int G> bool soften(int tokens, const float* value_factors, co
   using V = typename A::V;
   using F = typename A::F;
   constexpr int lanes = A::lanes;
-  F inner[G];
+  [[maybe_unused]] F inner[G];
   bool finer = false;
   for (int g = 0; g < G; ++g) {
     float* scores = weights.scores + g * lanes;
@@ -222,20 +234,24 @@ template <class A, int G> bool soften(int tokens, const float* value_factors, co
     }
     // By themselves first: beside the total of a long context a key's share would lose its last digits.
     F sum{}, weighted{}, all{};
-    for (int t = 0; t < tokens; ++t) {
-      F e = V::exp2(V::template load<F>(scores + t * G * lanes) - finite);
-      sum += e;
-      if constexpr (kSplit<A>) {
-        // A hidden key's factor may be NaN; where the score is, the total says so, and integers have no NaN.
-        e = e > 0.0f ? e * value_factors[t] : F{};
-        weighted = A::collect(weighted, e);
-        if constexpr (kDigits<A>) all += e;
+    for (int t = 0; t < tokens; t += A::per_unit) {
+      F e[A::per_unit];
+      for (int i = 0; i < A::per_unit; ++i) {
+        float* at = scores + (t + i) * G * lanes;
+        e[i] = V::exp2(V::template load<F>(at) - finite);
+        sum += e[i];
+        if constexpr (kSplit<A>) {
+          // A hidden key's factor may be NaN; where the score is, the total says so, and integers have no NaN.
+          e[i] = e[i] > 0.0f ? e[i] * value_factors[t + i] : F{};
+          weighted = A::collect(weighted, e[i]);
+          if constexpr (kDigits<A>) all += e[i];
+          V::store(at, e[i]);
+        }
       }
-      V::store(scores + t * G * lanes, e);
+      if constexpr (!kSplit<A>) V::store(weights.units + (t / A::per_unit * G + g) * lanes, A::weights(e));
     }
     total += sum;
     V::store(state.total + row + g * lanes, total);
-    inner[g] = V::all(1.0f);
     if constexpr (kSplit<A>) {
       // Below that the quotient would be infinite.
       inner[g] = weighted > 1e-34f ? A::limit / weighted : F{};
@@ -246,7 +262,7 @@ template <class A, int G> bool soften(int tokens, const float* value_factors, co
       }
     }
   }
-  write_units<A, G>(tokens, inner, finer, weights);
+  if constexpr (kSplit<A>) write_units<A, G>(tokens, inner, finer, weights);
   return finer;
 }
 

@@ -145,7 +145,11 @@ template <int lanes> struct Vec {
 
   // 2^x for x up to 127; 0 below the smallest normal number, so that -inf gives 0; NaN stays NaN.
   static MLA_INLINE F exp2(F x) {
+#if defined(__AVX512F__)
+    const F bounded = x; // what is not a number for infinity is not taken
+#else
     const F bounded = x < -126.0f ? all(-126.0f) : x;
+#endif
     const F shifted = bounded + rounding;
     const F f = bounded - (shifted - rounding); // -0.5 to 0.5
     // Minimax polynomial of 2^f on that interval among those that are 1 at 0; at most 2.1 units of the last place off.
@@ -155,6 +159,12 @@ template <int lanes> struct Vec {
     y = y * f + 2.40222499e-1f;
     y = y * f + 6.93147004e-1f;
     y = y * f + 1.0f;
+#if defined(__AVX512F__)
+    if constexpr (lanes == 16) {
+      const __mmask16 normal = _mm512_cmp_ps_mask(as<__m512>(x), _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+      return as<F>(_mm512_maskz_scalef_ps(normal, as<__m512>(y), as<__m512>(shifted - rounding)));
+    }
+#endif
     const F power = as<F>((as<U>(shifted) + 127u) << 23);
     return x < -126.0f ? F{} : y * power;
   }

@@ -260,9 +260,9 @@ def arithmetic(isa: str, operator: str, cache: str) -> str:
     """What an instruction set's products are made of, for sequences of more than a few keys."""
     if isa == "generic" or cache == "fp32":
         return "fp32"
-    if isa.startswith("avx512") and cache == "int8" and operator != "prefill":
+    if isa.startswith(("amx", "avx512")) and cache == "int8" and operator != "prefill":
         return "int8"
-    return "bf16" if isa == "avx512_bf16" else "int16"
+    return "bf16" if isa in ("amx", "avx512_bf16") else "int16"
 
 
 def tolerance(call: Call, operator: str, isa: str, cache: str, queries: str) -> tuple[float, float]:

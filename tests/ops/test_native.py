@@ -198,7 +198,7 @@ def test_a_list_of_tokens(isa, cache):
     assert torch.equal(got[1], want[1])
     got = native.decode(**arguments | flat | {"page_table": chosen.flip(0)[None].int()}, isa=isa)
     # In int8 what rounding takes from a key is carried on to another one of the list.
-    torch.testing.assert_close(got[0], want[0], atol=6e-3 if cache == "int8" else 5e-3, rtol=0)
+    torch.testing.assert_close(got[0], want[0], atol=8e-3 if cache == "int8" else 5e-3, rtol=0)
     torch.testing.assert_close(got[1], want[1], atol=5e-3, rtol=0)
 
 

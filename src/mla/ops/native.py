@@ -34,8 +34,8 @@ _AT_ONCE = 2**25
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Names of the kernels that run on this machine, best first: of "avx512_bf16",
-    "avx512_vnni", "avx2" and "generic"."""
+    """Names of the kernels that run on this machine, best first: of "amx",
+    "avx512_bf16", "avx512_vnni", "avx2" and "generic"."""
     return _AVAILABLE
 
 
@@ -148,8 +148,8 @@ def absorbed(
 
     Meant for few queries: queries and sums in the latent space take 4·b·s·h·(2r + p) bytes for the time of
     the call, up to 64 MiB: more queries are served part by part. They are stored in fp32, whatever the dtype
-    of queries and weights, and rounded where they are multiplied, as in :func:`decode`; by "avx512_bf16" to
-    bf16, for products with weights in bf16, too.
+    of queries and weights, and rounded where they are multiplied, as in :func:`decode`; by "amx" and
+    "avx512_bf16" to bf16, for products with weights in bf16, too.
 
     Args, results and errors: as for :func:`prefill`, which computes the same.
     """
