@@ -71,6 +71,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=450, help=f"of {BATCH} windows of {WINDOW} bytes")
     parser.add_argument("--prompt", default="The ", help="what it writes after")
     arguments = parser.parse_args()
+    if arguments.steps < 1 or not arguments.prompt:
+        parser.error("--steps takes 1 or more, --prompt a byte or more")
     torch.manual_seed(0)
     model = ByteModel()
     print(f"{sum(x.numel() for x in model.parameters()):,} parameters")
@@ -85,7 +87,10 @@ def main() -> None:
 def read(path: Path | None) -> Tensor:
     """The bytes of a file, or of Python's language reference, int64 [n]."""
     if path is not None:
-        text = path.read_bytes()
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            raise SystemExit(f"{path} does not open: {error.strerror}") from error
     else:
         from pydoc_data.topics import topics
 

@@ -1,8 +1,9 @@
 """The example that trains a language model."""
 
+import pytest
 import torch
 
-from examples.train import BATCH, WINDOW, ByteModel, loss, read, train, windows, write
+from examples.train import BATCH, WINDOW, ByteModel, loss, main, read, train, windows, write
 from mla import LatentCache
 
 
@@ -32,6 +33,15 @@ def test_windows_are_of_the_text():
     found = windows(text)
     assert found.shape == (BATCH, WINDOW + 1)
     assert (found == found[:, :1] + torch.arange(WINDOW + 1)).all()
+
+
+@pytest.mark.parametrize("mistake", [["--steps", "0"], ["--prompt", ""], ["no such file"]])
+def test_mistakes_are_named_before_anything_is_trained(mistake, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", *mistake])
+    monkeypatch.setattr("examples.train.train", lambda *_: pytest.fail("it trained"))
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert mistake[0] in f"{caught.value.code} {capsys.readouterr().err}"
 
 
 def test_without_a_file_it_reads_the_language_reference():

@@ -36,7 +36,10 @@ def test_the_constant_weighs_nothing_in_the_keys_terms() -> None:
     split = split_rope(found, weights.inv_freq, ladder(6, 100.0))
     constant = terms_of(weights, found, split).cov[:, -1, -1]
     assert float(constant[:4].abs().max()) < 1e-6
-    assert float((constant[4:] - 1.03).abs().min()) < 0.5  # the values' sum it up
+    # The values' sum it up: a window's one, and its share of the plain and of the first tokens' covariance.
+    traces = [found.plain_cov.trace(), found.start_cov.trace()]
+    share = found.value_cov.diagonal(dim1=1, dim2=2).sum(1) * (0.03 / traces[0] + 0.1 / traces[1])
+    torch.testing.assert_close(constant[4:], 1 + share)
     torch.testing.assert_close(found.plain_cov[-1, -1].item(), 1.0)
 
 
@@ -106,3 +109,14 @@ def test_large_biases_of_keys_cost_less(monkeypatch: pytest.MonkeyPatch) -> None
     now = kl()
     monkeypatch.setattr(PIPELINE, "collect", uncentred)
     assert now < 0.99 * kl()
+
+
+def test_first_tokens_have_a_share_of_the_values_terms_alone() -> None:
+    weights, found = _measured("llama")
+    split = split_rope(found, weights.inv_freq, ladder(6, 100.0))
+    cov = terms_of(weights, found, split).cov
+    none = dataclasses.replace(found, start_cov=torch.zeros_like(found.start_cov))
+    without = terms_of(weights, none, split).cov
+    assert torch.equal(cov[:4], without[:4])
+    share = found.value_cov.diagonal(dim1=1, dim2=2).sum(1) / found.start_cov.trace()
+    torch.testing.assert_close(cov[4:] - without[4:], 0.1 * share[:, None, None] * found.start_cov)

@@ -40,13 +40,14 @@ def test_statistics_text_and_training_count() -> None:
     budget = budget_for(config, cache=0.5, rank=None, rope=None)
     student = convert(model, calibration=tokens(1, 8), cache=0.5)
     weights = 4 * (numbers(model) + numbers(student))
+    starts = config.vocab_size + 1  # every token may begin a text, and the named one
     # Two covariances of every head over 48 numbers, measured and as terms; 48 of width, two and four times.
     statistics = 2 * 2 * 4 * 48 * 48 * 8
     trained = 16 * sum(numbers(layer.self_attn) for layer in student.model.layers)
     for windows, heal, more in (
-        (2, False, statistics + 2 * 2 * 16 * 48 * 4),
+        (2, False, statistics + 2 * (2 * 16 + starts) * 48 * 4),
         (2, True, trained),
-        (99, True, 4 * 99 * 16 * 48 * 4),
+        (99, True, 4 * (99 * 16 + starts) * 48 * 4),
     ):
         found = least_memory(config, budget, windows=windows, window=16, split_query=False, heal=heal)
         assert found - weights == more

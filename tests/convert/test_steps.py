@@ -93,14 +93,20 @@ def test_any_token_of_the_text_may_begin_one() -> None:
     calibration = torch.tensor([[5, 7, 5], [8, 3, 7]])
     stream = embedded(model, calibration)
     assert torch.equal(stream.windows, model.get_input_embeddings()(calibration))
-    assert torch.equal(stream.starts, model.get_input_embeddings()(torch.tensor([3, 5, 7, 8, 90])))
+    assert torch.equal(stream.starts, model.get_input_embeddings()(torch.tensor([90, 3, 5, 7, 8])))
 
 
 def test_of_many_tokens_some_begin_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mla.convert.pipeline._STARTS", 4)
+    monkeypatch.setattr("mla.convert.pipeline.MOST_STARTS", 4)
     model = teacher(bos_token_id=None)
     stream = embedded(model, torch.arange(16).view(2, 8))
     assert torch.equal(stream.starts, model.get_input_embeddings()(torch.tensor([0, 4, 8, 12])))
+
+
+def test_one_window_does_not_say_how_texts_begin() -> None:
+    model = teacher(bos_token_id=None)
+    stream = embedded(model, torch.tensor([[5, 7, 5]]))
+    assert torch.equal(stream.starts, model.get_input_embeddings()(torch.tensor([5, 7])))
 
 
 def test_where_every_window_begins_alike_every_text_does() -> None:

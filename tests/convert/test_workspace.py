@@ -419,7 +419,8 @@ def test_finished_layers_are_only_read_again(tmp_path: Path, monkeypatch: pytest
     first = convert(model, calibration=calibration, cache=0.5, state=tmp_path)
     read = importlib.import_module("mla.convert.pipeline")
     with monkeypatch.context() as patch:
-        for name in ("teacher_block", "student_block", "collect"):
+        blocks = ("teacher_block", "teacher_starts", "student_block", "student_starts")
+        for name in (*blocks, "collect", "embedded"):
             patch.setattr(read, name, lambda *_, **__: pytest.fail("the text was read again"))
         again = convert(model, calibration=calibration, cache=0.5, state=tmp_path)
     for name, value in first.state_dict().items():

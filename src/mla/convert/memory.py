@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
 from mla.budget import Budget
 from mla.convert.checkpoint import cached_numbers, head_dim, student_config
+from mla.convert.statistics import MOST_STARTS
 
 # Calibration text is in memory as so many streams of hidden states: what either model hands on, while a layer
 # is refitted with what the student's block reads and the teacher's writes.
@@ -38,7 +39,8 @@ def least_memory(
     hidden = config.hidden_size
     width = min(hidden, cached_numbers(config))  # of the basis of keys and values
     statistics = 2 * 2 * config.num_attention_heads * width**2 * 8
-    stream = windows * window * hidden * 4
+    starts = min(config.vocab_size, MOST_STARTS) + 1
+    stream = (windows * window + starts) * hidden * 4
     trained = sum(_numbers(layer.self_attn) for layer in student.model.layers) if heal else 0
     weights = 4 * (_numbers(teacher) + _numbers(student))
     return int(weights + max(statistics + _STREAMS * stream, _REFITTED * stream, _TRAINED * trained))

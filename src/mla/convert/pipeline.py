@@ -39,6 +39,7 @@ from mla.convert.rope_split import (
     split_rope,
 )
 from mla.convert.statistics import (
+    MOST_STARTS,
     AttentionWeights,
     LayerStatistics,
     Sample,
@@ -54,8 +55,6 @@ from mla.errors import MLAError
 _PLAIN_SHARE = 0.03
 # Share of first tokens' covariance in that of each head's values.
 _START_SHARE = 0.1
-# First tokens that are looked at: as much work as two windows.
-_STARTS = 2048
 # The statistics take at most so many tokens: they are second moments, and cost as much as the descent, which
 # reads every window.
 _MEASURED = 12_288
@@ -91,7 +90,8 @@ def convert(
     Args:
         teacher: a model that :func:`check_convertible` accepts; it is not changed. The work is done, and the
             result lies, on its device, which needs fp64.
-        calibration: int64 token ids [windows, tokens] (see :func:`tokenize_windows`).
+        calibration: int64 token ids [windows, tokens] (see :func:`tokenize_windows`). If all of several begin
+            with the same token, every text is taken to.
         cache: fraction of the original 2·G·d cached numbers per token and layer; r and p are chosen.
         rank: latent rank r, instead of ``cache``.
         rope: rotary width p (even); with ``rank``, or with ``cache`` (r is what remains).
@@ -326,10 +326,11 @@ def embedded(teacher: PreTrainedModel, calibration: Tensor) -> Sample:
     if len(calibration) > 1 and len(firsts) == 1:
         tokens = firsts
     else:
-        tokens = tokens[_spread(len(tokens), _STARTS)]
+        tokens = tokens[_spread(len(tokens), MOST_STARTS)]
         named = teacher.config.bos_token_id
         if isinstance(named, int) and 0 <= named < teacher.config.vocab_size and named not in tokens:
-            tokens = torch.cat([tokens, tokens.new_tensor([named])])
+            # First: the last of them may be held out.
+            tokens = torch.cat([tokens.new_tensor([named]), tokens])
     embedding = teacher.get_input_embeddings()
     windows, starts = (embedding(ids.to(teacher.device)).float() for ids in (calibration, tokens))
     return Sample(windows, starts)

@@ -4,7 +4,7 @@ The factors are found from the teacher's inputs. In the student, earlier layers 
 attention weighs keys that went through the latent. For these inputs gradient descent lowers the squared error
 of the block's output in all factors at once, in windows of text and at tokens that begin one; no gradient
 leaves the block. The result is taken only where it lowers the error of windows and first tokens that it did
-not see.
+not see. (Of a single first token there is nothing to hold out.)
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def refit(factors: LayerFactors, own: Sample, output: Sample, *, theta: float) -
 
 
 def _parted(count: int) -> tuple[list[int], list[int]]:
-    """Which of ``count`` are fitted, and which are not seen; of each there is one at least."""
+    """Which of ``count`` are fitted, and which are not seen; the only one is both."""
     every = min(_HELD_OUT, count)
     unseen = list(range(every - 1, count, every))
     return [index for index in range(count) if index not in unseen] or unseen, unseen

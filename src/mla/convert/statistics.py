@@ -63,9 +63,14 @@ class AttentionWeights:
         return group_of_heads(self.heads, self.groups)
 
 
+# How many tokens are followed as the first of a text: as long a stream as two windows'.
+MOST_STARTS = 2048
+
+
 @dataclass(frozen=True)
 class Sample:
-    """A row for every token of the calibration text: what a block reads or writes there, or hands on.
+    """Rows for the tokens of the calibration windows, and for single tokens that begin a text: what a block
+    reads or writes there, or hands on.
 
     A first token attends to itself alone. In most models the first layers turn it into an attention sink, a
     row a hundred times as long as any other (massive activations, arXiv 2402.17762), which all later heads

@@ -50,10 +50,11 @@ _TRAINING = "training.safetensors"  # what to heal on
 _WRITING = "{}-writing-{}.safetensors"
 # The parts of the folder, their files, and what of :func:`_identity` they depend on. On "dtype" none does.
 _OF_TEXT = {"mla", "torch", "transformers", "model", "tokenizer", "calibration", "windows", "window", "seed"}
-_OF_LAYERS = _OF_TEXT | {"cache", "rank", "rope"}
+_OF_SEARCH = _OF_TEXT | {"converter"}
+_OF_LAYERS = _OF_SEARCH | {"cache", "rank", "rope"}
 _PARTS = (
     ("text", "windows*.safetensors", _OF_TEXT),
-    ("search", "points", _OF_TEXT),
+    ("search", "points", _OF_SEARCH),
     ("text to heal on", "training*.safetensors", _OF_TEXT | {"heal"}),
     ("layers", "layer-*.safetensors", _OF_LAYERS),
     ("healing", "healing.pt", _OF_LAYERS | {"heal", "split_query"}),
@@ -64,6 +65,8 @@ _CALIBRATING_PER_MEASURING = 6
 _MEASURING = 8
 # Self-written tokens more per minute of healing: each is read a few times until the time is over.
 _TOKENS_PER_MINUTE = 1536
+# What makes the layers: one more with every change to what they come out as, or to what is kept on the way.
+_CONVERTER = 2
 # Tokens of a file that healing may read: so many, and so many more per minute, ten times what was measured.
 _READ, _READ_PER_MINUTE = 2**20, 2**17
 
@@ -355,6 +358,7 @@ def _identity(
     return {
         **asdict(request),
         "mla": __version__,
+        "converter": _CONVERTER,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "model": digest(canonical(config), digest_of_weights(teacher).encode()),
