@@ -331,6 +331,14 @@ def test_another_transformers_is_named_as_the_reason(tmp_path: Path, monkeypatch
     assert notice.endswith("They were made with another transformers")
 
 
+def test_layers_of_another_converter_begin_anew(tmp_path: Path, monkeypatch: Any, stopped: Any) -> None:
+    first = Request(cache=0.5, windows=2, window=16)
+    stopped(first)
+    monkeypatch.setattr(WORKSPACE, "_CONVERTER", 1)
+    _, (notice,) = stopped(first)
+    assert notice.endswith("these parts begin anew: layers. They were made with another converter")
+
+
 def test_a_text_is_too_short_only_where_it_is(tmp_path: Path) -> None:
     for text, vocabulary, holds in (("a" * 2000, 93, True), ("a" * 60, 93, False)):
         given = (teacher(vocab_size=vocabulary), Letters(), Request(calibration=("x",), windows=4, window=32))
