@@ -25,6 +25,7 @@ import psutil
 from benchmarks import timing
 from benchmarks.contender import Contender
 from mla.integrations.loading import computes_in_half
+from tests.vllm import engine as vllm
 
 STOCK, OURS = "vLLM", "vLLM + mla"
 VOCABULARY = 512
@@ -211,16 +212,12 @@ def main(arguments: list[str] | None = None) -> None:
             "enforce_eager": not chosen.compile,
             "skip_tokenizer_init": True,
         }
-        # vLLM's own rotary operator reads MLA's queries wrongly; the plugin works around it.
-        right: dict[str, Any] = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
-        if chosen.dtype != "bfloat16":  # its backend for AMX, chosen wherever there is AMX, takes bf16 only
-            right["attention_backend"] = "CPU_MLA"
         space = {"VLLM_CPU_KVCACHE_SPACE": str(chosen.space)}
         ours = {"MLA_CACHE_FORMAT": chosen.cache_format} if chosen.cache_format else {}
         with contextlib.ExitStack() as stack:
             engines = []
             for name, more, environment in (
-                (STOCK, right, {**space, "VLLM_PLUGINS": ""}),
+                (STOCK, vllm.stock_options(chosen.dtype), {**space, **vllm.STOCK}),
                 (OURS, {}, {**space, **ours}),
             ):
                 engines.append(Engine(name, {**options, **more}, environment))

@@ -145,13 +145,8 @@ template <int lanes> struct Vec {
 
   // 2^x for x up to 127; 0 below the smallest normal number, so that -inf gives 0; NaN stays NaN.
   static MLA_INLINE F exp2(F x) {
-#if defined(__AVX512F__)
-    const F bounded = x; // what is not a number for infinity is not taken
-#else
-    const F bounded = x < -126.0f ? all(-126.0f) : x;
-#endif
-    const F shifted = bounded + rounding;
-    const F f = bounded - (shifted - rounding); // -0.5 to 0.5
+    const F shifted = x + rounding;
+    const F f = x - (shifted - rounding); // -0.5 to 0.5; for x below -126 it is not used
     // Minimax polynomial of 2^f on that interval among those that are 1 at 0; at most 2.1 units of the last place off.
     F y = all(1.32696819e-3f);
     y = y * f + 9.67143849e-3f;

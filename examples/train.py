@@ -77,8 +77,7 @@ def main() -> None:
     model = ByteModel()
     print(f"{sum(x.numel() for x in model.parameters()):,} parameters")
     train(model, read(arguments.text), arguments.steps)
-    cache = LatentCache()
-    print(write(model, arguments.prompt, 400, cache))
+    print(write(model, arguments.prompt, 400))
     row = CONFIG.kv_lora_rank + CONFIG.qk_rope_head_dim
     whole = CONFIG.num_attention_heads * (CONFIG.qk_head_dim + CONFIG.v_head_dim)
     print(f"Cached for each byte and layer: {row} numbers; whole keys and values would be {whole}.")
@@ -133,8 +132,9 @@ def loss(model: ByteModel, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def write(model: ByteModel, prompt: str, count: int, cache: LatentCache) -> str:
-    """The prompt and ``count`` bytes after it; each is read once, the rest comes from the cache."""
+def write(model: ByteModel, prompt: str, count: int) -> str:
+    """The prompt and ``count`` bytes after it; each is read once, the rest comes from a cache."""
+    cache = LatentCache()
     written = list(prompt.encode())
     ids = torch.tensor([written])
     for _ in range(count):

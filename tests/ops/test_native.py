@@ -197,8 +197,9 @@ def test_a_list_of_tokens(isa, cache):
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
     got = native.decode(**arguments | flat | {"page_table": chosen.flip(0)[None].int()}, isa=isa)
-    # In int8 what rounding takes from a key is carried on to another one of the list.
-    torch.testing.assert_close(got[0], want[0], atol=8e-3 if cache == "int8" else 5e-3, rtol=0)
+    # In int8 what rounding takes from a key is carried on to another one of the list, with AMX a little more.
+    bound = {"int8": 8e-3 if isa == "amx" else 6e-3}.get(cache, 5e-3)
+    torch.testing.assert_close(got[0], want[0], atol=bound, rtol=0)
     torch.testing.assert_close(got[1], want[1], atol=5e-3, rtol=0)
 
 

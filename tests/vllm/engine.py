@@ -17,14 +17,21 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
-# Where vLLM runs without our plugin, it must not use its rotary operator: that reads MLA's queries wrongly.
+# vLLM without our plugin.
 STOCK = {"VLLM_PLUGINS": ""}
-STOCK_OPTIONS = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
-# On a processor with AMX vLLM takes its backend for that, whatever the dtype; it packs weights in bf16 only.
-STOCK_FP32 = {**STOCK_OPTIONS, "attention_backend": "CPU_MLA"}
 
 Job = dict[str, Any]
 Answer = dict[str, Any]
+
+
+def stock_options(dtype: str) -> dict[str, Any]:
+    """What vLLM has to be told to compute MLA rightly without our plugin."""
+    # Its own rotary operator reads MLA's queries wrongly.
+    options: dict[str, Any] = {"dtype": dtype, "compilation_config": {"custom_ops": ["-rotary_embedding"]}}
+    if dtype != "bfloat16":
+        # On a processor with AMX it takes its backend for that, whatever the dtype, which packs bf16 only.
+        options["attention_backend"] = "CPU_MLA"
+    return options
 
 
 def run(jobs: list[Job], env: dict[str, str] | None = None, *, timeout: float = 1800) -> list[Answer]:

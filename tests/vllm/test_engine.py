@@ -88,20 +88,20 @@ def with_settings(paths):
 
 @pytest.fixture(scope="session")
 def stock(paths):
-    return ask_stock(paths, **engine.STOCK_FP32)
+    return ask_stock(paths, "float32")
 
 
 @pytest.fixture(scope="session")
 def stock_bf16(paths):
-    return ask_stock(paths, dtype="bfloat16", **engine.STOCK_OPTIONS)
+    return ask_stock(paths, "bfloat16")
 
 
-def ask_stock(paths, **options):
+def ask_stock(paths, dtype):
     """Answers of vLLM alone: its own MLA where that has the widths, else keys and values of every head."""
     wide = ("deepseek-v2-lite", "deepseek-v3")
     found = {}
     for names, env in ((wide, {}), (set(IN_STOCK) - set(wide), {"VLLM_MLA_DISABLE": "1"})):
-        jobs = {name: job(paths[name], **options) for name in names}
+        jobs = {name: job(paths[name], **engine.stock_options(dtype)) for name in names}
         found |= ask(jobs, {**engine.STOCK, **env})
     return found
 
